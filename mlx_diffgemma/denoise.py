@@ -1,0 +1,91 @@
+"""The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
+
+Chat, filling and editing differ in the starting canvas and in what is pinned.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import sampler as rules
+from .config import GenerationConfig
+from .model import DiffusionGemma, LayerCache
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after one denoising step; all arrays are (1, L) and already computed.
+
+    Attributes:
+        step: counts from 1.
+        canvas: ids that the next step would start from: accepted tokens and fresh noise.
+        argmax: the model's best token at each position; what is committed at the end.
+        accepted: positions whose token on the canvas is not noise.
+        entropy: nats, of the temperature-scaled distribution; 0 where pinned.
+        converged: the stop rule holds, so this is the last step.
+    """
+
+    step: int
+    canvas: mx.array
+    argmax: mx.array
+    accepted: mx.array
+    entropy: mx.array
+    converged: bool
+
+
+def denoise(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    config: GenerationConfig,
+    draws: rules.Draws,
+    canvas: mx.array | None = None,
+    pinned: mx.array | None = None,
+) -> Iterator[Snapshot]:
+    """Refine one canvas that follows the cached context, a snapshot a step, computed on demand.
+
+    Args:
+        cache: the encoded context; only read.
+        canvas: starting ids (1, L); None starts from uniform noise of the model's canvas length.
+        pinned: (1, L) True where the starting token must stay. A pinned position counts as certain
+            for acceptance and self-conditioning and not at all for the stop rule.
+
+    The last snapshot has `converged` set, or its step is `config.max_denoising_steps`.
+    """
+    steps = config.max_denoising_steps
+    if canvas is None:
+        canvas = draws.tokens((1, model.config.canvas_length))
+    fixed = mx.zeros(canvas.shape, dtype=mx.bool_) if pinned is None else pinned
+    history: deque[mx.array] = deque(maxlen=config.stability_threshold)
+    belief: mx.array | None = None
+    for step in range(1, steps + 1):
+        heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
+        logits = model(canvas, cache, belief) / heat
+        sampled = rules.sample(logits, draws.gumbel(logits.shape))
+        entropy = rules.entropy(logits)
+        confidence = rules.probability(logits, sampled)
+        accepted = config.sampler.accept(entropy, confidence, ~fixed)
+        if pinned is not None:
+            entropy = mx.where(pinned, 0.0, entropy)
+        argmax = mx.where(fixed, canvas, rules.best(logits))
+        belief = model.soft_embedding(logits)
+        if pinned is not None:
+            belief = mx.where(pinned[..., None], model.embed(canvas), belief)
+
+        tokens = mx.where(fixed, canvas, sampled)
+        accepted = fixed | accepted
+        canvas = rules.renoise(accepted, tokens, draws.tokens(canvas.shape))
+        stop = rules.is_stable(argmax, history, config.stability_threshold)
+        free = None if pinned is None else ~pinned
+        stop = stop & rules.is_confident(entropy, config.confidence_threshold, free)
+        if config.sampler.keeps:
+            fixed = accepted
+            argmax = mx.where(fixed, canvas, argmax)
+            stop = stop | fixed.all(axis=-1)
+        mx.eval(canvas, argmax, accepted, entropy, stop)
+        history.append(argmax)
+        converged = bool(stop.item())
+        yield Snapshot(step, canvas, argmax, accepted, entropy, converged)
+        if converged:
+            return

@@ -1,0 +1,126 @@
+"""What a checkpoint is, from its headers alone: nothing is loaded."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from .checkpoint import Tensor, quantization_of, read_json, read_tensors
+
+# Part of the model by the name of the module that a tensor belongs to; the first that fits.
+_PARTS = (
+    ("vision", (".vision_tower.", ".embed_vision.")),
+    ("experts", (".experts.",)),
+    ("embedding", (".embed_tokens.",)),
+    ("attention", (".self_attn.",)),
+    ("dense mlp", (".mlp.",)),
+    ("router", (".router.",)),
+    ("self-conditioning", (".self_conditioning.",)),
+    ("norms and scalars", ("",)),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`formats` tells how the weights are stored, e.g. ("4-bit affine, group 64",)."""
+
+    name: str
+    parameters: int
+    bytes: int
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Sizes are in bytes. `cache_bytes_per_token` grows with the context (full layers); the
+    sliding layers hold at most `cache_bytes_window` in all."""
+
+    layers: int
+    canvas_length: int
+    context: int
+    vocabulary: int
+    parts: tuple[Part, ...]
+    cache_bytes_per_token: int
+    cache_bytes_window: int
+    logits_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes that are loaded: all but vision."""
+        return sum(part.bytes for part in self.parts if part.name != "vision")
+
+    def memory_needed(self, context: int) -> int:
+        """Bytes to run with so many tokens of context: weights, cache and one denoising step.
+
+        A step holds about four float32 copies of the canvas's logits.
+        """
+        cache = self.cache_bytes_per_token * context + self.cache_bytes_window
+        return self.text_bytes + cache + 4 * self.logits_bytes
+
+
+def inspect(directory: Path) -> Info:
+    """Read config and headers.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the config is not one of ours.
+    """
+    from .loading import read_config
+
+    raw = read_json(directory, "config.json")
+    config = read_config(raw)
+    tensors = read_tensors(directory)
+    grouped: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
+        grouped.setdefault(part, []).append(tensor)
+
+    def parameters(tensor: Tensor) -> int:
+        module, _, leaf = tensor.name.rpartition(".")
+        if f"{module}.scales" not in tensors:
+            return prod(tensor.shape)
+        bits = quantization_of(raw, module).bits
+        return prod(tensor.shape) * 32 // bits if leaf == "weight" else 0
+
+    def formats(part: list[Tensor]) -> tuple[str, ...]:
+        found = set()
+        for tensor in part:
+            module, _, leaf = tensor.name.rpartition(".")
+            if f"{module}.scales" not in tensors:
+                found.add(tensor.dtype)
+            elif leaf == "weight":
+                q = quantization_of(raw, module)
+                found.add(f"{q.bits}-bit {q.mode}, group {q.group_size}")
+        return tuple(sorted(found))
+
+    parts = tuple(
+        Part(
+            name,
+            sum(parameters(t) for t in grouped[name]),
+            sum(t.end - t.start for t in grouped[name]),
+            formats(grouped[name]),
+        )
+        for name, _ in _PARTS
+        if name in grouped
+    )
+    per_layer = [
+        2 * 2 * layer.num_key_value_heads * layer.head_dim * (layer.window or 1)
+        for layer in config.layers
+    ]
+    sliding = [layer.window is not None for layer in config.layers]
+    return Info(
+        layers=len(config.layers),
+        canvas_length=config.canvas_length,
+        context=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        parts=parts,
+        cache_bytes_per_token=sum(b for b, s in zip(per_layer, sliding, strict=True) if not s),
+        cache_bytes_window=sum(b for b, s in zip(per_layer, sliding, strict=True) if s),
+        logits_bytes=4 * config.canvas_length * config.vocab_size,
+    )

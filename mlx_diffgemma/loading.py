@@ -1,0 +1,134 @@
+"""A checkpoint directory or hub name -> model and tokenizer."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .checkpoint import CheckpointError, Tensor, quantization_of, read_json, read_tensors, resolve
+from .config import GenerationConfig
+from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
+from .tokenizer import Tokenizer, TokenizerError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: DType | None = None,
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
+
+    Args:
+        path_or_repo: a directory, or a hub name, of which only the needed files are fetched.
+        revision: branch, tag or commit of a hub name.
+        dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
+            where it is float32: half-precision products are less exact there.
+
+    Raises:
+        CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
+            not what the config says; the message is one sentence.
+    """
+    directory = resolve(str(path_or_repo), revision=revision)
+    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+        dtype = "float32"
+    model = load_model(directory, dtype=dtype)
+    try:
+        return model, Tokenizer.from_directory(directory)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma:
+    """The model of a checkpoint directory; `dtype` None keeps the stored type."""
+    config = read_json(directory, "config.json")
+    tensors = {name: tensor for name, tensor in read_tensors(directory).items() if is_text(name)}
+    model = build_model(config, read_generation(directory, config), set(tensors))
+    check_tensors(model, tensors)
+
+    weights: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        weights.update(sanitize(mx.load(str(file))))
+    if dtype is not None:
+        target = getattr(mx, dtype)
+        weights = {
+            name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
+            for name, array in weights.items()
+        }
+    model.load_weights(list(weights.items()))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def read_config(config: dict[str, Any]) -> Config:
+    """The model's numbers out of the contents of config.json."""
+    try:
+        return Config.from_dict(config)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+
+
+def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
+    """`generation_config.json`, or what MLX conversions embed in the config in its place."""
+    values = config.get("generation_config") or {}
+    if (directory / "generation_config.json").exists():
+        values = read_json(directory, "generation_config.json")
+    if "eos_token_id" not in values and config.get("eos_token_id") is not None:
+        values = {**values, "eos_token_id": config["eos_token_id"]}
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory}: generation config: {error}") from None
+
+
+def build_model(
+    config: dict[str, Any], generation: GenerationConfig, tensors: set[str]
+) -> DiffusionGemma:
+    """The model without its weights, quantized where the tensors' names say so.
+
+    Nothing is allocated: initial values are lazy and never computed.
+    """
+    model = DiffusionGemma(read_config(config), generation)
+
+    def quantization(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in tensors:
+            return False
+        return vars(quantization_of(config, path))
+
+    try:
+        nn.quantize(model, class_predicate=quantization)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+    return model
+
+
+def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
+    """Compare names and shapes of a file with the model's.
+
+    Raises:
+        CheckpointError: naming what is missing, unknown or of another shape.
+    """
+    expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    found = {parameter_name(name): tensor for name, tensor in tensors.items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"the checkpoint lacks {_first(missing)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(
+            f"the checkpoint has tensors that the config does not ask for: {_first(extra)}"
+        )
+    wrong = sorted(name for name, shape in expected.items() if found[name].shape != shape)
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{_first(wrong)}: shape {list(found[name].shape)}, where the config asks for "
+            f"{list(expected[name])}"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,543 @@
+"""DiffusionGemma in one file, read downward: config, cache, attention, experts, block, model.
+
+Parameters keep Hugging Face's names. The encoder and the decoder of the paper are one stack of
+blocks: the encoder calls it with a causal mask, its own layer scalars and a cache that is written;
+the decoder with no mask, its own scalars and a cache that is only read.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import GenerationConfig
+from .errors import Error
+
+Mask = mx.array | str | None
+# What a layer's cache does with the new (B, heads, T, head_dim) keys and values, and answers:
+# the keys and values to attend to.
+CacheVerb = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+class ConfigError(Error):
+    """A `config.json` that this model cannot run as written."""
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer's attention: `window` is None where attention is full."""
+
+    head_dim: int
+    num_key_value_heads: int
+    window: int | None
+    rope_theta: float
+    rotated_pairs: int  # of head_dim / 2 pairs; the others carry no position
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of `config.json` that the text model needs, one dialect."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    num_experts: int
+    top_k_experts: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    max_position_embeddings: int
+    canvas_length: int
+    layers: tuple[LayerConfig, ...]
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "Config":
+        """Read either dialect: `global_head_dim` as shipped, or `per_layer_config` as re-saved.
+
+        Raises:
+            ConfigError: a value is missing, or asks for something this model does not do.
+        """
+        if config.get("model_type") != "diffusion_gemma":
+            raise ConfigError(f"model_type is {config.get('model_type')!r}, not 'diffusion_gemma'")
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            raise ConfigError("config.json has no text_config")
+        for key, supported in _ONLY.items():
+            value = text.get(key, supported[0])
+            if value not in supported:
+                raise ConfigError(f"text_config.{key} = {value!r} is not supported")
+        if config.get("tie_word_embeddings", True) is not True:
+            raise ConfigError("tie_word_embeddings = False is not supported")
+        try:
+            made = cls(
+                vocab_size=text["vocab_size"],
+                hidden_size=text["hidden_size"],
+                intermediate_size=text["intermediate_size"],
+                moe_intermediate_size=text["moe_intermediate_size"],
+                num_attention_heads=text["num_attention_heads"],
+                num_experts=text["num_experts"],
+                top_k_experts=text["top_k_experts"],
+                rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+                final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
+                max_position_embeddings=text["max_position_embeddings"],
+                canvas_length=config.get("canvas_length", 256),
+                layers=tuple(_layers(text)),
+            )
+        except KeyError as missing:
+            raise ConfigError(f"config.json lacks {missing.args[0]}") from None
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        for name, value in vars(self).items():
+            if name != "layers" and (not isinstance(value, (int, float)) or value <= 0):
+                raise ConfigError(f"{name} = {value!r} is not a positive number")
+        if self.top_k_experts > self.num_experts:
+            raise ConfigError(f"top_k_experts = {self.top_k_experts} of {self.num_experts} experts")
+        for i, layer in enumerate(self.layers):
+            if layer.window is not None and layer.window < 2:
+                # The reference's cache keeps everything here, against its own mask.
+                raise ConfigError(f"sliding_window = {layer.window} is not supported")
+            if layer.head_dim % 2 or self.num_attention_heads % layer.num_key_value_heads:
+                raise ConfigError(
+                    f"layer {i}: {self.num_attention_heads} heads of {layer.head_dim} do not go "
+                    f"with {layer.num_key_value_heads} key-value heads"
+                )
+
+
+# What the reference leaves open and this model has one answer for; the first is the default.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("diffusion_gemma_text",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": (None, "vision"),
+    # Gemma 4 has these, DiffusionGemma does not
+    "attention_k_eq_v": (None, True),
+    "enable_moe_block": (None, True),
+    "use_double_wide_mlp": (None, False),
+    "num_kv_shared_layers": (None, 0),
+    "hidden_size_per_layer_input": (None, 0),
+}
+_ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+    },
+}
+
+
+def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
+    count = text["num_hidden_layers"]
+    kinds = text.get("layer_types") or [
+        "full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)
+    ]
+    if len(kinds) != count:
+        raise ConfigError(f"layer_types has {len(kinds)} entries for {count} layers")
+    # The reference forces the last layer to full attention, whatever the list says.
+    kinds = [*kinds[:-1], "full_attention"]
+    overrides = text.get("per_layer_config")
+    if overrides is None:  # the dialect as shipped: full layers have other heads
+        wide = {
+            "head_dim": text.get("global_head_dim", 512),
+            "num_key_value_heads": text.get("num_global_key_value_heads")
+            or text["num_key_value_heads"],
+        }
+        overrides = {i: wide for i, kind in enumerate(kinds) if kind == "full_attention"}
+    overrides = {int(i): values for i, values in overrides.items()}
+    ropes = text.get("rope_parameters") or _ROPE_DEFAULTS
+    for i, kind in enumerate(kinds):
+        if kind not in _ROPE_DEFAULTS:
+            raise ConfigError(f"layer_types[{i}] = {kind!r} is not supported")
+        own = overrides.get(i, {})
+        if unknown := own.keys() - {"head_dim", "num_key_value_heads"}:
+            raise ConfigError(f"per_layer_config[{i}] overrides {', '.join(sorted(unknown))}")
+        head_dim = own.get("head_dim", text["head_dim"])
+        rope = ropes[kind]
+        fraction = rope.get("partial_rotary_factor", 1.0)
+        if rope.get("factor", 1.0) != 1.0 or not (
+            rope.get("rope_type") == "proportional"
+            or (rope.get("rope_type") == "default" and fraction == 1.0)
+        ):
+            raise ConfigError(f"rope_parameters.{kind} = {rope!r} is not supported")
+        yield LayerConfig(
+            head_dim=head_dim,
+            num_key_value_heads=own.get("num_key_value_heads", text["num_key_value_heads"]),
+            window=text["sliding_window"] if kind == "sliding_attention" else None,
+            rope_theta=rope["rope_theta"],
+            rotated_pairs=int(fraction * head_dim // 2),
+        )
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, heads, T, head_dim); `length` counts all tokens seen.
+
+    A sliding layer keeps its last `window - 1` tokens: a later token sees no more. Arrays are
+    replaced, never written in place, so a shallow copy is a checkpoint.
+    """
+
+    def __init__(self, window: int | None):
+        self.window = window
+        self.length = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens held, at most `length`."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def read(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What is held followed by the new keys and values; nothing is kept."""
+        if self.keys is None or self.values is None:
+            return keys, values
+        return (
+            mx.concatenate([self.keys, keys], axis=2),
+            mx.concatenate([self.values, values], axis=2),
+        )
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As `read`, and keep them for later calls."""
+        self.length += keys.shape[2]
+        keys, values = self.read(keys, values)
+        drop = 0 if self.window is None else max(keys.shape[2] - (self.window - 1), 0)
+        self.keys, self.values = keys[:, :, drop:], values[:, :, drop:]
+        return keys, values
+
+    def encoder_mask(self, count: int) -> Mask:
+        """Mask for `count` new tokens: causal, and in a sliding layer `q - k < window`."""
+        if self.window is None or self.kept + count <= self.window:
+            return "causal"
+        ahead = mx.arange(self.kept, self.kept + count)[:, None] - mx.arange(self.kept + count)
+        return (ahead >= 0) & (ahead < self.window)
+
+
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """Root-mean-square norm over the last axis, without a scale."""
+    return mx.fast.rms_norm(x, None, eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries, keys and values and a scale of 1.
+
+    A full layer has no `v_proj`: its values are the raw key projection through the value norm.
+    """
+
+    def __init__(self, config: Config, layer: LayerConfig):
+        super().__init__()
+        self.layer = layer
+        self.eps = config.rms_norm_eps
+        queries = config.num_attention_heads * layer.head_dim
+        keys = layer.num_key_value_heads * layer.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        if layer.window is not None:
+            self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+        # Wavelengths over 2 pi. The denominator is the whole head also where only a part of it
+        # turns ("proportional"); an infinite wavelength is a pair that does not turn.
+        pairs = mx.arange(layer.rotated_pairs, dtype=mx.float32)
+        still = mx.full((layer.head_dim // 2 - layer.rotated_pairs,), math.inf)
+        turning = mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
+        self._wavelengths = mx.concatenate([turning, still])
+
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self.layer.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._wavelengths,
+        )
+
+    def __call__(self, x: mx.array, mask: Mask, offset: int, verb: CacheVerb) -> mx.array:
+        batch, length, _ = x.shape
+
+        def heads(projected: mx.array) -> mx.array:
+            return projected.reshape(batch, length, -1, self.layer.head_dim)
+
+        queries = self.q_norm(heads(self.q_proj(x)))
+        raw_keys = heads(self.k_proj(x))
+        raw_values = raw_keys if self.layer.window is None else heads(self.v_proj(x))
+        queries = self._rope(queries.swapaxes(1, 2), offset)
+        keys = self._rope(self.k_norm(raw_keys).swapaxes(1, 2), offset)
+        keys, values = verb(keys, rms_norm(raw_values, self.eps).swapaxes(1, 2))
+        seen = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x))"""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token from the raw residual."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k = config.top_k_experts
+        self.eps = config.rms_norm_eps
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Expert ids and weights, (..., top_k) each."""
+        x = rms_norm(x, self.eps) * self.scale * x.shape[-1] ** -0.5
+        scores = self.proj(x).astype(mx.float32)
+        top = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        # A softmax over the chosen equals a softmax over all, renormalised over the chosen.
+        weights = mx.softmax(mx.take_along_axis(scores, top, axis=-1), axis=-1)
+        return top, weights * self.per_expert_scale[top]
+
+
+class ExpertLinear(nn.Module):
+    """One matrix per expert, (experts, out, in); quantized once `scales` stand beside it."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, outputs, inputs))
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> "ExpertLinear":
+        """Quantize in place (the hook that `mlx.nn.quantize` calls)."""
+        self._quantization = {"group_size": group_size, "bits": bits, "mode": mode}
+        self.weight, self.scales, *biases = mx.quantize(self.weight, **self._quantization)
+        if biases:
+            self.biases = biases[0]
+        return self
+
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+        """Row i of `x` (N, 1, in) times the matrix of expert `experts[i]` -> (N, 1, out)."""
+        if "scales" in self:
+            return mx.gather_qmm(
+                x,
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                rhs_indices=experts,
+                transpose=True,
+                sorted_indices=in_order,
+                **self._quantization,
+            )
+        # MLX's CPU backend gathers in float32 only.
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else x.dtype
+        product = mx.gather_mm(
+            x.astype(dtype),
+            self.weight.astype(dtype).swapaxes(-1, -2),
+            rhs_indices=experts,
+            sorted_indices=in_order,
+        )
+        return product.astype(x.dtype)
+
+
+class Experts(nn.Module):
+    """The routed half of the feed-forward layer: `top_k` experts a token, summed by weight."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        # Gate rows first, then up rows. Never slice the packed matrix before the product:
+        # a lazily sliced operand has given wrong experts in other ports.
+        self.gate_up_proj = ExpertLinear(config.num_experts, hidden, 2 * inner)
+        self.down_proj = ExpertLinear(config.num_experts, inner, hidden)
+
+    def __call__(self, x: mx.array, top: mx.array, weights: mx.array) -> mx.array:
+        rows = x.reshape(-1, 1, x.shape[-1])
+        top_k = top.shape[-1]
+        # Rows in the order of their expert let the kernel read each matrix once.
+        order = mx.argsort(top.flatten())
+        experts = top.flatten()[order]
+        gate, up = mx.split(self.gate_up_proj(rows[order // top_k], experts, True), 2, axis=-1)
+        out = self.down_proj(nn.gelu_approx(gate) * up, experts, True)
+        out = out[mx.argsort(order)].reshape(*top.shape, -1)
+        return (out * weights[..., None].astype(out.dtype)).sum(axis=-2)
+
+
+class Block(nn.Module):
+    """One layer; encoder and decoder call it with their own mask, scalar and cache verb."""
+
+    def __init__(self, config: Config, layer: LayerConfig):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def __call__(
+        self, x: mx.array, mask: Mask, offset: int, verb: CacheVerb, scalar: mx.array
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), mask, offset, verb)
+        x = x + self.post_attention_layernorm(attended)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        routed = self.post_feedforward_layernorm_2(routed)
+        return (x + self.post_feedforward_layernorm(dense + routed)) * scalar
+
+
+class SelfConditioning(GatedMLP):
+    """Adds what the previous step believed to the canvas embedding (decoder only)."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, embedded: mx.array, belief: mx.array | None = None) -> mx.array:
+        """`belief` is `soft_embedding` of the last step; None (the first step) stands for zeros.
+
+        The norm applies at the first step too.
+        """
+        if belief is not None:
+            embedded = embedded + super().__call__(self.pre_norm(belief))
+        return rms_norm(embedded, self.eps)
+
+
+class Decoder(nn.Module):
+    """All weights but the encoder's layer scalars."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config, layer) for layer in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+
+class Backbone(nn.Module):
+    """`decoder` and `encoder` as the checkpoint names them; the encoder owns only its scalars."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.decoder = Decoder(config)
+        scalars = [{"layer_scalar": mx.ones((1,))} for _ in config.layers]
+        self.encoder = {"language_model": {"layers": scalars}}
+
+
+class DiffusionGemma(nn.Module):
+    """The text model: `encode` writes a prompt to the cache, a call denoises a canvas."""
+
+    def __init__(self, config: Config, generation: GenerationConfig):
+        super().__init__()
+        self.config = config
+        self.generation = generation
+        self.model = Backbone(config)
+
+    def make_cache(self) -> list[LayerCache]:
+        """An empty cache, a layer an entry."""
+        return [LayerCache(layer.window) for layer in self.config.layers]
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, T) ids -> (B, T, hidden), scaled by sqrt(hidden)."""
+        return self._scaled(self.model.decoder.embed_tokens(tokens))
+
+    def _scaled(self, embedded: mx.array) -> mx.array:
+        # The reference rounds the factor to the embedding's type.
+        return embedded * mx.array(self.config.hidden_size**0.5, dtype=embedded.dtype)
+
+    def encode(self, tokens: mx.array, cache: list[LayerCache]) -> mx.array:
+        """Append (B, T) ids to the cache, causally -> hidden states (B, T, hidden).
+
+        Lazy: nobody who only evaluates the cache pays for the last layer's experts.
+        """
+        x = self.embed(tokens)
+        scalars = self.model.encoder["language_model"]["layers"]
+        for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
+            mask = layer.encoder_mask(tokens.shape[1])
+            x = block(x, mask, layer.length, layer.append, own["layer_scalar"])
+        return self.model.decoder.norm(x)
+
+    def decode(
+        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None
+    ) -> mx.array:
+        """Hidden states (B, L, hidden) of a canvas (B, L) that follows the cached tokens.
+
+        Every canvas row sees the whole canvas and, of the cache, all that is held: in a sliding
+        layer the last `window - 1` tokens.
+        """
+        x = self.model.decoder.self_conditioning(self.embed(canvas), belief)
+        for block, layer in zip(self.model.decoder.layers, cache, strict=True):
+            x = block(x, None, layer.length, layer.read, block.layer_scalar)
+        return self.model.decoder.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., hidden) -> float32 (..., vocabulary), softly capped by tanh."""
+        cap = self.config.final_logit_softcapping
+        raw = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
+        return mx.tanh(raw / cap) * cap
+
+    def soft_embedding(self, logits: mx.array) -> mx.array:
+        """Expected embedding (..., hidden) under (..., vocabulary) logits, the next `belief`."""
+        embed = self.model.decoder.embed_tokens
+        quantized = isinstance(embed, nn.QuantizedEmbedding)
+        dtype = embed.scales.dtype if quantized else embed.weight.dtype
+        if not mx.issubdtype(dtype, mx.floating):  # mx and nv scales are bytes
+            dtype = self.model.decoder.norm.weight.dtype
+        probabilities = mx.softmax(logits.astype(dtype), axis=-1, precise=True)
+        if not quantized:
+            return self._scaled(probabilities @ embed.weight)
+        soft = mx.quantized_matmul(
+            probabilities,
+            embed.weight,
+            embed.scales,
+            embed.get("biases"),
+            transpose=False,
+            group_size=embed.group_size,
+            bits=embed.bits,
+            mode=embed.mode,
+        )
+        return self._scaled(soft)
+
+    def __call__(
+        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
+    ) -> mx.array:
+        """One denoising pass: canvas (B, L) -> float32 logits (B, L, vocabulary)."""
+        return self.logits(self.decode(canvas, cache, belief))
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Checkpoint tensors -> parameters: raw expert stacks gain `.weight`, the rest is dropped.
+
+    Dropped are the vision tower and the copies of tied tensors that some files carry.
+    """
+    return {parameter_name(name): array for name, array in weights.items() if is_text(name)}
+
+
+def parameter_name(tensor: str) -> str:
+    """The parameter a checkpoint tensor belongs to."""
+    raw = tensor.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    return tensor + ".weight" if raw else tensor
+
+
+def is_text(tensor: str) -> bool:
+    """Whether a checkpoint tensor is one of this model's (not vision, not a tied copy)."""
+    if tensor.startswith("model.decoder."):
+        return True
+    return tensor.startswith("model.encoder.language_model.") and tensor.endswith(".layer_scalar")

@@ -1,0 +1,148 @@
+"""Text <-> ids and chat -> text, from a checkpoint's own files, without transformers."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+
+from .errors import Error
+
+Message = dict[str, Any]
+
+
+class TokenizerError(Error):
+    """A tokenizer file or chat template that cannot be used, or a chat it refuses."""
+
+
+class Tokenizer:
+    """`tokenizer.json` plus the checkpoint's chat template.
+
+    The template runs in Jinja's sandbox: nothing from a repository is executed as code.
+    """
+
+    def __init__(self, backend: Backend, settings: dict[str, Any], template: str | None):
+        self._backend = backend
+        self._template_source = template
+        self._special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key.endswith("_token") and value
+        }
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "Tokenizer":
+        """Read `tokenizer.json`, `tokenizer_config.json` and the template that stands beside them.
+
+        Raises:
+            TokenizerError: a file is missing or damaged.
+        """
+        path = directory / "tokenizer.json"
+        try:
+            backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise TokenizerError(f"{path} is missing") from None
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        settings: dict[str, Any] = {}
+        config = directory / "tokenizer_config.json"
+        if config.exists():
+            try:
+                settings = json.loads(config.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TokenizerError(f"{config} is not JSON: {error}") from None
+        file = directory / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8") if file.exists() else None
+        if template is None and isinstance(settings.get("chat_template"), str):
+            template = settings["chat_template"]
+        return cls(backend, settings, template)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._backend.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written exactly so, or None."""
+        return self._backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text as it stands: special tokens are recognised, none is added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids.
+
+        Tokens that only frame a turn (padding, begin, end, turn marks) leave no trace; markers of
+        channels and tools stay, since a caller has to see them.
+        """
+        kept = [i for i in ids if i not in self._framing]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each id by itself; part of a character is U+FFFD."""
+        return [self.decode([i]) for i in ids]
+
+    @cached_property
+    def _framing(self) -> frozenset[int]:
+        names = ["<|turn>", "<turn|>"]
+        names += [
+            self._special[k] for k in ("pad_token", "bos_token", "eos_token") if k in self._special
+        ]
+        found = (self._backend.token_to_id(name) for name in names)
+        return frozenset(i for i in found if i is not None)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The chat as the text that the model was trained on.
+
+        Raises:
+            TokenizerError: there is no template, or it refuses these messages.
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking,
+                tools=tools,
+                **self._special,
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template refuses these messages: {error}") from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self._template_source is None:
+            raise TokenizerError("this checkpoint has no chat template (chat_template.jinja)")
+        # The settings that Hugging Face renders templates with.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(self._template_source)
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template is damaged: {error}") from None
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As templates expect it: not escaped for HTML, which Jinja's own filter does."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,242 @@
+"""The loop and the layers above it, on the trained Sudoku checkpoint."""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import (
+    ConfidenceThreshold,
+    ContextError,
+    DiffusionGemma,
+    Done,
+    Draft,
+    Error,
+    SeededDraws,
+    Text,
+    Tokenizer,
+    generate,
+    load,
+    stream_generate,
+)
+from mlx_diffgemma.denoise import denoise
+from mlx_diffgemma.generation import Committed, generate_tokens, prefill
+from mlx_diffgemma.model import LayerCache
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[DiffusionGemma, Tokenizer]:
+    return load(SUDOKU)
+
+
+def rows(cells: str) -> str:
+    return "\n".join(cells[i : i + 6] for i in range(0, 36, 6))
+
+
+def test_events_in_order_with_statistics(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    puzzle, solution = PUZZLES[0]
+    events = list(stream_generate(*loaded, rows(puzzle), seed=0))
+    kinds = [type(event) for event in events]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert kinds == [Draft] * done.denoising_steps + [Text, Done]
+    assert [e.step for e in events if isinstance(e, Draft)] == [*range(1, done.denoising_steps + 1)]
+    assert "".join(e.text for e in events if isinstance(e, Text)) == rows(solution)
+    assert done.finish_reason == "stop"
+    assert done.prompt_tokens == 47  # <bos><|turn><user>, 41 characters, <turn|><|turn><model>
+    assert done.generated_tokens == 42  # 41 characters and the end token
+    assert done.canvases == 1
+    assert done.tokens_per_forward == 42 / done.denoising_steps
+    assert done.peak_memory > 0
+    with pytest.raises(FrozenInstanceError):
+        done.canvases = 2  # type: ignore[misc]
+
+
+def test_seed_repeats_and_other_seeds_differ(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    puzzle = rows(PUZZLES[3][0])
+
+    def first_draft(seed: int) -> tuple[int, ...]:
+        event = next(stream_generate(*loaded, puzzle, seed=seed, steps=4))
+        assert isinstance(event, Draft)
+        return event.tokens
+
+    assert first_draft(5) == first_draft(5)
+    assert len({first_draft(seed) for seed in range(8)}) > 1
+    assert generate(*loaded, puzzle, seed=5) == generate(*loaded, puzzle, seed=5)
+
+
+class CountingModel:
+    """Counts decoder passes of a model without changing it."""
+
+    def __init__(self, model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch):
+        self.passes = 0
+        decode = type(model).decode
+
+        def counted(this: DiffusionGemma, *args: Any) -> mx.array:
+            self.passes += 1
+            return decode(this, *args)
+
+        monkeypatch.setattr(type(model), "decode", counted)
+
+
+def test_a_step_is_computed_when_it_is_asked_for(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CountingModel(loaded[0], monkeypatch)
+    events = stream_generate(*loaded, rows(PUZZLES[0][0]), seed=0)
+    assert counter.passes == 0
+    for passes in (1, 2):
+        assert isinstance(next(events), Draft)
+        assert counter.passes == passes
+    events.close()
+    assert counter.passes == 2
+    assert list(events) == []
+
+
+def test_closing_frees_the_cache(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """A generator left open used to keep its cache, gigabytes with a real model."""
+    caches: list[int] = []
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(found, LayerCache) for found in gc.get_objects())
+
+    before = alive()
+    memory = mx.get_active_memory()
+    events = stream_generate(*loaded, list(range(20, 60)) * 20, seed=0)
+    next(events)
+    caches.append(alive() - before)
+    assert mx.get_active_memory() > memory
+    events.close()
+    caches.append(alive() - before)
+    assert caches == [len(loaded[0].config.layers), 0]
+    assert mx.get_active_memory() <= memory
+    assert mx.get_cache_memory() < 4096  # freed buffers are handed back, not hoarded
+
+
+def test_max_tokens_cuts_exactly(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    for budget in (1, 7, 41):
+        *_, done = stream_generate(*loaded, rows(PUZZLES[0][0]), seed=0, max_tokens=budget)
+        assert isinstance(done, Done)
+        assert (done.generated_tokens, done.finish_reason) == (budget, "length")
+
+
+def without_end(model: DiffusionGemma) -> Any:
+    return replace(model.generation, eos_token_ids=(), max_new_tokens=110, max_denoising_steps=2)
+
+
+def test_several_canvases_follow_each_other(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """The second canvas is written after the first: its cache holds prompt and first canvas."""
+    model, _ = loaded
+    config = without_end(model)
+    prompt = list(range(20, 50))
+    run = generate_tokens(model, prompt, config, SeededDraws(1, 128))
+    committed = [item for item in run if isinstance(item, Committed)]
+    assert [len(c.tokens) for c in committed] == [48, 48, 14]
+
+    draws = SeededDraws(1, 128)
+    text: list[int] = []
+    for block in committed:  # the slow way: encode everything from scratch before each canvas
+        cache = model.make_cache()
+        prefill(model, prompt + text, cache)
+        *_, last = denoise(model, cache, config, draws)
+        text += last.argmax[0].tolist()
+        assert text[-48:][: len(block.tokens)] == list(block.tokens)
+
+
+def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    model, _ = loaded
+
+    def reason(config: Any, prompt: list[int]) -> Any:
+        *_, last = generate_tokens(model, prompt, config, SeededDraws(1, 128))
+        return last.finish_reason if isinstance(last, Committed) else None
+
+    # Two steps of a canvas that is not a puzzle do not converge.
+    assert reason(without_end(model), list(range(20, 50))) == "not_converged"
+    settled = replace(without_end(model), stability_threshold=0, confidence_threshold=100.0)
+    assert reason(settled, list(range(20, 50))) == "length"
+    # The context ends: room for one canvas of 48 and not for a second.
+    full = replace(settled, max_new_tokens=1000)
+    assert reason(full, [20] * (4096 - 90)) == "length"
+
+
+def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    puzzle, solution = PUZZLES[1]
+    prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": rows(puzzle)}]))
+    cache = model.make_cache()
+    prefill(model, prompt, cache)
+    start = tokenizer.encode(rows(solution))
+    start += tokenizer.encode("<turn|>") * (48 - len(start))
+    pinned = mx.array([[i % 3 > 0 for i in range(48)]])
+    snapshots = list(
+        denoise(model, cache, model.generation, SeededDraws(2, 128), mx.array([start]), pinned)
+    )
+    for snapshot in snapshots:
+        kept = np.array(pinned)
+        assert (np.array(snapshot.canvas)[kept] == np.array([start])[kept]).all()
+        assert (np.array(snapshot.argmax)[kept] == np.array([start])[kept]).all()
+        assert (np.array(snapshot.entropy)[kept] == 0).all()
+        assert np.array(snapshot.accepted)[kept].all()
+    assert snapshots[-1].argmax[0].tolist()[:41] == start[:41]
+
+    all_pinned = mx.ones((1, 48), dtype=mx.bool_)
+    run = denoise(
+        model, cache, model.generation, SeededDraws(2, 128), mx.array([start]), all_pinned
+    )
+    assert [s.argmax[0].tolist() for s in run] == [start, start]  # stable after two steps
+
+
+def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    solved = 0
+    for puzzle, solution in PUZZLES[:10]:
+        prompt = tokenizer.encode(
+            tokenizer.render_chat([{"role": "user", "content": rows(puzzle)}])
+        )
+        cache = model.make_cache()
+        prefill(model, prompt, cache)
+        config = model.generation.override(sampler=ConfidenceThreshold(0.7))
+        held = np.zeros((1, 48), dtype=bool)
+        for snapshot in denoise(model, cache, config, SeededDraws(0, 128)):
+            accepted = np.array(snapshot.accepted)
+            assert (accepted | ~held).all(), "a held position was given up"
+            if held.any():
+                assert (np.array(snapshot.canvas)[held] == tokens[held]).all()
+            assert (
+                np.array(snapshot.argmax)[accepted] == np.array(snapshot.canvas)[accepted]
+            ).all()
+            held, tokens = accepted, np.array(snapshot.canvas)
+        assert snapshot.converged
+        solved += tokenizer.decode(snapshot.argmax[0].tolist()).startswith(rows(solution))
+    assert solved >= 5
+
+
+def test_prompts_that_cannot_run_are_refused_before_computing(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CountingModel(loaded[0], monkeypatch)
+    for prompt in ("", "  \n", [], [20] * 4096, [20] * (4096 - 47)):
+        with pytest.raises(ContextError, match=r"empty|does not fit"):
+            list(stream_generate(*loaded, prompt))
+    for flags in ({"steps": 0}, {"max_tokens": 0}):
+        with pytest.raises(Error):
+            stream_generate(*loaded, "x", **flags)
+    assert counter.passes == 0
+
+
+def test_prompt_forms_agree(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    text = rows(PUZZLES[0][0])
+    chat = [{"role": "user", "content": text}]
+    ids = tokenizer.encode(tokenizer.render_chat(chat))
+    answers: Iterator[str] = (generate(model, tokenizer, p, seed=3) for p in (text, chat, ids))
+    assert len(set(answers)) == 1

@@ -1,0 +1,118 @@
+"""One rule, one case worked out by hand."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_diffgemma import ConfidenceThreshold, EntropyBound, GenerationConfig, SeededDraws
+from mlx_diffgemma import sampler as rules
+from mlx_diffgemma.config import SettingError
+
+
+def test_temperature_runs_from_t_max_to_one_step_above_t_min() -> None:
+    heats = [rules.temperature(remaining, 4, 0.4, 0.8) for remaining in (4, 3, 2, 1)]
+    assert heats == pytest.approx([0.8, 0.7, 0.6, 0.5])
+
+
+def test_entropy_in_nats() -> None:
+    logits = mx.array(
+        [[[0.0, 0.0, 0.0, 0.0], [0.0, -1e9, -1e9, -1e9], [math.log(3), 0.0, -1e9, -1e9]]]
+    )
+    by_hand = [math.log(4), 0.0, -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))]
+    assert rules.entropy(logits)[0].tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_entropy_bound_counts_what_comes_before() -> None:
+    # Sorted: 0.01, 0.04, 0.06, 0.2; sums before each: 0, 0.01, 0.05, 0.11. Only the last fails 0.1.
+    accepted = rules.accept_by_entropy(mx.array([[0.2, 0.01, 0.06, 0.04]]), 0.1)
+    assert accepted[0].tolist() == [False, True, True, True]
+    # The most certain position passes however uncertain it is.
+    assert rules.accept_by_entropy(mx.array([[5.0, 4.0]]), 0.1)[0].tolist() == [False, True]
+
+
+def test_confidence_accepts_the_likely_or_else_the_best_and_only_free_ones() -> None:
+    confidence = mx.array([[0.95, 0.5, 0.99, 0.2]])
+    free = mx.array([[True, True, False, True]])
+    accepted = rules.accept_by_confidence(confidence, 0.9, free)
+    assert accepted[0].tolist() == [True, False, False, False]
+    accepted = rules.accept_by_confidence(confidence, 0.97, free)
+    assert accepted[0].tolist() == [True, False, False, False]
+    nothing = rules.accept_by_confidence(confidence, 0.1, mx.zeros((1, 4), dtype=mx.bool_))
+    assert not nothing.any().item()
+
+
+def test_renoise_keeps_only_what_is_accepted() -> None:
+    mask, tokens, noise = mx.array([[True, False]]), mx.array([[7, 8]]), mx.array([[1, 2]])
+    assert rules.renoise(mask, tokens, noise)[0].tolist() == [7, 2]
+
+
+def test_stable_means_equal_to_each_of_the_last_canvases() -> None:
+    a, b = mx.array([[1, 2, 3]]), mx.array([[1, 2, 4]])
+    assert rules.is_stable(a, [], 0).item()
+    assert not rules.is_stable(a, [], 1).item()  # nothing to compare with yet
+    assert rules.is_stable(a, [b, a], 1).item()
+    assert not rules.is_stable(a, [b, a], 2).item()
+    assert rules.is_stable(a, [b, a, a], 2).item()
+
+
+def test_confident_counts_free_positions_only() -> None:
+    entropies = mx.array([[0.0, 0.0, 0.0, 0.012]])
+    assert rules.is_confident(entropies, 0.005, None).item()  # mean of four: 0.003
+    free = mx.array([[False, False, False, True]])
+    assert not rules.is_confident(entropies, 0.005, free).item()
+
+
+def test_gumbel_draws_follow_the_softmax() -> None:
+    p = np.array([0.5, 0.3, 0.2])
+    logits = mx.broadcast_to(mx.array(np.log(p)), (1, 20_000, 3))
+    drawn = rules.sample(logits, SeededDraws(0, 3).gumbel(logits.shape))
+    shares = np.bincount(np.array(drawn[0]), minlength=3) / 20_000
+    assert np.abs(shares - p).max() < 0.015  # four standard errors
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 1000))
+def test_seeded_draws_repeat_and_stay_in_the_vocabulary(seed: int, vocab: int) -> None:
+    first, again = SeededDraws(seed, vocab), SeededDraws(seed, vocab)
+    tokens = [first.tokens((1, 50)).tolist(), first.tokens((1, 50)).tolist()]
+    assert tokens == [again.tokens((1, 50)).tolist(), again.tokens((1, 50)).tolist()]
+    assert tokens[0] != tokens[1]  # a sequence, not one draw over and over
+    assert all(0 <= t < vocab for row in tokens for t in row[0])
+
+
+def test_generation_config_reads_the_checkpoint_and_yields_to_flags() -> None:
+    shipped = {
+        "confidence_threshold": 0.01,
+        "eos_token_id": [1, 106, 50],
+        "max_denoising_steps": 30,
+        "max_new_tokens": 512,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.2},
+        "stability_threshold": 2,
+        "t_max": 0.9,
+        "t_min": 0.3,
+    }
+    config = GenerationConfig.from_dict(shipped)
+    assert config == GenerationConfig(
+        512, 30, 0.3, 0.9, 2, 0.01, EntropyBound(0.2), (1, 106, 50), 0
+    )
+    assert config.override() == config
+    assert config.override(max_denoising_steps=4).max_denoising_steps == 4
+    assert config.override(sampler=ConfidenceThreshold()).sampler == ConfidenceThreshold(0.9)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"max_denoising_steps": 0}, "steps"),
+        ({"t_min": 0.9, "t_max": 0.8}, "temperatures"),
+        ({"sampler_config": {"_cls_name": "OtherConfig"}}, "OtherConfig"),
+        ({"sampler_config": {"entropy_bound": -1.0}}, "entropy bound"),
+        ({"max_new_tokens": -4}, "max tokens"),
+    ],
+)
+def test_generation_config_refuses(values: dict[str, object], named: str) -> None:
+    with pytest.raises(SettingError, match=named):
+        GenerationConfig.from_dict(values)
