@@ -232,13 +232,9 @@ def info(
             f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{part.bytes / 1e9:>10.3f} GB  "
             f"{'; '.join(part.formats)}"
         )
-    for context in (4096, found.context):
-        needed = found.memory_needed(min(context, found.context))
-        print(
-            f"needs about {needed / 1e9:.2f} GB with {min(context, found.context):,} tokens of context"
-        )
-        if context >= found.context:
-            break
+    for context in sorted({min(4096, found.context), found.context}):
+        needed = found.memory_needed(context) / 1e9
+        print(f"needs about {needed:.2f} GB with {context:,} tokens of context")
 
 
 def watch(

@@ -1,6 +1,6 @@
 """What `generation_config.json` says: the one home of every number of the sampler."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import Error
@@ -21,7 +21,7 @@ class GenerationConfig:
     t_max: float = 0.8
     stability_threshold: int = 1
     confidence_threshold: float = 0.005
-    sampler: Sampler = EntropyBound()
+    sampler: Sampler = field(default_factory=EntropyBound)
     eos_token_ids: tuple[int, ...] = (1,)
     pad_token_id: int = 0
 

@@ -69,7 +69,7 @@ CASES = [
         text={"sliding_window": 9},
     ),
     Case("stop rule fires", "ssf", 21, canvases=2, seed=13, sampler=STOPS),
-    Case("stop after three equal steps", "sf", 21, seed=5, sampler={**STOPS, "stability_threshold": 3}),
+    Case("stop after three", "sf", 21, seed=5, sampler={**STOPS, "stability_threshold": 3}),
     Case("stop without stability", "sf", 21, sampler={**STOPS, "stability_threshold": 0}),
     Case("loose entropy bound", "ssf", 21, sampler={
         "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 6.0}}),

@@ -1,0 +1,212 @@
+"""The model against slow, obviously right versions of itself, and what it refuses."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_diffgemma.generation import prefill
+from mlx_diffgemma.loading import load_model
+from mlx_diffgemma.model import (
+    Config,
+    ConfigError,
+    DiffusionGemma,
+    ExpertLinear,
+    Experts,
+    LayerCache,
+    Router,
+)
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+CONFIG = json.loads((SUDOKU / "config.json").read_text())
+PROMPT = [random.Random(0).randrange(128) for _ in range(90)]
+CANVAS = mx.array([[random.Random(1).randrange(128) for _ in range(48)]])
+
+
+def windowed(window: int) -> DiffusionGemma:
+    """The trained weights under a shorter window: any window must be exact, good or not."""
+    config = copy.deepcopy(CONFIG)
+    config["text_config"]["sliding_window"] = window
+    trained = load_model(SUDOKU, dtype="float32")
+    model = DiffusionGemma(Config.from_dict(config), trained.generation)
+    model.update(trained.parameters())
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(window=st.integers(2, 100), chunk=st.integers(1, 100))
+def test_chunks_change_nothing(window: int, chunk: int) -> None:
+    model = windowed(window)
+    whole, parts = model.make_cache(), model.make_cache()
+    prefill(model, PROMPT, whole, 10_000)
+    prefill(model, PROMPT, parts, chunk)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.length == other.length == len(PROMPT)
+        assert one.kept == other.kept == min(len(PROMPT), (one.window or 10_000) - 1)
+    difference = mx.abs(model(CANVAS, whole) - model(CANVAS, parts)).max().item()
+    assert difference < 2e-4
+
+
+def test_a_canvas_does_not_write_the_cache() -> None:
+    model = windowed(30)
+    cache = model.make_cache()
+    prefill(model, PROMPT, cache)
+    first = model(CANVAS, cache)
+    assert mx.array_equal(first, model(CANVAS, cache))
+    assert [layer.length for layer in cache] == [len(PROMPT)] * 4
+
+
+def test_a_copy_of_the_cache_is_a_checkpoint() -> None:
+    model = windowed(30)
+    cache = model.make_cache()
+    prefill(model, PROMPT, cache)
+    saved = [copy.copy(layer) for layer in cache]
+    before = model(CANVAS, cache)
+    prefill(model, PROMPT[:50], cache)
+    assert not mx.allclose(before, model(CANVAS, cache), atol=1e-3)
+    assert mx.array_equal(before, model(CANVAS, saved))
+
+
+def test_encoder_mask_by_hand() -> None:
+    cache = LayerCache(window=3)
+    assert cache.encoder_mask(3) == "causal"
+    kept = mx.zeros((1, 1, 2, 4))
+    cache.append(kept, kept)
+    # Two kept keys, then two new tokens; each sees itself and the two before it.
+    mask = cache.encoder_mask(2)
+    assert isinstance(mask, mx.array)
+    assert mask.tolist() == [[True, True, True, False], [False, True, True, True]]
+
+
+def slow_experts(layer: Experts, x: mx.array, top: mx.array, weights: mx.array) -> np.ndarray:
+    """A token at a time, an expert at a time."""
+
+    def dense(linear: ExpertLinear, expert: int) -> mx.array:
+        if "scales" not in linear:
+            return linear.weight[expert]
+        parts = [linear[part][expert] for part in ("weight", "scales", "biases") if part in linear]
+        return mx.dequantize(*parts, **linear._quantization)
+
+    out = np.zeros(x.shape, dtype=np.float32)
+    for at in np.ndindex(*x.shape[:-1]):
+        for expert, weight in zip(top[at].tolist(), weights[at].tolist(), strict=True):
+            gate, up = mx.split(dense(layer.gate_up_proj, expert) @ x[at], 2)
+            out[at] += weight * np.array(
+                dense(layer.down_proj, expert) @ (nn.gelu_approx(gate) * up)
+            )
+    return out
+
+
+@pytest.mark.parametrize(
+    "quantization", [None, (64, 4, "affine"), (64, 8, "affine"), (32, 4, "mxfp4")]
+)
+def test_experts_equal_one_token_at_a_time(quantization: tuple[int, int, str] | None) -> None:
+    model = load_model(SUDOKU, dtype="float32")
+    layer, router = model.model.decoder.layers[1].experts, model.model.decoder.layers[1].router
+    x = mx.random.normal((2, 9, 128), key=mx.random.key(3))
+    if quantization:
+        layer.gate_up_proj.to_quantized(*quantization)
+        layer.down_proj.to_quantized(*quantization)
+    top, weights = router(x)
+    error = np.abs(np.array(layer(x, top, weights)) - slow_experts(layer, x, top, weights)).max()
+    assert error < 1e-4
+
+
+def test_router_takes_the_best_and_weighs_them_to_one() -> None:
+    config = Config.from_dict(CONFIG)
+    router = Router(config)
+    x = mx.random.normal((5, 128), key=mx.random.key(0))
+    top, weights = router(x)
+    normed = np.array(x) / np.sqrt((np.array(x) ** 2).mean(-1, keepdims=True) + 1e-6)
+    scores = normed @ np.array(router.proj.weight).T * 128**-0.5
+    assert (np.sort(np.array(top)) == np.sort(np.argsort(-scores)[:, :2])).all()
+    assert np.array(weights).sum(-1) == pytest.approx(1, abs=1e-5)
+    router.per_expert_scale = mx.full((8,), 3.0)
+    assert np.array(router(x)[1]).sum(-1) == pytest.approx(3, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close(dtype: Any) -> None:
+    exact, half = load_model(SUDOKU, dtype="float32"), load_model(SUDOKU, dtype=dtype)
+    results = []
+    for model in (exact, half):
+        cache = model.make_cache()
+        prefill(model, PROMPT, cache)
+        logits = model(CANVAS, cache)
+        logits = model(CANVAS, cache, model.soft_embedding(logits))
+        assert logits.dtype == mx.float32
+        results.append(logits)
+    assert mx.abs(results[0] - results[1]).mean().item() < 0.05 * mx.abs(results[0]).mean().item()
+
+
+@pytest.mark.parametrize("quantization", [(64, 8, "affine"), (32, 4, "affine"), (32, 8, "mxfp8")])
+def test_quantized_embedding_in_both_directions(quantization: tuple[int, int, str]) -> None:
+    """A quantized tied embedding used to be easy to forget in self-conditioning (step 2)."""
+    group_size, bits, mode = quantization
+    model = load_model(SUDOKU, dtype="float32")
+    embed = model.model.decoder.embed_tokens.to_quantized(group_size, bits, mode=mode)
+    model.model.decoder.embed_tokens = embed
+    table = mx.dequantize(
+        embed.weight, embed.scales, embed.biases, group_size=group_size, bits=bits, mode=mode
+    )
+    hidden = mx.random.normal((1, 5, 128), key=mx.random.key(1))
+    expected = mx.tanh(hidden @ table.T / 30.0) * 30.0
+    assert mx.allclose(model.logits(hidden), expected, atol=1e-3)
+    logits = mx.random.normal((1, 5, 128), key=mx.random.key(2)) * 3
+    expected = mx.softmax(logits, axis=-1) @ table * 128**0.5
+    assert mx.allclose(model.soft_embedding(logits), expected, atol=1e-3)
+    assert mx.allclose(model.embed(CANVAS), table[CANVAS] * 128**0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_activation": "silu"}, "hidden_activation"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ({"layer_types": ["sliding_attention", "linear"] + ["full_attention"] * 2}, "linear"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"per_layer_config": {"1": {"sliding_window": 4}}}, "sliding_window"),
+        ({"num_experts": None}, "num_experts"),
+        ({"top_k_experts": 9}, "top_k_experts"),
+        ({"num_key_value_heads": 3}, "key-value heads"),
+        ({"sliding_window": 1}, "sliding_window"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            "yarn",
+        ),
+    ],
+)
+def test_config_that_would_give_wrong_output_is_refused(change: dict[str, Any], named: str) -> None:
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], **change}}
+    with pytest.raises(ConfigError, match=named):
+        Config.from_dict(config)
+
+
+def test_config_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gemma4"):
+        Config.from_dict({**CONFIG, "model_type": "gemma4"})
+    with pytest.raises(ConfigError, match="hidden_size"):
+        text = {k: v for k, v in CONFIG["text_config"].items() if k != "hidden_size"}
+        Config.from_dict({**CONFIG, "text_config": text})
+
+
+def test_dialects_agree() -> None:
+    shipped = copy.deepcopy(CONFIG)
+    shipped["text_config"].pop("per_layer_config")
+    shipped["text_config"].update(global_head_dim=32, num_global_key_value_heads=1)
+    assert Config.from_dict(shipped) == Config.from_dict(CONFIG)
