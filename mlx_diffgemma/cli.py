@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -105,7 +106,7 @@ def generate(
     if prompt == "-":
         if sys.stdin.isatty():
             say("Reading the prompt from the terminal; end it with Ctrl-D.")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().rstrip("\n")  # the newline that echo and editors add
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     if not prompt.strip():
@@ -206,6 +207,83 @@ def chat(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    *,
+    recipe: Annotated[
+        str | None, typer.Option(help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]")
+    ] = None,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", "-q", help="Quantize uniformly, as --q-* say.")
+    ] = False,
+    q_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
+    q_group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
+    q_mode: Annotated[QuantMode | None, typer.Option(help="Number format. [affine]")] = None,
+    dtype: Annotated[DTypeName | None, typer.Option(help="Type of what is not quantized.")] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", "-d", help="Unpack a quantized checkpoint.")
+    ] = False,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="Then upload to this hub repository.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Convert Hugging Face weights to quantized MLX weights."""
+    uniform_flags = quantize or q_bits or q_group_size or q_mode
+    if recipe is not None and uniform_flags:
+        fail("--recipe and -q/--q-* exclude each other", code=2)
+    if dequantize and (recipe or uniform_flags):
+        fail("--dequantize goes with neither --recipe nor -q/--q-*", code=2)
+
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .convert import RECIPES, Written, stream_convert, uniform, upload
+
+    if recipe is not None and recipe not in RECIPES:
+        fail(f"there is no recipe {recipe}; there are {', '.join(RECIPES)}", code=2)
+    chosen = RECIPES[recipe] if recipe else None
+    if uniform_flags:
+        chosen = uniform(q_bits, q_group_size, q_mode.value if q_mode else "affine")
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("converting", total=None)
+        for event in stream_convert(
+            source,
+            destination,
+            recipe=chosen,
+            dtype=dtype and dtype.value,
+            dequantize=dequantize,
+            revision=revision,
+        ):
+            if isinstance(event, Written):
+                progress.update(task, completed=event.bytes_done, total=event.bytes_total)
+            else:
+                report = event
+    say(
+        f"{decimal(report.source_bytes)} -> {decimal(report.bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, {report.shards} file"
+        f"{'s' if report.shards > 1 else ''}, {report.seconds:.1f} s"
+    )
+    if report.unpacked:
+        say(f"left as they are, no group size divides them: {', '.join(report.unpacked)}")
+    if upload_repo:
+        say(f"uploaded to {upload(report.directory, upload_repo)}")
+    print(report.directory)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that convert knows."""
+    from .convert import DEFAULT_RECIPE, RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:<12}{recipe.description}{' (default)' if name == DEFAULT_RECIPE else ''}")
+
+
+@app.command()
 def info(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
     *,
@@ -215,6 +293,8 @@ def info(
     """Say what a checkpoint is: size by part, quantization, memory it needs."""
     from dataclasses import asdict
 
+    from rich.filesize import decimal
+
     from .checkpoint import resolve
     from .info import inspect
 
@@ -222,19 +302,19 @@ def info(
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    print(f"{found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e9:.3f} GB")
+    print(f"{found.parameters / 1e6:,.1f} M parameters, {decimal(found.bytes)}")
     print(
         f"{found.layers} layers, vocabulary {found.vocabulary:,}, canvas {found.canvas_length}, "
         f"context {found.context:,}"
     )
     for part in found.parts:
         print(
-            f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{part.bytes / 1e9:>10.3f} GB  "
+            f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
             f"{'; '.join(part.formats)}"
         )
     for context in sorted({min(4096, found.context), found.context}):
-        needed = found.memory_needed(context) / 1e9
-        print(f"needs about {needed:.2f} GB with {context:,} tokens of context")
+        needed = decimal(found.memory_needed(context))
+        print(f"needs about {needed} with {context:,} tokens of context")
 
 
 def watch(

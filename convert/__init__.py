@@ -1,0 +1,20 @@
+"""Hugging Face weights -> quantized MLX weights, one slice of one tensor at a time.
+
+This folder is installed as `mlx_diffgemma.convert`.
+"""
+
+from .pipeline import ConvertError, Report, Written, convert, stream_convert, upload
+from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
+
+__all__ = [
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "ConvertError",
+    "Recipe",
+    "Report",
+    "Written",
+    "convert",
+    "stream_convert",
+    "uniform",
+    "upload",
+]

@@ -1,0 +1,415 @@
+"""The conversion: plan every output byte from the headers, then stream tensors into place."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.checkpoint import (
+    ITEM_BYTES,
+    NEEDED,
+    CheckpointError,
+    Quantization,
+    Tensor,
+    quantization_of,
+    read_json,
+    read_tensors,
+    resolve,
+)
+from mlx_diffgemma.errors import Error
+from mlx_diffgemma.loading import build_model, check_tensors, read_generation
+from mlx_diffgemma.model import is_text, parameter_name
+
+from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, fitting
+
+SHARD_BYTES = 5_000_000_000
+SLICE_BYTES = 64_000_000  # of a source tensor in memory at a time
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+_ARRAYS = {**_FLOATS, "U32": mx.uint32, "U8": mx.uint8}
+# Written by us, or meaningless after a conversion.
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+
+
+class ConvertError(Error):
+    """A conversion that cannot be done or was not finished."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Progress: source bytes converted so far."""
+
+    tensor: str
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote. `unpacked` names matrices that no group size divides."""
+
+    directory: Path
+    source_bytes: int
+    bytes: int
+    shards: int
+    bits_per_weight: float
+    seconds: float
+    unpacked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One matrix or vector of the source and the tensors it becomes, in the order of `parts`.
+
+    `sources` is (weight,), or (weight, scales[, biases]) of a module that is unpacked.
+    """
+
+    sources: tuple[Tensor, ...]
+    packed: Quantization | None  # the source's format
+    wanted: Quantization | None  # the result's
+    parts: tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype, shape
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+) -> Report:
+    """Convert a checkpoint; arguments and errors as in `stream_convert`."""
+    events = stream_convert(
+        source,
+        destination,
+        recipe=recipe,
+        dtype=dtype,
+        dequantize=dequantize,
+        revision=revision,
+    )
+    *_, report = events
+    assert isinstance(report, Report)
+    return report
+
+
+def stream_convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+) -> Iterator[Written | Report]:
+    """Convert a checkpoint in Hugging Face or MLX layout, reporting each tensor, then the result.
+
+    Everything is written to `.NAME.incomplete` beside the destination, which is renamed at the
+    end, so a directory with the destination's name is complete. Peak memory does not depend on the
+    checkpoint's size.
+
+    Args:
+        source: directory or hub name.
+        destination: must not exist, or be an empty directory.
+        recipe: what to quantize and how; None is the default recipe (with `dequantize`: nothing).
+        dtype: "float32", "bfloat16" or "float16" for all that is not packed; None keeps the
+            source's.
+        dequantize: unpack a quantized source. Without it a quantized source is refused: packing
+            twice loses twice.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or incomplete.
+        ConvertError: the destination is taken, the disk too small, or the source already packed.
+    """
+    started = time.perf_counter()
+    directory, target = resolve(str(source), revision=revision), Path(destination)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConvertError(f"{target} exists already")
+    if recipe is None:
+        recipe = RECIPES["none" if dequantize else DEFAULT_RECIPE]
+    config = read_json(directory, "config.json")
+    tensors = read_tensors(directory)
+    text = {name: tensor for name, tensor in tensors.items() if is_text(name)}
+    check_tensors(build_model(config, read_generation(directory, config), set(text)), text)
+    packed = any(name.endswith(".scales") for name in tensors)
+    if packed and not dequantize:
+        raise ConvertError(f"{source} is quantized already; --dequantize unpacks it")
+    if dequantize and not packed:
+        raise ConvertError(f"{source} is not quantized")
+
+    jobs, unpacked = plan(tensors, config, recipe, dtype)
+    shards = split(jobs)
+    total = sum(_size(part) for job in jobs for part in job.parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if total > free:
+        need = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise ConvertError(f"{target.parent} has too little room: {need}")
+
+    fresh = target.with_name(f".{target.name}.incomplete")
+    if fresh.exists():
+        shutil.rmtree(fresh)
+    fresh.mkdir()
+    try:
+        weight_map: dict[str, str] = {}
+        source_bytes = sum(tensor.end - tensor.start for tensor in tensors.values())
+        done = 0
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                name = "model.safetensors"
+            weight_map.update({part[0]: name for job in shard for part in job.parts})
+            for job in write_shard(fresh / name, shard):
+                done += sum(tensor.end - tensor.start for tensor in job.sources)
+                yield Written(job.sources[0].name, done, source_bytes)
+        parameters = sum(_parameters(job) for job in jobs)
+        index = {
+            "metadata": {"total_size": total, "total_parameters": parameters},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        _write_json(fresh / "model.safetensors.index.json", index)
+        _copy_files(directory, fresh)
+        card = _model_card(directory, str(source), target.name, recipe)
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        # Last: without it no tool takes the directory for a checkpoint.
+        _write_json(fresh / "config.json", _config(config, directory, jobs, recipe, dtype))
+        if target.exists():
+            target.rmdir()
+        os.rename(fresh, target)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise ConvertError(f"writing {target} failed: {error.strerror or error}") from None
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    yield Report(
+        directory=target,
+        source_bytes=source_bytes,
+        bytes=total,
+        shards=len(shards),
+        bits_per_weight=8 * total / parameters,
+        seconds=time.perf_counter() - started,
+        unpacked=tuple(unpacked),
+    )
+
+
+def plan(
+    tensors: dict[str, Tensor], config: dict[str, Any], recipe: Recipe, dtype: str | None
+) -> tuple[list[Job], list[str]]:
+    """Every output tensor from headers alone, and the matrices that the recipe could not pack."""
+    jobs, unpacked = [], []
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("scales", "biases") and f"{module}.scales" in tensors:
+            continue  # read with their weight
+        if f"{module}.scales" in tensors:
+            sources = [tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")
+                       if f"{module}.{part}" in tensors]  # fmt: skip
+            packed = quantization_of(config, module)
+            shape = (*tensor.shape[:-1], tensor.shape[-1] * 32 // packed.bits)
+            stored = "BF16" if sources[1].dtype == "U8" else sources[1].dtype
+            # Unpacked stacks of experts go back to Hugging Face's names.
+            raw = (
+                module
+                if module.endswith((".gate_up_proj", ".down_proj")) and len(shape) == 3
+                else name
+            )
+            part = (raw, DTYPES.get(dtype or "", stored), shape)
+            jobs.append(Job(tuple(sources), packed, None, (part,)))
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(f"{name} has the type {tensor.dtype}, which is not converted")
+        stored = DTYPES.get(dtype or "", tensor.dtype)
+        path = parameter_name(name).removesuffix(".weight")
+        matrix = parameter_name(name).endswith(".weight") and len(tensor.shape) > 1
+        rule = recipe.rule(path) if matrix else None
+        wanted = rule and fitting(rule, tensor.shape[-1])
+        if wanted is None:
+            if rule is not None:
+                unpacked.append(path)
+            jobs.append(Job((tensor,), None, None, ((name, stored, tensor.shape),)))
+            continue
+        *rows, columns = tensor.shape
+        groups = (*rows, columns // wanted.group_size)
+        parts = [(f"{path}.weight", "U32", (*rows, columns * wanted.bits // 32))]
+        if wanted.mode == "affine":
+            parts += [(f"{path}.scales", stored, groups), (f"{path}.biases", stored, groups)]
+        else:
+            parts += [(f"{path}.scales", "U8", groups)]
+        jobs.append(Job((tensor,), None, wanted, tuple(parts)))
+    return jobs, unpacked
+
+
+def split(jobs: list[Job]) -> list[list[Job]]:
+    """Shards of at most SHARD_BYTES; a job is never split."""
+    shards: list[list[Job]] = [[]]
+    filled = 0
+    for job in jobs:
+        size = sum(map(_size, job.parts))
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(job)
+        filled += size
+    return shards
+
+
+def write_shard(path: Path, jobs: list[Job]) -> Iterator[Job]:
+    """Write one safetensors file, yielding each job when its bytes are in place.
+
+    The header is known before any data, so slices go straight to their final offset.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for part in (part for job in jobs for part in job.parts):
+        name, dtype, shape = part
+        offsets = [offset, offset + _size(part)]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        offset += _size(part)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    base = 8 + len(encoded)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(base + offset)
+        for job in jobs:
+            at = {name: base + header[name]["data_offsets"][0] for name, _, _ in job.parts}
+            for arrays in converted(job):
+                for (name, _, _), array in zip(job.parts, arrays, strict=True):
+                    data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+                    file.seek(at[name])
+                    file.write(data.data)
+                    at[name] += data.nbytes
+            yield job
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def converted(job: Job) -> Iterator[list[mx.array]]:
+    """The parts of a job in slices of whole rows: packing works on rows."""
+    weight = job.sources[0]
+    rows = prod(weight.shape[:-1])
+    step = max(1, SLICE_BYTES * rows // max(1, weight.end - weight.start))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        arrays = [_read(tensor, start, stop) for tensor in job.sources]
+        target = _FLOATS[job.parts[-1][1]] if job.parts[-1][1] in _FLOATS else arrays[0].dtype
+        if job.packed is not None:
+            unpacked = mx.dequantize(*arrays, **asdict(job.packed))
+            yield [unpacked.astype(target)]
+        elif job.wanted is not None:
+            yield list(mx.quantize(arrays[0].astype(target), **asdict(job.wanted)))
+        else:
+            yield [arrays[0].astype(target)]
+        mx.clear_cache()
+
+
+def _read(tensor: Tensor, start: int, stop: int) -> mx.array:
+    """Rows start..stop of a tensor seen as (rows, columns); a vector is one row."""
+    columns = tensor.shape[-1] if tensor.shape else 1
+    width = columns * ITEM_BYTES[tensor.dtype]
+    data = np.fromfile(
+        tensor.file, np.uint8, count=(stop - start) * width, offset=tensor.start + start * width
+    )
+    return mx.array(data).view(_ARRAYS[tensor.dtype]).reshape(stop - start, columns)
+
+
+def _size(part: tuple[str, str, tuple[int, ...]]) -> int:
+    return prod(part[2]) * ITEM_BYTES[part[1]]
+
+
+def _parameters(job: Job) -> int:
+    bits = job.packed.bits if job.packed else 32
+    return prod(job.sources[0].shape) * 32 // bits
+
+
+def _config(
+    config: dict[str, Any],
+    directory: Path,
+    jobs: list[Job],
+    recipe: Recipe,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """config.json as published MLX conversions write it."""
+    out = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    if (directory / "generation_config.json").exists():
+        out["generation_config"] = read_json(directory, "generation_config.json")
+    if (out.get("generation_config") or {}).get("eos_token_id") is not None:
+        out["eos_token_id"] = out["generation_config"]["eos_token_id"]
+    if dtype is not None:
+        out["dtype"] = dtype
+    used = {job.parts[0][0].removesuffix(".weight"): job.wanted for job in jobs if job.wanted}
+    if used:
+        default = recipe.default or next(iter(used.values()))
+        settings: dict[str, Any] = asdict(default)
+        for module, wanted in used.items():
+            if wanted != default:
+                # An override without a mode means affine.
+                settings[module] = {"group_size": wanted.group_size, "bits": wanted.bits}
+                if wanted.mode != "affine":
+                    settings[module]["mode"] = wanted.mode
+        out["quantization"] = out["quantization_config"] = settings
+    return dict(sorted(out.items()))
+
+
+def _copy_files(source: Path, destination: Path) -> None:
+    """Tokenizer, template, generation and processor files, licences."""
+    for pattern in NEEDED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _NOT_COPIED:
+                shutil.copyfile(path, destination / path.name)
+
+
+def _model_card(directory: Path, source: str, name: str, recipe: Recipe) -> str:
+    """README.md: where it comes from, how it is quantized, how to run it."""
+    from huggingface_hub import ModelCardData, metadata_load
+
+    readme = directory / "README.md"
+    known = (metadata_load(readme) or {}) if readme.exists() else {}
+    card = ModelCardData(
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        license=known.get("license"),
+        license_link=known.get("license_link"),
+        base_model=known.get("base_model") or (None if Path(source).exists() else source),
+        tags=["mlx", "diffusion_gemma"],
+    )
+    return (
+        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\n"
+        f"{Path(source).name if Path(source).exists() else source}, converted to MLX with "
+        f"mlx-diffgemma: {recipe.description}.\n\n"
+        f'```bash\npip install mlx-diffgemma\nmlx-diffgemma generate --model {name} "Hello"\n```\n'
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=4)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def upload(directory: Path, repo: str) -> str:
+    """Create a hub repository if need be and upload a converted checkpoint; returns its address.
+
+    Raises:
+        ConvertError: the hub refused or cannot be reached.
+    """
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory)
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ConvertError(f"{directory} is complete, but uploading it failed: {reason}") from None
+    return str(address)

@@ -1,0 +1,211 @@
+"""Damaged and lying checkpoints are named in one sentence; the hub is asked for little."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from huggingface_hub import errors
+
+from mlx_diffgemma import CheckpointError, load
+from mlx_diffgemma.checkpoint import (
+    Quantization,
+    quantization_of,
+    read_header,
+    read_tensors,
+    resolve,
+)
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+NORM = "model.decoder.norm.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SUDOKU, tmp_path / "model"))
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
+    path = directory / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(path), weights)
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(directory)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_missing_tensor(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda weights: weights.pop(NORM))
+    assert refusal(checkpoint) == f"the checkpoint lacks {NORM}"
+
+
+def test_extra_tensor(checkpoint: Path) -> None:
+    extra = "model.decoder.layers.9.layer_scalar"
+    change_weights(checkpoint, lambda weights: weights.update({extra: mx.ones((1,))}))
+    assert extra in refusal(checkpoint)
+
+
+def test_wrong_shape(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda weights: weights.update({NORM: mx.ones((64,))}))
+    assert refusal(checkpoint) == f"{NORM}: shape [64], where the config asks for [128]"
+
+
+def test_truncated_file_names_the_first_lost_tensor(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    by_place = sorted(read_header(path).values(), key=lambda tensor: tensor.start)
+    with path.open("r+b") as file:
+        file.truncate(by_place[-3].end - 1)
+    assert f"cut off: {by_place[-3].name} ends" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 7, b"\xff" * 64, (8).to_bytes(8, "little") + b"not json", b"PK\x03\x04" * 99],
+)
+def test_not_safetensors(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refusal(checkpoint)
+
+
+def test_header_that_lies_about_bytes(checkpoint: Path) -> None:
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 15]}
+    header = json.dumps({NORM: entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + b"\0" * 16
+    (checkpoint / "model.safetensors").write_bytes(data)
+    assert f"bytes of {NORM} do not fit" in refusal(checkpoint)
+
+
+def index(directory: Path, weight_map: dict[str, str]) -> None:
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_index_that_lies(checkpoint: Path) -> None:
+    index(checkpoint, {NORM: "model-00001-of-00002.safetensors"})
+    assert "model-00001-of-00002.safetensors is missing" in refusal(checkpoint)
+    index(checkpoint, {"model.decoder.nothing": "model.safetensors"})
+    assert "lacks model.decoder.nothing" in refusal(checkpoint)
+    index(checkpoint, {NORM: "../other/model.safetensors"})
+    assert "outside the checkpoint" in refusal(checkpoint)
+
+
+def test_missing_and_damaged_side_files(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is not a tokenizer" in refusal(checkpoint)
+    (checkpoint / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in refusal(checkpoint)
+    (checkpoint / "generation_config.json").write_text('{"t_min": "warm"}')
+    assert "generation config" in refusal(checkpoint)
+    (checkpoint / "config.json").write_text("[]")
+    assert "config.json is not a JSON object" in refusal(checkpoint)
+
+
+def test_pickles_are_not_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert "no model*.safetensors" in refusal(checkpoint)
+
+
+def test_override_without_a_mode_is_affine() -> None:
+    config = {
+        "quantization": {
+            "group_size": 32,
+            "bits": 4,
+            "mode": "mxfp4",
+            "model.decoder.embed_tokens": {"group_size": 64, "bits": 8},
+        }
+    }
+    assert quantization_of(config, "model.decoder.embed_tokens") == Quantization(64, 8, "affine")
+    assert quantization_of(config, "any.other") == Quantization(32, 4, "mxfp4")
+    with pytest.raises(CheckpointError, match="bitsandbytes"):
+        quantization_of({"quantization_config": {"quant_method": "bitsandbytes"}}, "x")
+
+
+# The hub ------------------------------------------------------------------------------------------
+
+
+def test_hub_fetches_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repo: str, **flags: Any) -> str:
+        asked.update(flags, repo=repo)
+        return str(SUDOKU)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("google/diffusiongemma", revision="abc123") == SUDOKU
+    assert (asked["repo"], asked["revision"]) == ("google/diffusiongemma", "abc123")
+    listed = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
+    listed += ["model.bin", "modeling.py", "model.gguf", "pytorch_model.bin", "consolidated.pth"]
+    fetched = huggingface_hub.utils.filter_repo_objects(
+        listed, allow_patterns=asked["allow_patterns"]
+    )
+    assert list(fetched) == listed[:3]
+
+
+def test_hub_serves_from_its_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real huggingface_hub, offline, with a cache folder as it lays one out."""
+    commit = "0" * 40
+    root = tmp_path / "models--org--sudoku"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    shutil.copytree(SUDOKU, root / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def cached(*args: Any, **flags: Any) -> str:
+        return download(*args, cache_dir=tmp_path, **flags)
+
+    download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    model, _ = load("org/sudoku")
+    assert model.config.canvas_length == 48
+    with pytest.raises(CheckpointError, match="not in the local cache"):
+        load("org/other")
+
+
+def test_hub_failures_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
+    for failure, said in [
+        (errors.RepositoryNotFoundError("x", response=response), "no repository org/name"),
+        (errors.RevisionNotFoundError("x", response=response), "no revision v9"),
+        (errors.GatedRepoError("x", response=response), "gated"),
+        (errors.LocalEntryNotFoundError("x"), "not in the local cache"),
+        (OSError("disk\nfull"), "could not be fetched: disk"),
+    ]:
+
+        def fail(*_: Any, failure: Exception = failure, **__: Any) -> str:
+            raise failure
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(CheckpointError, match=said):
+            resolve("org/name", revision="v9")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c", "/tmp/none/x", "tests/x y"])
+def test_what_is_no_hub_name_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(CheckpointError, match="neither a directory nor a name"):
+        resolve(name)
+
+
+def test_read_tensors_joins_shards(tmp_path: Path) -> None:
+    mx.save_safetensors(str(tmp_path / "model-00001-of-00002.safetensors"), {"a": mx.ones((2, 3))})
+    mx.save_safetensors(str(tmp_path / "model-00002-of-00002.safetensors"), {"b": mx.ones((4,))})
+    assert {n: t.shape for n, t in read_tensors(tmp_path).items()} == {"a": (2, 3), "b": (4,)}
+    mx.save_safetensors(str(tmp_path / "model-00002-of-00002.safetensors"), {"a": mx.ones((4,))})
+    with pytest.raises(CheckpointError, match="a is in model-00001-of-00002"):
+        read_tensors(tmp_path)
