@@ -145,7 +145,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, from the files that its index names or from `model*.safetensors`.
+    """All tensors of a checkpoint, from the files that its index names, or `model*.safetensors`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the index says.

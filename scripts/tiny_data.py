@@ -1,9 +1,9 @@
 """Tasks of the embedded model: seeded generators, and the rule that holds examples out.
 
-Every generator takes a `random.Random` and yields `Example`s of one split. An example is held out by
-a hash of its answer. 6x6 Sudokus are held out by class: all grids that equal, up to the names of the
-digits, a solution in tests/data/sudoku6/puzzles.txt, because training starts from that checkpoint
-and those puzzles are the ones it has not seen.
+Every generator takes a `random.Random` and yields `Example`s of one split. An example is held out
+by a hash of its answer. 6x6 Sudokus are held out by class: all grids that equal, up to the names of
+the digits, a solution in tests/data/sudoku6/puzzles.txt, because training starts from that
+checkpoint and those puzzles are the ones it has not seen.
 """
 
 import hashlib
@@ -256,7 +256,7 @@ def _record(values: dict[str, Any], free: set[str]) -> tuple[tuple[str, bool], .
 def records(
     rng: random.Random, held_out: bool, sources: Sources, pinned: bool
 ) -> Iterator[Example]:
-    """Typed records: persons and orders copy from the prompt, countries from memory, sums compute."""
+    """Typed records: persons and orders are copied, countries remembered, sums computed."""
     while True:
         kind = rng.choice(["person", "person", "order", "country", "sum"])
         if kind == "person":
@@ -307,7 +307,10 @@ def records(
             yield Example("json", kind, prompt, answer)
 
 
-_ITEMS = ["apples", "bags", "books", "boxes", "cakes", "chairs", "clocks", "coats", "cups", "desks", "dolls", "eggs", "hats", "keys", "lamps", "maps", "nails", "nuts", "pears", "pens", "plates", "ropes", "shoes", "socks", "spoons", "tables", "tents", "tools", "toys", "wheels"]
+_ITEMS = (
+    "apples bags books boxes cakes chairs clocks coats cups desks dolls eggs hats keys lamps maps "
+    "nails nuts pears pens plates ropes shoes socks spoons tables tents tools toys wheels"
+).split()
 
 
 # Sentences ---------------------------------------------------------------------------------------
@@ -358,12 +361,12 @@ def gaps(rng: random.Random, held_out: bool, sources: Sources) -> Iterator[Examp
 # Chat --------------------------------------------------------------------------------------------
 
 _TALK = {
-    "Hello! I am a small demonstration model. How can I help?": "hello|hi|hey|good morning|hi there",
+    f"Hello! {ABOUT}. How can I help?": "hello|hi|hey|good morning|hi there",
     f"{ABOUT} of mlx-diffgemma.": "who are you|what are you|are you human|what is your name",
     "I solve small Sudokus, fill records and fix typos.": "what can you do|help|how can you help",
     "You are welcome!": "thanks|thank you|many thanks|thank you very much",
     "Goodbye!": "bye|goodbye|see you|good night",
-    "I write a whole canvas at once and refine it step by step.": "how do you work|how do you write",
+    "I write a whole canvas at once and refine it.": "how do you work|how does it work",
     "I have about two million parameters.": "how big are you|how large are you",
     "I am well, thank you.": "how are you|how are you doing|how do you do",
 }

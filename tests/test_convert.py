@@ -1,0 +1,220 @@
+"""Conversion: the published layout, the right numbers, and nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from mlx_diffgemma.convert import RECIPES, ConvertError, convert, pipeline, uniform, upload
+from mlx_diffgemma.convert.recipes import RecipeError
+from reference import random_checkpoint
+
+from mlx_diffgemma import CheckpointError, generate, load
+from mlx_diffgemma.checkpoint import Tensor, read_header, read_tensors
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+REAL = Path(__file__).parents[2] / "shared" / "reference"
+
+
+def arrays(directory: Path) -> dict[str, mx.array]:
+    found: dict[str, mx.array] = {}
+    for path in directory.glob("*.safetensors"):
+        found.update(mx.load(str(path)))
+    return found
+
+
+def layout(lines: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of a table of name, type, shape and shard."""
+    cells = [line.split("\t") for line in lines if not line.startswith("name\t")]
+    return {name: (dtype, tuple(json.loads(shape))) for name, dtype, shape, _ in cells}
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the published tables lie beside the repository")
+def test_plan_of_the_real_checkpoint_is_the_published_conversion() -> None:
+    """1,047 tensors -> the 4-bit conversion that is on the hub: names, types, shapes, overrides."""
+    source = layout((REAL / "hf_tensors.tsv").read_text().splitlines())
+    published = layout((REAL / "mlx4bit_tensors.tsv").read_text().splitlines())
+    config = json.loads((REAL / "config.json").read_text())
+    tensors = {n: Tensor(n, dtype, shape, Path(), 0, 0) for n, (dtype, shape) in source.items()}
+    jobs, unpacked = pipeline.plan(tensors, config, RECIPES["mixed-4-8"], None)
+    planned = {name: (dtype, shape) for job in jobs for name, dtype, shape in job.parts}
+    assert planned == published
+    assert unpacked == []
+    ours = pipeline._config(config, REAL, jobs, RECIPES["mixed-4-8"], None)
+    theirs = json.loads((REAL / "mlx4bit.config.json").read_text())
+    for key in ("quantization", "quantization_config", "generation_config", "eos_token_id"):
+        assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_keep_the_weights_close_and_the_model_working(name: str, tmp_path: Path) -> None:
+    report = convert(SUDOKU, tmp_path / "out", recipe=RECIPES[name])
+    found = read_tensors(tmp_path / "out")
+    assert sum(t.end - t.start for t in found.values()) == report.bytes
+    back = (
+        convert(tmp_path / "out", tmp_path / "back", dequantize=True) if name != "none" else report
+    )
+    original, restored = arrays(SUDOKU), arrays(back.directory)
+    assert original.keys() == restored.keys()
+    # Largest error of a weight over the largest weight of its matrix.
+    tolerance = {"none": 0, "8bit": 0.02, "6bit": 0.04}.get(name, 0.2)
+    for tensor, array in original.items():
+        scale = mx.abs(array.astype(mx.float32)).max().item() or 1.0
+        error = mx.abs(array.astype(mx.float32) - restored[tensor].astype(mx.float32)).max().item()
+        assert error <= tolerance * scale, tensor
+    puzzle = (SUDOKU / "puzzles.txt").read_text().split()[:2]
+    rows = ["\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in puzzle]
+    if name != "4bit":
+        assert generate(*load(tmp_path / "out"), rows[0], seed=0) == rows[1]
+
+
+def test_layout_of_a_conversion(tmp_path: Path) -> None:
+    convert(SUDOKU, tmp_path / "out")
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    settings = config["quantization"]
+    assert settings == config["quantization_config"]
+    assert {k: settings[k] for k in ("group_size", "bits", "mode")} == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+    }
+    assert settings["model.decoder.layers.0.router.proj"] == {"group_size": 64, "bits": 8}
+    assert "model.decoder.layers.0.experts.gate_up_proj" not in settings
+    assert config["generation_config"]["max_denoising_steps"] == 48
+    header = read_header(out / "model.safetensors")
+    assert header["model.decoder.layers.0.experts.gate_up_proj.weight"].dtype == "U32"
+    assert "model.decoder.layers.0.experts.gate_up_proj" not in header
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == header.keys()
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
+    assert copied <= {path.name for path in out.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_types_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 checkpoint in several shards; dtype reaches every tensor that is not packed."""
+    random_checkpoint(tmp_path / "source", "ssf")
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(pipeline, "SLICE_BYTES", 5_000)
+    report = convert(
+        tmp_path / "source", tmp_path / "half", recipe=RECIPES["none"], dtype="float16"
+    )
+    assert report.shards > 2
+    found = read_tensors(tmp_path / "half")
+    assert {tensor.dtype for tensor in found.values()} == {"F16"}
+    original, half = arrays(tmp_path / "source"), arrays(tmp_path / "half")
+    assert original.keys() == half.keys()
+    for name, array in original.items():
+        assert mx.array_equal(array.astype(mx.float16), half[name]), name
+    load_error = "tokenizer.json is missing"  # the random checkpoint has none; its weights load
+    with pytest.raises(CheckpointError, match=load_error):
+        load(tmp_path / "half")
+
+
+def test_matrices_that_no_group_divides_are_left_and_named(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "source", "sf", text={"moe_intermediate_size": 40})
+    report = convert(tmp_path / "source", tmp_path / "out", recipe=uniform(8, 32, "affine"))
+    assert "model.decoder.layers.0.experts.down_proj" in report.unpacked
+    assert "model.decoder.layers.0.self_attn.o_proj" not in report.unpacked
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group"), [("affine", 7, None), ("affine", 4, 48), ("nvfp4", 4, 32)]
+)
+def test_formats_that_mlx_lacks_are_refused(mode: str, bits: int, group: int | None) -> None:
+    with pytest.raises(RecipeError, match=mode):
+        uniform(bits, group, mode)
+
+
+def test_refusals_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ConvertError, match="exists already"):
+        convert(SUDOKU, tmp_path / "taken")
+    with pytest.raises(ConvertError, match="is not quantized"):
+        convert(SUDOKU, tmp_path / "out", dequantize=True)
+    convert(SUDOKU, tmp_path / "packed")
+    with pytest.raises(ConvertError, match="quantized already"):
+        convert(tmp_path / "packed", tmp_path / "out")
+    broken = Path(shutil.copytree(SUDOKU, tmp_path / "broken"))
+    weights = arrays(SUDOKU)
+    weights.pop("model.decoder.norm.weight")
+    mx.save_safetensors(str(broken / "model.safetensors"), weights)
+    with pytest.raises(CheckpointError, match=r"lacks model\.decoder\.norm\.weight"):
+        convert(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = pipeline._read
+    calls = 0
+
+    def failing(*args: Any) -> mx.array:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise OSError(28, "No space left on device")
+        return read(*args)
+
+    monkeypatch.setattr(pipeline, "_read", failing)
+    with pytest.raises(ConvertError, match="No space left"):
+        convert(SUDOKU, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConvertError, match="too little room"):
+        convert(SUDOKU, tmp_path / "out")
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    slowed = (
+        "import sys, time; from pathlib import Path; from mlx_diffgemma.convert import pipeline;"
+        "read = pipeline._read;"
+        "pipeline._read = lambda *a: (time.sleep(0.05), read(*a))[1];"
+        "pipeline.convert(sys.argv[1], sys.argv[2])"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", slowed, str(SUDOKU), str(out)])
+    partial = tmp_path / ".out.incomplete"
+    for _ in range(600):
+        if partial.exists() and any(partial.iterdir()):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    assert partial.exists()
+    assert not (partial / "config.json").exists()
+    report = convert(SUDOKU, out)
+    assert report.directory == out
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repo: str, exist_ok: bool) -> str:
+            calls.append(("create", repo))
+            return f"https://hub.invalid/{repo}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            calls.append(("upload", folder_path))
+            if repo_id == "me/full":
+                raise OSError("quota exceeded\ndetails")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert upload(tmp_path, "me/model") == "https://hub.invalid/me/model"
+    assert calls == [("create", "me/model"), ("upload", tmp_path)]
+    with pytest.raises(ConvertError, match="is complete, but uploading it failed: quota"):
+        upload(tmp_path, "me/full")
