@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -30,24 +29,9 @@ app = typer.Typer(
 )
 
 
-class DTypeName(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class QuantMode(StrEnum):
-    affine = "affine"
-    mxfp4 = "mxfp4"
-    nvfp4 = "nvfp4"
-    mxfp8 = "mxfp8"
-
-
-class SamplerName(StrEnum):
-    entropy = "entropy"
-    confidence = "confidence"
-
-
+DTypeName = Literal["float32", "bfloat16", "float16"]
+QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+SamplerName = Literal["entropy", "confidence"]
 Model = Annotated[
     str,
     typer.Option(
@@ -117,7 +101,7 @@ def generate(
     from .generation import Done, Text, stream_generate
     from .loading import load
 
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype and dtype.value)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
     events = stream_generate(
         loaded,
         tokenizer,
@@ -162,7 +146,7 @@ def chat(
     from .generation import Done, Text, stream_generate
     from .loading import load
 
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype and dtype.value)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, Any]] = list(opening)
     if sys.stdin.isatty():
@@ -246,15 +230,18 @@ def convert(
         fail(f"there is no recipe {recipe}; there are {', '.join(RECIPES)}", code=2)
     chosen = RECIPES[recipe] if recipe else None
     if uniform_flags:
-        chosen = uniform(q_bits, q_group_size, q_mode.value if q_mode else "affine")
+        chosen = uniform(q_bits, q_group_size, q_mode or "affine")
     columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("converting", total=None)
         for event in stream_convert(
             source,
             destination,
             recipe=chosen,
-            dtype=dtype and dtype.value,
+            dtype=dtype,
             dequantize=dequantize,
             revision=revision,
         ):
@@ -343,9 +330,9 @@ def watch(
 
 def choose_sampler(name: SamplerName | None, threshold: float | None) -> Any:
     """The sampler that the flags ask for; None leaves it to the checkpoint."""
-    if threshold is not None and name is not SamplerName.confidence:
+    if threshold is not None and name != "confidence":
         fail("--threshold goes with --sampler confidence", code=2)
-    if name is not SamplerName.confidence:
+    if name != "confidence":
         return None  # a checkpoint's sampler is always the entropy bound
     from .sampler import ConfidenceThreshold
 

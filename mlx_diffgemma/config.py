@@ -79,7 +79,7 @@ class GenerationConfig:
         sampler: Sampler | None = None,
     ) -> "GenerationConfig":
         """A copy in which what was given replaces the checkpoint's; None leaves it."""
-        given = {
+        given: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "max_denoising_steps": max_denoising_steps,
             "sampler": sampler,

@@ -4,7 +4,7 @@ Chat, filling and editing differ in the starting canvas and in what is pinned.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -42,7 +42,7 @@ def denoise(
     draws: rules.Draws,
     canvas: mx.array | None = None,
     pinned: mx.array | None = None,
-) -> Iterator[Snapshot]:
+) -> Generator[Snapshot, None, None]:
     """Refine one canvas that follows the cached context, a snapshot a step, computed on demand.
 
     Args:

@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 from .config import GenerationConfig
 from .denoise import Snapshot, denoise
@@ -106,7 +107,7 @@ def generate_tokens(
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
-) -> Iterator[Encoded | Snapshot | Committed]:
+) -> Generator[Encoded | Snapshot | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
 
     Raises:
@@ -129,7 +130,7 @@ def generate_tokens(
         yield Encoded(len(pending))
         for snapshot in denoise(model, cache, config, draws):
             yield snapshot
-        canvas: list[int] = snapshot.argmax[0].tolist()
+        canvas: list[int] = np.array(snapshot.argmax[0]).tolist()
         ends = [i + 1 for i, token in enumerate(canvas) if token in config.eos_token_ids]
         kept = canvas[: min([*ends[:1], budget])]
         budget -= len(kept)
@@ -159,7 +160,7 @@ def stream_generate(
     draws: Draws | None = None,
     enable_thinking: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Answer a prompt, lazily: a `Draft` a denoising step, a `Text` a canvas, one `Done`.
 
     Closing the iterator stops at once and frees the cache.
@@ -196,7 +197,7 @@ def _events(
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     mx.reset_peak_memory()
     started = time.perf_counter()
     prompt_seconds = 0.0
@@ -244,15 +245,15 @@ def _events(
 def _draft(
     tokenizer: Tokenizer, snapshot: Snapshot, canvas: int, config: GenerationConfig
 ) -> Draft:
-    tokens: list[int] = snapshot.argmax[0].tolist()
+    tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
     end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
     return Draft(
         canvas=canvas,
         step=snapshot.step,
         steps=config.max_denoising_steps,
         tokens=tuple(tokens),
-        accepted=tuple(snapshot.accepted[0].tolist()),
-        entropies=tuple(snapshot.entropy[0].tolist()),
+        accepted=tuple(np.array(snapshot.accepted[0]).tolist()),
+        entropies=tuple(np.array(snapshot.entropy[0]).tolist()),
         end=end,
         text=tokenizer.decode(tokens[:end]),
     )

@@ -52,7 +52,9 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
 
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
-        weights.update(sanitize(mx.load(str(file))))
+        stored = mx.load(str(file))
+        assert isinstance(stored, dict)  # a safetensors file is
+        weights.update(sanitize(stored))
     if dtype is not None:
         target = getattr(mx, dtype)
         weights = {
@@ -113,7 +115,8 @@ def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming what is missing, unknown or of another shape.
     """
-    expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    expected = {name: tuple(array.shape) for name, array in parameters.items()}
     found = {parameter_name(name): tensor for name, tensor in tensors.items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(f"the checkpoint lacks {_first(missing)}")

@@ -319,8 +319,9 @@ class ExpertLinear(nn.Module):
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> "ExpertLinear":
         """Quantize in place (the hook that `mlx.nn.quantize` calls)."""
-        self._quantization = {"group_size": group_size, "bits": bits, "mode": mode}
-        self.weight, self.scales, *biases = mx.quantize(self.weight, **self._quantization)
+        self._group_size, self._bits, self._mode = group_size, bits, mode
+        packed = mx.quantize(self.weight, group_size, bits, mode)
+        self.weight, self.scales, *biases = packed
         if biases:
             self.biases = biases[0]
         return self
@@ -335,8 +336,10 @@ class ExpertLinear(nn.Module):
                 self.get("biases"),
                 rhs_indices=experts,
                 transpose=True,
+                group_size=self._group_size,
+                bits=self._bits,
+                mode=self._mode,
                 sorted_indices=in_order,
-                **self._quantization,
             )
         # MLX's CPU backend gathers in float32 only.
         dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else x.dtype

@@ -93,7 +93,8 @@ def slow_experts(layer: Experts, x: mx.array, top: mx.array, weights: mx.array) 
         if "scales" not in linear:
             return linear.weight[expert]
         parts = [linear[part][expert] for part in ("weight", "scales", "biases") if part in linear]
-        return mx.dequantize(*parts, **linear._quantization)
+        group_size, bits, mode = linear._group_size, linear._bits, linear._mode
+        return mx.dequantize(*parts, group_size=group_size, bits=bits, mode=mode)
 
     out = np.zeros(x.shape, dtype=np.float32)
     for at in np.ndindex(*x.shape[:-1]):

@@ -1,0 +1,59 @@
+"""How many held-out 6x6 Sudokus the trained test checkpoint solves, by steps and recipe.
+
+    python scripts/sudoku_table.py [--puzzles N] [--steps N,N,...] [--recipes NAME,NAME,...]
+
+Each recipe goes through the real converter first.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from mlx_diffgemma.convert import RECIPES, convert
+
+from mlx_diffgemma import Done, Text, load, stream_generate
+
+SUDOKU = Path(__file__).parents[1] / "tests" / "data" / "sudoku6"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--puzzles", type=int, default=400)
+    parser.add_argument("--steps", default="1,2,4,8,48")
+    parser.add_argument("--recipes", default="none,8bit,mixed-4-8")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    lines = (SUDOKU / "puzzles.txt").read_text().splitlines()[: arguments.puzzles]
+    grids = [
+        ["\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in line.split()]
+        for line in lines
+    ]
+    print(f"{len(grids)} puzzles: % solved (mean steps, mean tokens per forward pass)")
+    print("recipe      " + "".join(f"{'N=' + n:>20}" for n in arguments.steps.split(",")))
+    for recipe in arguments.recipes.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / recipe
+            convert(SUDOKU, out, recipe=RECIPES[recipe])
+            model, tokenizer = load(out)
+        row = f"{recipe:<12}"
+        for steps in map(int, arguments.steps.split(",")):
+            solved = passes = 0
+            rate = 0.0
+            for puzzle, solution in grids:
+                text = ""
+                for event in stream_generate(
+                    model, tokenizer, puzzle, steps=steps, seed=arguments.seed
+                ):
+                    if isinstance(event, Text):
+                        text += event.text
+                    elif isinstance(event, Done):
+                        passes += event.denoising_steps
+                        rate += event.tokens_per_forward
+                solved += text == solution
+            count = len(grids)
+            row += f"{100 * solved / count:>8.1f} ({passes / count:.1f}, {rate / count:.1f})"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

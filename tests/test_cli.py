@@ -1,0 +1,206 @@
+"""The command line as a user types it: real processes, pipes and a pseudo-terminal."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+
+SUDOKU = str(Path(__file__).parent / "data" / "sudoku6")
+CELLS, SOLVED = (Path(SUDOKU) / "puzzles.txt").read_text().split()[2:4]
+PUZZLE, ANSWER = ("\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in (CELLS, SOLVED))
+COMMAND = [sys.executable, "-m", "mlx_diffgemma"]
+
+
+def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+def test_answer_on_stdout_everything_else_on_stderr() -> None:
+    done = run("generate", "--model", SUDOKU, "--seed", "0", PUZZLE)
+    assert (done.stdout, done.returncode) == (ANSWER + "\n", 0)
+    assert "tokens per forward pass" in done.stderr
+    assert "finished: stop" in done.stderr
+
+
+def test_a_prompt_from_a_pipe_and_a_model_from_the_environment() -> None:
+    """The newline that echo adds used to be part of the prompt, and spoilt the answer."""
+    for arguments in ([], ["-"]):
+        done = run(
+            "generate",
+            *arguments,
+            "--seed",
+            "0",
+            "-q",
+            stdin=PUZZLE + "\n",
+            MLX_DIFFGEMMA_MODEL=SUDOKU,
+        )
+        assert (done.stdout, done.stderr) == (ANSWER + "\n", "")
+
+
+def test_json_and_flags() -> None:
+    done = run("generate", "-m", SUDOKU, "--json", "--seed", "0", "--max-tokens", "6", PUZZLE)
+    answer = json.loads(done.stdout)
+    assert answer["text"] == ANSWER[:6]
+    assert (answer["finish_reason"], answer["generated_tokens"]) == ("length", 6)
+    done = run("generate", "-m", SUDOKU, "--json", "--seed", "0", "--steps", "1", PUZZLE)
+    assert json.loads(done.stdout)["denoising_steps"] == 1
+    flags = ["--sampler", "confidence", "--threshold", "0.6"]
+    done = run("generate", "-m", SUDOKU, "-q", "--seed", "0", *flags, PUZZLE)
+    assert done.stdout == ANSWER + "\n"
+
+
+def test_show_in_a_pipe_prints_a_line_a_step() -> None:
+    done = run("generate", "-m", SUDOKU, "--seed", "0", "--show", PUZZLE)
+    steps = [line for line in done.stderr.splitlines() if line.startswith("canvas 1, step")]
+    assert len(steps) >= 2
+    assert done.stdout == ANSWER + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["generate", "-m", "nowhere", "hi"], 1, "nowhere is neither a directory nor a name"),
+        (["generate", "-m", SUDOKU, ""], 2, "the prompt is empty"),
+        (["generate", "-m", SUDOKU, "1" * 5000], 1, "does not fit into the context of 4096"),
+        (["generate", "-m", SUDOKU, "--steps", "0", "hi"], 2, "--steps"),
+        (["generate", "-m", SUDOKU, "--threshold", "0.5", "hi"], 2, "--sampler confidence"),
+        (["generate", "hi"], 2, "--model"),
+        (["info", "/tmp"], 1, "config.json is missing"),
+        (["convert", "nowhere", "out"], 1, "neither a directory nor a name"),
+        (["convert", SUDOKU, SUDOKU], 1, "exists already"),
+        (["convert", SUDOKU, "out", "--recipe", "huge"], 2, "no recipe huge"),
+        (["convert", SUDOKU, "out", "--q-bits", "9"], 1, "affine takes"),
+        (["convert", SUDOKU, "out", "-d", "-q"], 2, "neither"),
+        (["chat", "-m", "/dev/null"], 1, "/dev/null is neither"),
+    ],
+)
+def test_expected_failures_are_one_sentence(
+    arguments: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+    if code == 1:
+        assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_then_info(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    done = run("convert", SUDOKU, out)
+    assert (done.stdout, done.returncode) == (out + "\n", 0)
+    assert "bits per weight" in done.stderr
+    shown = run("info", out).stdout
+    assert "4-bit affine, group 64" in shown
+    assert "8-bit affine, group 64" in shown
+    assert "needs about" in shown
+    facts = json.loads(run("info", out, "--json").stdout)
+    experts = next(part for part in facts["parts"] if part["name"] == "experts")
+    assert experts["parameters"] == 4 * 8 * 128 * 3 * 64
+    assert experts["bytes"] == experts["parameters"] * 4.5 / 8  # a scale and a bias for 64 weights
+    assert sum(part["bytes"] for part in facts["parts"]) < os.path.getsize(
+        f"{out}/model.safetensors"
+    )
+    done = run("convert", SUDOKU, out + "2", "-q", "--q-bits", "4", "--q-group-size", "32")
+    assert (
+        json.loads(Path(out + "2", "config.json").read_text())["quantization"]["group_size"] == 32
+    )
+
+
+def test_help_is_quick_and_loads_nothing() -> None:
+    script = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        "from mlx_diffgemma.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'mlx', 'numpy', 'huggingface_hub', 'tokenizers', 'jinja2', 'torch'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_answering_needs_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; from mlx_diffgemma import generate, load\n"
+        "generate(*load(sys.argv[1]), 'x', steps=1)\n"
+        "print(sorted({'transformers', 'torch', 'mlx_lm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, SUDOKU], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "-m", SUDOKU, PUZZLE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(60)
+
+
+def test_chat_in_a_pipe() -> None:
+    done = run(
+        "chat", "-m", SUDOKU, "--seed", "0", stdin="hello\n/reset\n/dance\n\n/quit\nunread\n"
+    )
+    assert done.returncode == 0
+    assert "Started over." in done.stderr
+    assert "/dance is not a command" in done.stderr
+    assert done.stdout.strip()
+
+
+def test_chat_in_a_terminal_draws_the_canvas_and_leaves_the_answer() -> None:
+    """Two turns, /reset and /quit, typed at a pseudo-terminal."""
+    child = pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], "chat", "-m", SUDOKU, "--seed", "1"],
+        env={**os.environ, "TERM": "xterm-256color"},
+        dimensions=(40, 100),
+        encoding="utf-8",
+        timeout=60,
+    )
+    child.expect("> ")
+    child.sendline("12.456")
+    child.expect("step 1/48")  # the live canvas
+    child.expect("finished: ")
+    child.expect("> ")
+    child.sendline("/reset")
+    child.expect("Started over")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("leaves")
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_ctrl_c_ends_generate_without_a_traceback() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "-m", SUDOKU, "--max-tokens", "100000", "--show", "1" * 3000],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    assert "step 1/48" in process.stderr.readline()
+    time.sleep(0.05)
+    process.send_signal(2)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said

@@ -1,0 +1,85 @@
+"""Ids, text and chat templates."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+
+from mlx_diffgemma import Tokenizer, TokenizerError
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+
+
+def with_template(template: str | None) -> Tokenizer:
+    backend = Backend.from_file(str(SUDOKU / "tokenizer.json"))
+    settings = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "pad_token": None}
+    return Tokenizer(backend, settings, template)
+
+
+def test_round_trip_and_framing() -> None:
+    tokenizer = Tokenizer.from_directory(SUDOKU)
+    text = "12.\n34."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    framed = tokenizer.encode(f"<bos><|turn>{text}<turn|><eos><pad>")
+    assert tokenizer.decode(framed) == text
+    # Markers of channels are for the caller to parse: dropping them used to mix thought and answer.
+    thought = tokenizer.encode("<|channel>12<channel|>3<turn|>")
+    assert tokenizer.decode(thought) == "<|channel>12<channel|>3"
+
+
+def test_bytes_of_one_character() -> None:
+    vocab = {"<unk>": 0, "a": 1, **{f"<0x{b:02X}>": b + 2 for b in range(256)}}
+    backend = Backend(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(backend, {}, None)
+    ids = tokenizer.encode("aé")
+    assert len(ids) == 3
+    assert tokenizer.decode(ids) == "aé"
+    assert tokenizer.decode(ids[:2]) == "a\ufffd"
+    assert tokenizer.pieces(ids) == ["a", "\ufffd", "\ufffd"]
+
+
+def test_template_gets_what_gemma_uses() -> None:
+    tokenizer = with_template(
+        "{{ bos_token }}{% if enable_thinking %}<think>{% endif %}"
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}\n"
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "    {{- m.role }}:{{ m['content'] | trim }};{% endfor %}"
+        "{% if add_generation_prompt %}model{% endif %}"
+    )
+    chat = [{"role": "user", "content": " hi "}] * 3
+    assert tokenizer.render_chat(chat) == "<bos>\nuser:hi;user:hi;model"
+    text = tokenizer.render_chat(
+        chat, enable_thinking=True, add_generation_prompt=False, tools=[{"name": "é<"}]
+    )
+    assert text == '<bos><think>{"name": "é<"}\nuser:hi;user:hi;'
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "no chat template"),
+        ("{% for %}", "is damaged"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must"),
+        ("{{ messages.nothing.at.all }}", "refuses these messages"),
+        # Templates come from strangers: the sandbox keeps them from Python's internals.
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses these messages"),
+        ("{{ messages.append(1) }}", "refuses these messages"),
+    ],
+)
+def test_templates_that_fail(template: str | None, said: str) -> None:
+    with pytest.raises(TokenizerError, match=said):
+        with_template(template).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_template_inside_tokenizer_config(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((SUDOKU / name).read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0].content }}!"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    chat = [{"role": "user", "content": "hi"}]
+    assert Tokenizer.from_directory(tmp_path).render_chat(chat) == "hi!"
