@@ -1,6 +1,6 @@
 """The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
 
-Chat, filling and editing differ in the starting canvas and in what is pinned.
+Chat, filling and editing differ in where a canvas starts: `Start`.
 """
 
 from collections import deque
@@ -35,27 +35,39 @@ class Snapshot:
     converged: bool
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a canvas starts, if not from uniform noise; all arrays are (1, L).
+
+    Attributes:
+        canvas: the starting ids.
+        pinned: True where the starting id must stay. A pinned position counts as certain for
+            acceptance and self-conditioning, and not at all for the stop rule.
+        background: what a position that is not accepted goes back to; None is fresh noise. Editing
+            uses the user's own text here, which noise would destroy.
+    """
+
+    canvas: mx.array
+    pinned: mx.array | None = None
+    background: mx.array | None = None
+
+
 def denoise(
     model: DiffusionGemma,
     cache: list[LayerCache],
     config: GenerationConfig,
     draws: rules.Draws,
-    canvas: mx.array | None = None,
-    pinned: mx.array | None = None,
+    start: Start | None = None,
 ) -> Generator[Snapshot, None, None]:
     """Refine one canvas that follows the cached context, a snapshot a step, computed on demand.
 
-    Args:
-        cache: the encoded context; only read.
-        canvas: starting ids (1, L); None starts from uniform noise of the model's canvas length.
-        pinned: (1, L) True where the starting token must stay. A pinned position counts as certain
-            for acceptance and self-conditioning and not at all for the stop rule.
-
-    The last snapshot has `converged` set, or its step is `config.max_denoising_steps`.
+    The cache is only read. The last snapshot has `converged` set, or its step is
+    `config.max_denoising_steps`.
     """
     steps = config.max_denoising_steps
-    if canvas is None:
-        canvas = draws.tokens((1, model.config.canvas_length))
+    if start is None:
+        start = Start(draws.tokens((1, model.config.canvas_length)))
+    canvas, pinned = start.canvas, start.pinned
     fixed = mx.zeros(canvas.shape, dtype=mx.bool_) if pinned is None else pinned
     history: deque[mx.array] = deque(maxlen=config.stability_threshold)
     belief: mx.array | None = None
@@ -75,7 +87,8 @@ def denoise(
 
         tokens = mx.where(fixed, canvas, sampled)
         accepted = fixed | accepted
-        canvas = rules.renoise(accepted, tokens, draws.tokens(canvas.shape))
+        noise = draws.tokens(canvas.shape) if start.background is None else start.background
+        canvas = rules.renoise(accepted, tokens, noise)
         stop = rules.is_stable(argmax, history, config.stability_threshold)
         free = None if pinned is None else ~pinned
         stop = stop & rules.is_confident(entropy, config.confidence_threshold, free)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import GenerationConfig
-from .denoise import Snapshot, denoise
+from .denoise import Snapshot, Start, denoise
 from .errors import Error
 from .model import DiffusionGemma, LayerCache
 from .sampler import Draws, Sampler, SeededDraws
@@ -107,8 +107,11 @@ def generate_tokens(
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
+    start: Start | None = None,
 ) -> Generator[Encoded | Snapshot | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
+
+    `start` is of the first canvas; the others start from noise.
 
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
@@ -128,8 +131,9 @@ def generate_tokens(
     while True:
         prefill(model, pending, cache, prefill_chunk)
         yield Encoded(len(pending))
-        for snapshot in denoise(model, cache, config, draws):
+        for snapshot in denoise(model, cache, config, draws, start):
             yield snapshot
+        start = None
         canvas: list[int] = np.array(snapshot.argmax[0]).tolist()
         ends = [i + 1 for i, token in enumerate(canvas) if token in config.eos_token_ids]
         kept = canvas[: min([*ends[:1], budget])]
@@ -160,6 +164,7 @@ def stream_generate(
     draws: Draws | None = None,
     enable_thinking: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
+    start: Start | None = None,
 ) -> Generator[Event, None, None]:
     """Answer a prompt, lazily: a `Draft` a denoising step, a `Text` a canvas, one `Done`.
 
@@ -173,6 +178,7 @@ def stream_generate(
         seed: makes the output repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`.
         draws: takes the place of `seed`, to replay a run.
+        start: what the first canvas starts from, see `canvas.py`; None is noise.
 
     Raises:
         ContextError: the prompt is empty or does not fit, before any computation.
@@ -187,7 +193,7 @@ def stream_generate(
         if seed is None:
             seed = int.from_bytes(os.urandom(4))
         draws = SeededDraws(seed, model.config.vocab_size)
-    return _events(model, tokenizer, ids, config, draws, prefill_chunk)
+    return _events(model, tokenizer, ids, config, draws, prefill_chunk, start)
 
 
 def _events(
@@ -197,6 +203,7 @@ def _events(
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int,
+    start: Start | None,
 ) -> Generator[Event, None, None]:
     mx.reset_peak_memory()
     started = time.perf_counter()
@@ -204,7 +211,7 @@ def _events(
     generated: list[int] = []
     shown = ""
     canvases = passes = 0
-    run = generate_tokens(model, prompt, config, draws, prefill_chunk)
+    run = generate_tokens(model, prompt, config, draws, prefill_chunk, start)
     try:
         for item in run:
             if isinstance(item, Encoded):

@@ -24,7 +24,8 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.denoise import denoise
+from mlx_diffgemma.canvas import CanvasError, edit_start, fill_start
+from mlx_diffgemma.denoise import Start, denoise
 from mlx_diffgemma.generation import Committed, generate_tokens, prefill
 from mlx_diffgemma.model import LayerCache
 
@@ -176,9 +177,9 @@ def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, 
     prefill(model, prompt, cache)
     start = tokenizer.encode(rows(solution))
     start += tokenizer.encode("<turn|>") * (48 - len(start))
-    pinned = mx.array([[i % 3 > 0 for i in range(48)]])
+    given, pinned = mx.array([start]), mx.array([[i % 3 > 0 for i in range(48)]])
     snapshots = list(
-        denoise(model, cache, model.generation, SeededDraws(2, 128), mx.array([start]), pinned)
+        denoise(model, cache, model.generation, SeededDraws(2, 128), Start(given, pinned))
     )
     for snapshot in snapshots:
         kept = np.array(pinned)
@@ -189,10 +190,35 @@ def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, 
     assert snapshots[-1].argmax[0].tolist()[:41] == start[:41]
 
     all_pinned = mx.ones((1, 48), dtype=mx.bool_)
-    run = denoise(
-        model, cache, model.generation, SeededDraws(2, 128), mx.array([start]), all_pinned
-    )
+    begun = Start(given, all_pinned)
+    run = denoise(model, cache, model.generation, SeededDraws(2, 128), begun)
     assert [s.argmax[0].tolist() for s in run] == [start, start]  # stable after two steps
+
+
+def test_unaccepted_positions_go_back_to_the_background(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    """Fresh noise used to destroy a text that was to be repaired."""
+    model, tokenizer = loaded
+    cache = model.make_cache()
+    prefill(model, list(range(20, 60)), cache)
+    text = edit_start(model, tokenizer, rows(PUZZLES[1][0]))
+    for snapshot in denoise(model, cache, model.generation, SeededDraws(2, 128), text):
+        free = ~np.array(snapshot.accepted)
+        assert (np.array(snapshot.canvas)[free] == np.array(text.canvas)[free]).all()
+
+
+def test_canvases_of_text(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    draws = SeededDraws(0, 128)
+    made = fill_start(model, tokenizer, [("12", True), ("345", False), ("6", True)], draws)
+    assert made.pinned is not None
+    assert made.pinned[0].tolist() == [True, True, False, False, False, True] + [True] * 42
+    ids = made.canvas[0].tolist()
+    assert tokenizer.decode(ids[:2] + ids[5:]) == "126"
+    assert ids[6:] == [tokenizer.token_id("<turn|>")] + [tokenizer.token_id("<eos>")] * 41
+    with pytest.raises(CanvasError, match="48 tokens, more than a canvas of 48"):
+        edit_start(model, tokenizer, "1" * 48)
 
 
 def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

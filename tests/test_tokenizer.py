@@ -51,11 +51,11 @@ def test_template_gets_what_gemma_uses() -> None:
         "{% if add_generation_prompt %}model{% endif %}"
     )
     chat = [{"role": "user", "content": " hi "}] * 3
-    assert tokenizer.render_chat(chat) == "<bos>\nuser:hi;user:hi;model"
+    assert tokenizer.render_chat(chat) == "<bos>user:hi;user:hi;model"
     text = tokenizer.render_chat(
         chat, enable_thinking=True, add_generation_prompt=False, tools=[{"name": "é<"}]
     )
-    assert text == '<bos><think>{"name": "é<"}\nuser:hi;user:hi;'
+    assert text == '<bos><think>{"name": "é<"}user:hi;user:hi;'
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Starting canvases made of text: what is given, what is free, what is to be repaired."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from .denoise import Start
+from .errors import Error
+from .model import DiffusionGemma
+from .sampler import Draws
+from .tokenizer import Tokenizer
+
+
+class CanvasError(Error):
+    """Text that does not fit into a canvas."""
+
+
+def fill_start(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    pieces: Sequence[tuple[str, bool]],
+    draws: Draws,
+) -> Start:
+    """A canvas of text pieces: (text, True) is pinned, (text, False) is a hole of as many tokens.
+
+    What follows the pieces is pinned to the end of the answer. Holes start from noise.
+
+    Raises:
+        CanvasError: the pieces and an end token are more than the canvas.
+    """
+    tokens: list[int] = []
+    pinned: list[bool] = []
+    for text, given in pieces:
+        ids = tokenizer.encode(text)
+        tokens += ids
+        pinned += [given] * len(ids)
+    ids = _padded(model, tokenizer, tokens)
+    mask = mx.array([pinned + [True] * (len(ids) - len(pinned))])
+    noise = draws.tokens((1, len(ids)))
+    return Start(mx.where(mask, mx.array([ids], dtype=mx.int32), noise), pinned=mask)
+
+
+def edit_start(model: DiffusionGemma, tokenizer: Tokenizer, text: str) -> Start:
+    """A canvas that starts from text and goes back to it wherever nothing is accepted.
+
+    Raises:
+        CanvasError: the text and an end token are more than the canvas.
+    """
+    ids = mx.array([_padded(model, tokenizer, tokenizer.encode(text))], dtype=mx.int32)
+    return Start(ids, background=ids)
+
+
+def _padded(model: DiffusionGemma, tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """Tokens, the end of the turn, and the fill of <eos> that models are trained with."""
+    length = model.config.canvas_length
+    if len(tokens) >= length:
+        raise CanvasError(
+            f"the text has {len(tokens)} tokens, more than a canvas of {length} holds"
+        )
+    ends = model.generation.eos_token_ids
+    turn = tokenizer.token_id("<turn|>")
+    end = turn if turn in ends else ends[0]
+    return [*tokens, end, *[ends[0]] * (length - len(tokens) - 1)]
