@@ -20,6 +20,7 @@ from mlx_diffgemma.checkpoint import (
     Quantization,
     Tensor,
     quantization_of,
+    quantization_settings,
     read_json,
     read_tensors,
     resolve,
@@ -122,20 +123,26 @@ def stream_convert(
         recipe: what to quantize and how; None is the default recipe (with `dequantize`: nothing).
         dtype: "float32", "bfloat16" or "float16" for all that is not packed; None keeps the
             source's.
-        dequantize: unpack a quantized source. Without it a quantized source is refused: packing
-            twice loses twice.
+        dequantize: unpack a quantized source, which goes with no recipe. Without it a quantized
+            source is refused: packing twice loses twice.
 
     Raises:
         CheckpointError: the source is missing, damaged or incomplete.
-        ConvertError: the destination is taken, the disk too small, or the source already packed.
+        ConvertError: the destination is taken, the disk too small, the source already packed, or
+            the arguments are at odds. All of it is found out before the first byte is written.
     """
     started = time.perf_counter()
-    directory, target = resolve(str(source), revision=revision), Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConvertError(f"{target} exists already")
+    target = Path(destination)
+    _check_vacant(target)  # before anything is fetched
+    if dtype is not None and dtype not in DTYPES:
+        raise ConvertError(f"there is no dtype {dtype}; there are {', '.join(DTYPES)}")
+    if dequantize and recipe is not None:
+        raise ConvertError("dequantize goes with no recipe: unpack first, then convert the result")
+    directory = resolve(str(source), revision=revision)
     if recipe is None:
         recipe = RECIPES["none" if dequantize else DEFAULT_RECIPE]
     config = read_json(directory, "config.json")
+    quantization_settings(config)  # refuses foreign formats by name
     tensors = read_tensors(directory)
     text = {name: tensor for name, tensor in tensors.items() if is_text(name)}
     check_tensors(build_model(config, read_generation(directory, config), set(text)), text)
@@ -148,17 +155,16 @@ def stream_convert(
     jobs, unpacked = plan(tensors, config, recipe, dtype)
     shards = split(jobs)
     total = sum(_size(part) for job in jobs for part in job.parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if total > free:
-        need = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        raise ConvertError(f"{target.parent} has too little room: {need}")
-
     fresh = target.with_name(f".{target.name}.incomplete")
-    if fresh.exists():
-        shutil.rmtree(fresh)
-    fresh.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if fresh.exists():  # of a run that was killed; its room is free again
+            shutil.rmtree(fresh)
+        free = shutil.disk_usage(target.parent).free
+        if total > free:
+            need = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+            raise ConvertError(f"{target.parent} has too little room: {need}")
+        fresh.mkdir()
         weight_map: dict[str, str] = {}
         source_bytes = sum(tensor.end - tensor.start for tensor in tensors.values())
         done = 0
@@ -199,6 +205,19 @@ def stream_convert(
         seconds=time.perf_counter() - started,
         unpacked=tuple(unpacked),
     )
+
+
+def _check_vacant(target: Path) -> None:
+    """Refuse a destination that is taken or that no directory can be renamed to."""
+    if target.name in ("", ".."):
+        raise ConvertError(f"{target} is not a name for a new directory")
+    try:
+        is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+        taken = not is_empty and (target.exists() or target.is_symlink())
+    except OSError as error:
+        raise ConvertError(f"{target} cannot be written: {error.strerror}") from None
+    if taken:
+        raise ConvertError(f"{target} exists already")
 
 
 def plan(
@@ -303,7 +322,9 @@ def converted(job: Job) -> Iterator[list[mx.array]]:
         arrays = [_read(tensor, start, stop) for tensor in job.sources]
         target = _FLOATS[job.parts[-1][1]] if job.parts[-1][1] in _FLOATS else arrays[0].dtype
         if job.packed is not None:
-            unpacked = mx.dequantize(*arrays, **asdict(job.packed))
+            weight_rows, scales, *rest = arrays
+            biases = rest[0] if rest else None
+            unpacked = mx.dequantize(weight_rows, scales, biases, **asdict(job.packed))
             yield [unpacked.astype(target)]
         elif job.wanted is not None:
             yield list(mx.quantize(arrays[0].astype(target), **asdict(job.wanted)))
@@ -346,6 +367,9 @@ def _config(
         out["eos_token_id"] = out["generation_config"]["eos_token_id"]
     if dtype is not None:
         out["dtype"] = dtype
+        for part in ("text_config", "vision_config"):
+            if "dtype" in (out.get(part) or {}):
+                out[part] = {**out[part], "dtype": dtype}
     used = {job.parts[0][0].removesuffix(".weight"): job.wanted for job in jobs if job.wanted}
     if used:
         default = recipe.default or next(iter(used.values()))
@@ -373,7 +397,10 @@ def _model_card(directory: Path, source: str, name: str, recipe: Recipe) -> str:
     from huggingface_hub import ModelCardData, metadata_load
 
     readme = directory / "README.md"
-    known = (metadata_load(readme) or {}) if readme.exists() else {}
+    try:
+        known = (metadata_load(readme) or {}) if readme.exists() else {}
+    except Exception:  # YAML or text that cannot be read must not cost the conversion
+        known = {}
     card = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation",

@@ -29,6 +29,7 @@ ITEM_BYTES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same
 # What is fetched from the hub. Pickles, code and other formats are not.
 NEEDED = ("*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 WEIGHTS = ("model*.safetensors",)
@@ -58,10 +59,15 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
     Raises:
         CheckpointError: there is no such directory or repository, or it cannot be fetched.
     """
-    directory = Path(path_or_repo).expanduser()
-    if directory.is_dir():
-        return directory
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo) or directory.exists():
+    try:
+        directory = Path(path_or_repo).expanduser()
+        if directory.is_dir():
+            return directory
+        is_file = directory.exists()
+    except (OSError, RuntimeError) as error:  # too long, no permission, ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path_or_repo[:100]} cannot be read: {reason}") from None
+    if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
         raise CheckpointError(f"{path_or_repo} is neither a directory nor a name on the hub")
 
     from huggingface_hub import errors, snapshot_download
@@ -81,9 +87,9 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
     except errors.LocalEntryNotFoundError:
         sentence = f"{path_or_repo}{at} is not in the local cache and the hub cannot be reached"
         raise CheckpointError(sentence) from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # whatever the HTTP library of the day raises, and bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{path_or_repo} could not be fetched: {reason}") from None
+        raise CheckpointError(f"{path_or_repo} could not be fetched: {reason}") from error
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -104,13 +110,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        CheckpointError: the file is missing, not safetensors, or cut off.
+        CheckpointError: the file is missing, not safetensors or cut off, or its tensors do not
+            fill it exactly, one after the other.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise CheckpointError(f"{path} is cut off or not a safetensors file")
             header = json.loads(file.read(length))
             if not isinstance(header, dict):
@@ -119,33 +126,44 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not a safetensors file: its header is damaged") from None
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+            dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+                raise ValueError("no sizes")
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: the entry of {name} is damaged") from None
         if dtype not in ITEM_BYTES:
             raise CheckpointError(f"{path}: {name} has the unknown type {dtype}")
-        if start < 8 + length or end - start != prod(shape) * ITEM_BYTES[dtype]:
+        start, end = 8 + length + first, 8 + length + last
+        if end - start != prod(shape) * ITEM_BYTES[dtype]:
             raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
         tensors[name] = Tensor(name, dtype, shape, path, start, end)
-    beyond = [tensor for tensor in tensors.values() if tensor.end > size]
-    if beyond:
-        first = min(beyond, key=lambda tensor: tensor.start)
-        raise CheckpointError(
-            f"{path} is cut off: {first.name} ends at byte {first.end}, the file at {size}"
-        )
+    at = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.end > size:
+            raise CheckpointError(
+                f"{path} is cut off: {tensor.name} ends at byte {tensor.end}, the file at {size}"
+            )
+        if tensor.start != at:
+            raise CheckpointError(f"{path}: {tensor.name} leaves a gap or overlaps another tensor")
+        at = tensor.end
+    if at != size:
+        raise CheckpointError(f"{path}: {size - at} bytes after the last tensor belong to none")
     return tensors
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, from the files that its index names, or `model*.safetensors`.
+    """All tensors of a checkpoint.
+
+    They are in the files that the index names, without one in `model.safetensors`, without that in
+    all `model*.safetensors`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the index says.
@@ -160,7 +178,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{index} names a file outside the checkpoint: {outside[0]}")
     else:
         placed = None
-        files = sorted(path.name for path in directory.glob("model*.safetensors"))
+        whole = directory / "model.safetensors"
+        found_files = [whole] if whole.exists() else directory.glob("model*.safetensors")
+        files = sorted(path.name for path in found_files)
         if not files:
             raise CheckpointError(f"{directory} has no model*.safetensors")
     tensors: dict[str, Tensor] = {}
@@ -186,6 +206,21 @@ class Quantization:
     mode: str = "affine"
 
 
+def quantization_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """MLX's quantization settings of a config, {} if it has none.
+
+    Raises:
+        CheckpointError: they are another tool's (fp8, bitsandbytes, awq, gptq, ...).
+    """
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise CheckpointError("config.json: quantization is not a JSON object")
+    # awq and gptq settings have `bits` and `group_size` too: the method tells them apart.
+    if "quant_method" in settings:
+        raise CheckpointError(f"{settings['quant_method']} quantization is not supported")
+    return settings
+
+
 def quantization_of(config: dict[str, Any], module: str) -> Quantization:
     """What the config says of a module that has `.scales`.
 
@@ -193,14 +228,15 @@ def quantization_of(config: dict[str, Any], module: str) -> Quantization:
     and mxfp8 conversions rely on that.
 
     Raises:
-        CheckpointError: the config says nothing, or names a format that is not MLX's.
+        CheckpointError: the config says nothing of it, says that it is not quantized, or names a
+            format that is not MLX's.
     """
-    settings = config.get("quantization") or config.get("quantization_config") or {}
-    if "quant_method" in settings and "group_size" not in settings:
-        raise CheckpointError(f"{settings['quant_method']} quantization is not supported")
+    settings = quantization_settings(config)
     override = settings.get(module)
+    if override is False:
+        raise CheckpointError(f"config.json says {module} is not quantized, but it has scales")
     chosen = override if isinstance(override, dict) else settings
-    try:
-        return Quantization(chosen["group_size"], chosen["bits"], chosen.get("mode", "affine"))
-    except KeyError:
-        raise CheckpointError(f"config.json does not say how {module} is quantized") from None
+    size, bits, mode = chosen.get("group_size"), chosen.get("bits"), chosen.get("mode", "affine")
+    if not (isinstance(size, int) and isinstance(bits, int) and size > 0 and bits > 0):
+        raise CheckpointError(f"config.json does not say how {module} is quantized")
+    return Quantization(size, bits, mode)

@@ -33,12 +33,12 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 SamplerName = Literal["entropy", "confidence"]
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--model",
         "-m",
         envvar="MLX_DIFFGEMMA_MODEL",
-        help="Checkpoint directory, or a name on the Hugging Face hub.",
+        help="Checkpoint directory, or a name on the hub. [the small one that ships with us]",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
@@ -69,7 +69,7 @@ Threshold = Annotated[
 def generate(
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
     *,
-    model: Model,
+    model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
     max_tokens: MaxTokens = None,
@@ -101,6 +101,8 @@ def generate(
     from .generation import Done, Text, stream_generate
     from .loading import load
 
+    if not quiet:
+        introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
     events = stream_generate(
         loaded,
@@ -129,7 +131,7 @@ def generate(
 @app.command()
 def chat(
     *,
-    model: Model,
+    model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
     max_tokens: MaxTokens = None,
@@ -146,6 +148,7 @@ def chat(
     from .generation import Done, Text, stream_generate
     from .loading import load
 
+    introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, Any]] = list(opening)
@@ -188,6 +191,98 @@ def chat(
             say(f"error: {error}")
             continue
         messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+@app.command()
+def demo(
+    *,
+    delay: Annotated[float, typer.Option(min=0, help="Seconds a step stays on screen.")] = 0.4,
+    seed: Seed = 0,
+) -> None:
+    """Watch the small model solve a Sudoku, fill a record and repair a sentence."""
+    from time import sleep
+
+    from .demo import SCENES, play
+    from .generation import Draft, Text
+    from .loading import load
+
+    introduce(None)
+    loaded, tokenizer = load()
+    for scene in SCENES:
+        print(f"\n{scene.title}\n{scene.shown}\n", flush=True)
+        events = play(loaded, tokenizer, scene, 0 if seed is None else seed)
+        for event in watch(events, tokenizer, live=True, lines=True):
+            if isinstance(event, Draft):
+                sleep(delay)
+            elif isinstance(event, Text):
+                print(event.text, flush=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    *,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    steps: Annotated[str, typer.Option(help="Step budgets to compare.")] = "1,2,4,8,16,48",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most cases of a task.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Convert to these recipes first, and compare: none,8bit,...")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Own cases, JSON lines: prompt, and answer or regex.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
+) -> None:
+    """Exact success on held-out tasks, by steps and recipe."""
+    try:
+        budgets = [int(part) for part in steps.split(",")]
+    except ValueError:
+        fail(f"--steps takes numbers and commas, not {steps}", code=2)
+    from contextlib import ExitStack
+    from dataclasses import asdict
+    from itertools import groupby
+    from tempfile import TemporaryDirectory
+
+    from .checkpoint import resolve
+    from .convert import RECIPES, convert
+    from .evaluate import HELD_OUT, evaluate, read_cases
+    from .loading import EMBEDDED, load
+
+    cases = read_cases(tasks or HELD_OUT)
+    if limit is not None:
+        grouped = groupby(sorted(cases, key=lambda case: case.task), key=lambda case: case.task)
+        cases = [case for _, group in grouped for case in list(group)[:limit]]
+    wanted = recipes.split(",") if recipes else []
+    if unknown := [name for name in wanted if name not in RECIPES]:
+        fail(f"there is no recipe {unknown[0]}; there are {', '.join(RECIPES)}", code=2)
+    introduce(model)
+    source = resolve(model, revision=revision) if model else EMBEDDED
+    if not as_json:
+        print(f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}", end="")
+        print(f"{'tokens/pass':>13}  repair")
+    with ExitStack() as stack:
+        for name in wanted or ["as it is"]:
+            directory = source
+            if wanted:
+                directory = Path(stack.enter_context(TemporaryDirectory())) / name
+                convert(source, directory, recipe=RECIPES[name])
+            loaded, tokenizer = load(directory, dtype=dtype)
+            for score in evaluate(loaded, tokenizer, cases, budgets, seeds):
+                if as_json:
+                    print(json.dumps({"recipe": name, **asdict(score)}), flush=True)
+                    continue
+                success = f"{100 * score.success:.1f} ±{100 * score.error:.1f} %"
+                print(
+                    f"{name:<11}{score.task:<17}{score.steps:>5}{success:>16}"
+                    f"{score.steps_per_canvas:>14.1f}{score.tokens_per_forward:>13.1f}",
+                    end="",
+                )
+                if score.typos_fixed is not None and score.clean_damaged is not None:
+                    fixed, damaged = 100 * score.typos_fixed, 100 * score.clean_damaged
+                    print(f"  {fixed:.1f} % of typos fixed, {damaged:.2f} % damaged", end="")
+                print(flush=True)
 
 
 @app.command()
@@ -304,12 +399,24 @@ def info(
         print(f"needs about {needed} with {context:,} tokens of context")
 
 
+def introduce(model: str | None) -> None:
+    """Say which model runs, and how to get the large one while it is the small one."""
+    if model is not None:
+        say(f"Model: {model}")
+        return
+    say(
+        "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the 26 B "
+        "model: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then --model DIR"
+    )
+
+
 def watch(
     events: "Iterator[Event]", tokenizer: "Tokenizer", *, live: bool, lines: bool
 ) -> "Iterator[Event]":
     """Pass events on while showing drafts on stderr.
 
-    `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere.
+    `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts
+    are passed on after they are shown.
     """
     from rich.console import Console
 
@@ -321,11 +428,11 @@ def watch(
         for event in events:
             if not isinstance(event, Draft):
                 canvas.erase()
-                yield event
             elif live and console.is_terminal:
                 canvas.show(event, tokenizer.pieces(event.tokens))
             elif lines:
                 say(f"{progress(event)} | {event.text!r}")
+            yield event
 
 
 def choose_sampler(name: SamplerName | None, threshold: float | None) -> Any:

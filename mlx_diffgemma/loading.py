@@ -15,8 +15,12 @@ from .tokenizer import Tokenizer, TokenizerError
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+# The small trained model that ships inside the package.
+EMBEDDED = Path(__file__).parent / "data" / "tiny"
+
+
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path | None = None,
     *,
     revision: str | None = None,
     dtype: DType | None = None,
@@ -24,7 +28,8 @@ def load(
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
     Args:
-        path_or_repo: a directory, or a hub name, of which only the needed files are fetched.
+        path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
+            is the small demonstration model that ships with the package.
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
@@ -33,7 +38,9 @@ def load(
         CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
             not what the config says; the message is one sentence.
     """
-    directory = resolve(str(path_or_repo), revision=revision)
+    directory = EMBEDDED
+    if path_or_repo is not None:
+        directory = resolve(str(path_or_repo), revision=revision)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = "float32"
     model = load_model(directory, dtype=dtype)

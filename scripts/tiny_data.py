@@ -113,9 +113,7 @@ def held_out_sudokus() -> Iterator[Example]:
     """The 6x6 puzzles of the list."""
     for line in SEEN_BY_NOBODY.read_text().splitlines():
         rows = [[part[i : i + 6] for i in range(0, 36, 6)] for part in line.split()]
-        puzzle, answer = "\n".join(rows[0]), "\n".join(rows[1])
-        pieces = tuple((a, a == p) for a, p in zip(answer, puzzle, strict=True))
-        yield Example("sudoku", "6x6", puzzle, answer, pieces)
+        yield Example("sudoku", "6x6", "\n".join(rows[0]), "\n".join(rows[1]))
 
 
 def sudoku(rng: random.Random, held_out: bool, size: int = 6) -> Iterator[Example]:
@@ -141,9 +139,7 @@ def sudoku(rng: random.Random, held_out: bool, size: int = 6) -> Iterator[Exampl
                 cells[i] = kept
         if cells.count(0) < fewest:
             continue
-        puzzle, answer = text(cells), text(solution)
-        pieces = tuple((a, a == p) for a, p in zip(answer, puzzle, strict=True))
-        yield Example("sudoku", f"{size}x{size}", puzzle, answer, pieces)
+        yield Example("sudoku", f"{size}x{size}", text(cells), text(solution))
 
 
 def shuffled(rng: random.Random, held_out: bool, size: int) -> Iterator[Example]:
@@ -176,8 +172,7 @@ def shuffled(rng: random.Random, held_out: bool, size: int) -> Iterator[Example]
 
         puzzle, answer = moved(base.prompt), moved(base.answer)
         if is_held_out_grid(answer) == held_out:
-            pieces = tuple((a, a == p) for a, p in zip(answer, puzzle, strict=True))
-            yield Example("sudoku", base.kind, puzzle, answer, pieces)
+            yield Example("sudoku", base.kind, puzzle, answer)
 
 
 # Facts and names ---------------------------------------------------------------------------------
@@ -301,10 +296,9 @@ def records(
         answer = "".join(text for text, _ in pieces)
         if is_held_out(answer) != held_out:
             continue
-        if pinned:
-            yield Example("json-pinned", kind, prompt, answer, pieces)
-        else:
-            yield Example("json", kind, prompt, answer)
+        # Arithmetic is a task of its own: its answers are not in the prompt.
+        task = ("json-pinned" if pinned else "json") + ("-sum" if kind == "sum" else "")
+        yield Example(task, kind, prompt, answer, pieces if pinned else None)
 
 
 _ITEMS = (
