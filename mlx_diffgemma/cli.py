@@ -212,7 +212,7 @@ def demo(
         print(f"\n{scene.title}\n{scene.shown}\n", flush=True)
         events = play(loaded, tokenizer, scene, 0 if seed is None else seed)
         for event in watch(events, tokenizer, live=True, lines=True):
-            if isinstance(event, Draft):
+            if isinstance(event, Draft) and sys.stderr.isatty():
                 sleep(delay)
             elif isinstance(event, Text):
                 print(event.text, flush=True)

@@ -41,6 +41,19 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_bidirectional_attention": "vision",
 }
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "patch_size": 16,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 10240,
+    "rms_norm_eps": 1e-6,
+}
 GENERATION = {
     "confidence_threshold": 0.005,
     "eos_token_id": [1, 106, 50],
@@ -54,7 +67,7 @@ GENERATION = {
 }
 
 
-def config(layers: int) -> dict[str, Any]:
+def config(layers: int, vision: bool = False) -> dict[str, Any]:
     """config.json cut to so many layers, every sixth and the last with full attention."""
     full = "full_attention"
     kinds = [full if i % 6 == 5 or i == layers - 1 else "sliding_attention" for i in range(layers)]
@@ -65,12 +78,12 @@ def config(layers: int) -> dict[str, Any]:
         "dtype": "bfloat16",
         "tie_word_embeddings": True,
         "text_config": {**TEXT, "num_hidden_layers": layers, "layer_types": kinds},
-        "vision_config": None,
+        "vision_config": VISION if vision else None,
     }
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every text tensor, as in the published files."""
+    """Name -> shape of every tensor, as in the published files."""
     text = config["text_config"]
     hidden, inner, moe = (
         text[k] for k in ("hidden_size", "intermediate_size", "moe_intermediate_size")
@@ -116,13 +129,44 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "model.decoder.self_conditioning.up_proj.weight": (inner, hidden),
         "model.decoder.self_conditioning.pre_norm.weight": (hidden,),
     }
+    if config["vision_config"]:
+        found |= vision_shapes(config["vision_config"], hidden)
     return found
 
 
-def write(directory: Path, layers: int, shard_bytes: float) -> int:
+def vision_shapes(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the image encoder's tensors."""
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    tower = "model.encoder.vision_tower"
+    found: dict[str, tuple[int, ...]] = {
+        "model.encoder.embed_vision.embedding_projection.weight": (text_hidden, width),
+        f"{tower}.patch_embedder.input_proj.weight": (width, 3 * vision["patch_size"] ** 2),
+        f"{tower}.patch_embedder.position_embedding_table": (
+            2,
+            vision["position_embedding_size"],
+            width,
+        ),
+        f"{tower}.std_bias": (width,),
+        f"{tower}.std_scale": (width,),
+    }
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"{tower}.encoder.layers.{i}"
+        norms = "input post_attention pre_feedforward post_feedforward".split()
+        found |= {f"{layer}.{norm}_layernorm.weight": (width,) for norm in norms}
+        found |= {f"{layer}.self_attn.{n}_norm.weight": (vision["head_dim"],) for n in "qk"}
+        found |= {f"{layer}.self_attn.{n}_proj.linear.weight": (width, width) for n in "qkvo"}
+        found |= {
+            f"{layer}.mlp.down_proj.linear.weight": (width, inner),
+            f"{layer}.mlp.gate_proj.linear.weight": (inner, width),
+            f"{layer}.mlp.up_proj.linear.weight": (inner, width),
+        }
+    return found
+
+
+def write(directory: Path, layers: int, shard_bytes: float, vision: bool = False) -> int:
     """Write the checkpoint; returns its bytes. Values are bfloat16 of magnitude about 0.02."""
     directory.mkdir(parents=True)
-    made = config(layers)
+    made = config(layers, vision)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in sorted(shapes(made).items()):
@@ -134,7 +178,7 @@ def write(directory: Path, layers: int, shard_bytes: float) -> int:
     random = np.random.default_rng(0)
     # Sign, an exponent near that of 0.02 and a random mantissa: cheap and never NaN.
     noise = random.integers(0, 1 << 16, 1 << 24, dtype=np.uint16)
-    noise = (noise & 0x80FF) | np.uint16(0x3C00)
+    noise = (noise & np.uint16(0x80FF)) | np.uint16(0x3C00)
     weight_map = {}
     total = 0
     for number, shard in enumerate(shards, 1):
@@ -167,9 +211,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shard-gb", type=float, default=2.0)
+    parser.add_argument("--vision", action="store_true", help="with the image encoder, 1.1 GB")
     parser.add_argument("--measure", action="store_true", help="convert it and print the cost")
     arguments = parser.parse_args()
-    total = write(arguments.directory, arguments.layers, arguments.shard_gb * 1e9)
+    shard_bytes = arguments.shard_gb * 1e9
+    total = write(arguments.directory, arguments.layers, shard_bytes, arguments.vision)
     print(f"{arguments.directory}: {total / 1e9:.2f} GB, {arguments.layers} layers")
     if arguments.measure:
         out = arguments.directory.with_name(arguments.directory.name + "-mlx")

@@ -17,6 +17,7 @@ from mlx_diffgemma.checkpoint import (
     Quantization,
     quantization_of,
     read_header,
+    read_json,
     read_tensors,
     resolve,
 )
@@ -87,6 +88,40 @@ def test_header_that_lies_about_bytes(checkpoint: Path) -> None:
     assert f"bytes of {NORM} do not fit" in refusal(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([(0, 8), (0, 8)], "leaves a gap or overlaps"),
+        ([(0, 8), (12, 20)], "leaves a gap or overlaps"),
+        ([(0, 8), (8, 16)], "8 bytes after the last tensor"),
+        ([(0, 8), (8.0, 16.0)], "entry of b is damaged"),
+        ([(0, 8), (-8, 0)], "entry of b is damaged"),
+    ],
+)
+def test_tensors_fill_the_file_exactly(
+    tmp_path: Path, offsets: list[tuple[float, float]], said: str
+) -> None:
+    """Gaps, overlaps and trailing bytes used to pass; each is a file that another tool broke."""
+    entries = [{"dtype": "F32", "shape": [2], "data_offsets": pair} for pair in offsets]
+    header = json.dumps(dict(zip("ab", entries, strict=True))).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 24)
+    with pytest.raises(CheckpointError, match=said):
+        read_header(path)
+
+
+def test_json_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    """It used to end in a RecursionError."""
+    nested = b'{"a":' + b"[" * 200_000
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(nested).to_bytes(8, "little") + nested)
+    with pytest.raises(CheckpointError, match="header is damaged"):
+        read_header(path)
+    (tmp_path / "config.json").write_bytes(nested)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_json(tmp_path, "config.json")
+
+
 def index(directory: Path, weight_map: dict[str, str]) -> None:
     path = directory / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": weight_map}))
@@ -128,8 +163,24 @@ def test_override_without_a_mode_is_affine() -> None:
     }
     assert quantization_of(config, "model.decoder.embed_tokens") == Quantization(64, 8, "affine")
     assert quantization_of(config, "any.other") == Quantization(32, 4, "mxfp4")
-    with pytest.raises(CheckpointError, match="bitsandbytes"):
-        quantization_of({"quantization_config": {"quant_method": "bitsandbytes"}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes quantization"),
+        # bits and group_size are there: it used to be read as MLX's affine format.
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}, "awq"),
+        ({"quantization": {"bits": 4, "group_size": 64, "x": False}}, "x is not quantized, but"),
+        ({"quantization": {"bits": "4", "group_size": 64}}, "does not say how x"),
+        ({"quantization": {"bits": 0, "group_size": 64}}, "does not say how x"),
+        ({"quantization": [4]}, "not a JSON object"),
+        ({}, "does not say how x"),
+    ],
+)
+def test_quantization_that_is_not_ours_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        quantization_of(config, "x")
 
 
 # The hub ------------------------------------------------------------------------------------------
@@ -184,6 +235,9 @@ def test_hub_failures_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
         (errors.GatedRepoError("x", response=response), "gated"),
         (errors.LocalEntryNotFoundError("x"), "not in the local cache"),
         (OSError("disk\nfull"), "could not be fetched: disk"),
+        # Neither is an OSError: a bad name, and what HTTP libraries raise when a peer hangs up.
+        (errors.HFValidationError("cannot end by '.git'"), "could not be fetched: cannot end"),
+        (Exception("peer closed connection"), "could not be fetched: peer closed"),
     ]:
 
         def fail(*_: Any, failure: Exception = failure, **__: Any) -> str:
@@ -201,6 +255,13 @@ def test_what_is_no_hub_name_is_not_looked_up(name: str, monkeypatch: pytest.Mon
         resolve(name)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "org/" + "x" * 5000, "~nobody-of-that-name/x"])
+def test_names_that_the_file_system_refuses(name: str) -> None:
+    """A prompt in the place of a model used to end in "OSError: File name too long"."""
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        resolve(name)
+
+
 def test_read_tensors_joins_shards(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model-00001-of-00002.safetensors"), {"a": mx.ones((2, 3))})
     mx.save_safetensors(str(tmp_path / "model-00002-of-00002.safetensors"), {"b": mx.ones((4,))})
@@ -208,3 +269,5 @@ def test_read_tensors_joins_shards(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model-00002-of-00002.safetensors"), {"a": mx.ones((4,))})
     with pytest.raises(CheckpointError, match="a is in model-00001-of-00002"):
         read_tensors(tmp_path)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.ones((5,))})
+    assert {n: t.shape for n, t in read_tensors(tmp_path).items()} == {"a": (5,)}

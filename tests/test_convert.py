@@ -1,7 +1,9 @@
 """Conversion: the published layout, the right numbers, and nothing half-written."""
 
+import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,9 @@ from mlx_diffgemma.checkpoint import Tensor, read_header, read_tensors
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 REAL = Path(__file__).parents[2] / "shared" / "reference"
+MAKE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "make_checkpoint.py"))
+# Of the published 4-bit conversion: its 1,647 lines "name type shape", and its 236 overrides.
+PUBLISHED = "18c423ed9955d05f"
 
 
 def arrays(directory: Path) -> dict[str, mx.array]:
@@ -37,6 +42,29 @@ def layout(lines: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (dtype, tuple(json.loads(shape))) for name, dtype, shape, _ in cells}
 
 
+def test_plan_of_the_real_shapes_is_the_published_conversion() -> None:
+    """As the test below, from the shapes that scripts/make_checkpoint.py knows."""
+    config = MAKE["config"](30, vision=True)
+    shapes = MAKE["shapes"](config)
+    tensors = {n: Tensor(n, "BF16", shape, Path(), 0, 0) for n, shape in shapes.items()}
+    jobs, _ = pipeline.plan(tensors, config, RECIPES["mixed-4-8"], None)
+    planned = sorted((n, dtype, list(shape)) for job in jobs for n, dtype, shape in job.parts)
+    assert len(planned) == 1647
+    assert digest(planned) == PUBLISHED
+    settings = pipeline._config(config, REAL, jobs, RECIPES["mixed-4-8"], None)["quantization"]
+    dense = "self_attn.q self_attn.k self_attn.v self_attn.o mlp.gate mlp.up mlp.down".split()
+    eight = {f"model.decoder.layers.{i}.{m}_proj" for i in range(30) for m in dense}
+    eight -= {f"model.decoder.layers.{i}.self_attn.v_proj" for i in (5, 11, 17, 23, 29)}
+    eight |= {f"model.decoder.layers.{i}.router.proj" for i in range(30)}
+    eight.add("model.decoder.embed_tokens")
+    expected = {module: {"group_size": 64, "bits": 8} for module in eight}
+    assert settings == {"group_size": 64, "bits": 4, "mode": "affine", **expected}
+
+
+def digest(lines: object) -> str:
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="the published tables lie beside the repository")
 def test_plan_of_the_real_checkpoint_is_the_published_conversion() -> None:
     """1,047 tensors -> the 4-bit conversion that is on the hub: names, types, shapes, overrides."""
@@ -47,6 +75,8 @@ def test_plan_of_the_real_checkpoint_is_the_published_conversion() -> None:
     jobs, unpacked = pipeline.plan(tensors, config, RECIPES["mixed-4-8"], None)
     planned = {name: (dtype, shape) for job in jobs for name, dtype, shape in job.parts}
     assert planned == published
+    assert MAKE["shapes"](MAKE["config"](30, vision=True)) == {n: s for n, (_, s) in source.items()}
+    assert digest(sorted((n, dtype, list(s)) for n, (dtype, s) in published.items())) == PUBLISHED
     assert unpacked == []
     ours = pipeline._config(config, REAL, jobs, RECIPES["mixed-4-8"], None)
     theirs = json.loads((REAL / "mlx4bit.config.json").read_text())
@@ -135,7 +165,7 @@ def test_formats_that_mlx_lacks_are_refused(mode: str, bits: int, group: int | N
         uniform(bits, group, mode)
 
 
-def test_refusals_before_any_work(tmp_path: Path) -> None:
+def test_refusals_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConvertError, match="exists already"):
@@ -151,7 +181,46 @@ def test_refusals_before_any_work(tmp_path: Path) -> None:
     mx.save_safetensors(str(broken / "model.safetensors"), weights)
     with pytest.raises(CheckpointError, match=r"lacks model\.decoder\.norm\.weight"):
         convert(broken, tmp_path / "out")
+    with pytest.raises(ConvertError, match="no dtype bf16"):  # used to be ignored
+        convert(SUDOKU, tmp_path / "out", dtype="bf16")
+    with pytest.raises(ConvertError, match="goes with no recipe"):
+        convert(tmp_path / "packed", tmp_path / "out", dequantize=True, recipe=RECIPES["8bit"])
+    foreign = json.loads((broken / "config.json").read_text())
+    foreign["quantization_config"] = {"quant_method": "fp8"}
+    (broken / "config.json").write_text(json.dumps(foreign))
+    with pytest.raises(CheckpointError, match="fp8 quantization is not supported"):
+        convert(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    # The hub used to be asked for 50 GB before the destination was looked at.
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(ConvertError, match="exists already"):
+        convert("org/model", tmp_path / "taken")
+
+
+def test_destinations_that_cannot_be_written(tmp_path: Path) -> None:
+    """Each used to be a traceback, the link only after all the work."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ConvertError, match="failed"):
+        convert(SUDOKU, tmp_path / "file" / "out")
+    with pytest.raises(ConvertError, match="exists already"):
+        convert(SUDOKU, tmp_path / "link")
+    with pytest.raises(ConvertError, match="not a name"):
+        convert(SUDOKU, ".")
+
+
+def test_a_damaged_model_card_costs_only_its_licence(tmp_path: Path) -> None:
+    """It used to fail the conversion when all weights were written."""
+    source = Path(shutil.copytree(SUDOKU, tmp_path / "source"))
+    for number, front in enumerate([b"license: [a\nb: : c", b"license: \xff", b"- a\n- b"]):
+        (source / "README.md").write_bytes(b"---\n" + front + b"\n---\n")
+        convert(source, tmp_path / str(number))
+        assert "library_name: mlx" in (tmp_path / str(number) / "README.md").read_text()
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n")
+    convert(source, tmp_path / "sound")
+    card = (tmp_path / "sound" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "base_model: org/base" in card
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +239,20 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         convert(SUDOKU, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(pipeline, "_read", read)
+    usage = shutil.disk_usage(tmp_path)
+    stale = tmp_path / ".out.incomplete"
+    stale.mkdir()
+
+    def nearly_full(_: Path) -> Any:
+        return usage._replace(free=1000 if stale.exists() else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    convert(SUDOKU, tmp_path / "out")  # what a killed run had filled counts as room
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ConvertError, match="too little room"):
-        convert(SUDOKU, tmp_path / "out")
+        convert(SUDOKU, tmp_path / "other")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Scores by hand, task files as users write them, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_diffgemma.evaluate import (
+    HELD_OUT,
+    Case,
+    Outcome,
+    Repair,
+    TaskError,
+    is_right,
+    read_cases,
+    repair,
+    score,
+)
+
+
+def test_repair_by_hand() -> None:
+    clean, noisy = "the cat sat on a mat", "the cta sat on a mst"
+    # Two typos: two swapped letters (an insertion and a deletion around one) and one wrong letter.
+    assert repair(noisy, clean, clean).fixed == repair(noisy, clean, clean).typos
+    assert repair(noisy, clean, clean).damaged == 0
+    assert repair(noisy, clean, noisy).fixed == 0
+    assert repair(noisy, clean, noisy).damaged == 0
+    broken = repair(noisy, clean, "tXe cat sat on a mat")
+    assert broken.damaged == 1
+    assert repair("abc", "abc", "abc") == Repair(typos=0, fixed=0, clean=3, damaged=0)
+
+
+def test_exact_and_pattern() -> None:
+    assert is_right(Case("t", "p", answer="4"), " 4\n")
+    assert not is_right(Case("t", "p", answer="4"), "44")
+    assert is_right(Case("t", "p", regex="(?i)^red|blue$"), "Red")
+    assert not is_right(Case("t", "p", regex="^red$"), "redder")
+
+
+def test_score_by_hand() -> None:
+    case = Case("t", "p", answer="x")
+    runs = [(case, Outcome("x", 4, 1, 10.0)), (case, Outcome("y", 2, 1, 20.0))] * 2
+    row = score("t", 8, runs, seeds=2)
+    assert (row.runs, row.success, row.steps_per_canvas, row.tokens_per_forward) == (4, 0.5, 3, 15)
+    assert row.error == pytest.approx((0.25 / 2) ** 0.5)  # two cases; their seeds are not new ones
+    assert row.typos_fixed is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2"),
+        ('{"answer": "4"}', "prompt"),
+        ('{"prompt": "x"}', "either answer or regex"),
+        ('{"prompt": "x", "answer": "4", "regex": "4"}', "either answer or regex"),
+        ('{"prompt": "x", "regex": "("}', "line 2"),
+        ('{"prompt": "x", "answer": "4", "points": 3}', "points"),
+    ],
+)
+def test_task_files_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "1", "answer": "1"}\n' + line)
+    with pytest.raises(TaskError, match=said):
+        read_cases(path)
+
+
+def test_held_out_data_covers_every_task() -> None:
+    tasks = {case.task for case in read_cases(HELD_OUT)}
+    assert {"sudoku", "json", "json-pinned", "json-pinned-sum", "typo", "gap", "chat"} <= tasks
+
+
+def test_command_with_own_tasks_and_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    solved, open_ = "1234\n3412\n2143\n4321", "12.4\n.412\n2.43\n43.1"
+    lines = [{"prompt": open_, "answer": solved}, {"prompt": open_, "regex": "^1234"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_diffgemma",
+        "eval",
+        "--tasks",
+        str(path),
+        "--steps",
+        "2,6",
+    ]
+    done = subprocess.run(
+        [*command, "--seeds", "2", "--recipes", "none,8bit", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["recipe"], row["task"], row["steps"], row["runs"]) for row in rows] == [
+        ("none", "mine", 2, 4),
+        ("none", "mine", 6, 4),
+        ("8bit", "mine", 2, 4),
+        ("8bit", "mine", 6, 4),
+    ]
+    assert rows[1]["steps_per_canvas"] <= 6
