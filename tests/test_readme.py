@@ -11,7 +11,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 BIN = str(Path(sys.executable).parent)
 # These need a download, a checkpoint of the reader's, or minutes.
-NEEDS = ("pip install", "convert google", "./diffusiongemma", "--model DIR", "scripts/test", "--recipes")
+NEEDS = ("pip install", "convert google", "diffusiongemma-4bit", "--model DIR", "--recipes")
 
 
 @pytest.mark.parametrize("code", [code for kind, code in BLOCKS if kind == "python"])
