@@ -401,12 +401,12 @@ def streams(
         return cycle(held_out_sudokus()) if held_out else shuffled(r, False, 6)
 
     make: dict[str, tuple[float, Callable[[random.Random], Iterator[Example]]]] = {
-        "sudoku6": (0.12, sudoku6),
+        "sudoku6": (0.22, sudoku6),
         "sudoku4": (0.03, lambda r: sudoku(r, held_out, 4)),
-        "json": (0.20, lambda r: records(r, held_out, sources, pinned=False)),
-        "json-pinned": (0.25, lambda r: records(r, held_out, sources, pinned=True)),
-        "typo": (0.30, lambda r: typos(r, held_out, sources)),
+        "json": (0.12, lambda r: records(r, held_out, sources, pinned=False)),
+        "json-pinned": (0.30, lambda r: records(r, held_out, sources, pinned=True)),
+        "typo": (0.20, lambda r: typos(r, held_out, sources)),
         "gap": (0.04, lambda r: gaps(r, held_out, sources)),
-        "chat": (0.06, lambda r: chat(r, held_out, sources)),
+        "chat": (0.09, lambda r: chat(r, held_out, sources)),
     }
     return {k: (share, f(random.Random(rng.random()))) for k, (share, f) in make.items()}

@@ -423,7 +423,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     modeling.DiffusionGemmaTextExperts.forward = dense_experts
-    tokenizer = make_tokenizer(sources, arguments.vocab)
+    # Kept with the state: a resumed run must not meet other ids because a task was reworded.
+    tokenizer_path = arguments.work / "tokenizer.json"
+    if not tokenizer_path.exists():
+        make_tokenizer(sources, arguments.vocab).save(str(tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
     model = make_model(tokenizer.get_vocab_size())
     start_from_sudoku(model, tokenizer)
     optims = optimisers(model)
