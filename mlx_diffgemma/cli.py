@@ -197,20 +197,21 @@ def chat(
 def demo(
     *,
     delay: Annotated[float, typer.Option(min=0, help="Seconds a step stays on screen.")] = 0.4,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds, other paths.")] = 0,
 ) -> None:
     """Watch the small model solve a Sudoku, fill a record and repair a sentence."""
     from time import sleep
 
-    from .demo import SCENES, play
+    from .demo import SCENES
+    from .evaluate import events_of
     from .generation import Draft, Text
     from .loading import load
 
     introduce(None)
     loaded, tokenizer = load()
     for scene in SCENES:
-        print(f"\n{scene.title}\n{scene.shown}\n", flush=True)
-        events = play(loaded, tokenizer, scene, 0 if seed is None else seed)
+        print(f"\n{scene.title}\n{scene.case.prompt}\n", flush=True)
+        events = events_of(loaded, tokenizer, scene.case, None, seed)
         for event in watch(events, tokenizer, live=True, lines=True):
             if isinstance(event, Draft) and sys.stderr.isatty():
                 sleep(delay)

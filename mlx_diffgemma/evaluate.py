@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .canvas import edit_start, fill_start
 from .errors import Error
-from .generation import Done, Text, stream_generate
+from .generation import Done, Event, Text, stream_generate
 from .model import DiffusionGemma
 from .sampler import SeededDraws
 from .tokenizer import Tokenizer
@@ -99,20 +99,25 @@ def read_cases(path: Path) -> list[Case]:
     return cases
 
 
-def run_case(
+def events_of(
     model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
-) -> Outcome:
-    """Answer one case."""
+) -> Iterator[Event]:
+    """Answer one case, as `stream_generate` does."""
     draws = SeededDraws(seed, model.config.vocab_size)
     start = None
     if case.pieces is not None:
         start = fill_start(model, tokenizer, case.pieces, draws)
     elif case.start is not None:
         start = edit_start(model, tokenizer, case.start)
+    return stream_generate(model, tokenizer, case.prompt, steps=steps, draws=draws, start=start)
+
+
+def run_case(
+    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
+) -> Outcome:
+    """Answer one case to the end."""
     text = ""
-    for event in stream_generate(
-        model, tokenizer, case.prompt, steps=steps, draws=draws, start=start
-    ):
+    for event in events_of(model, tokenizer, case, steps, seed):
         if isinstance(event, Text):
             text += event.text
         elif isinstance(event, Done):

@@ -54,8 +54,9 @@ class Text:
 class Done:
     """The end, with statistics.
 
-    `generated_tokens` counts the end token, as the reference does; times are in seconds, rates per
-    second, memory in bytes.
+    `generated_tokens` counts the end token, as the reference does. Times are seconds of computing:
+    `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
+    divides by the latter. Memory is in bytes, weights included.
     """
 
     finish_reason: FinishReason
@@ -206,44 +207,46 @@ def _events(
     start: Start | None,
 ) -> Generator[Event, None, None]:
     mx.reset_peak_memory()
-    started = time.perf_counter()
-    prompt_seconds = 0.0
+    prompt_seconds = seconds = 0.0
     generated: list[int] = []
     shown = ""
     canvases = passes = 0
     run = generate_tokens(model, prompt, config, draws, prefill_chunk, start)
     try:
-        for item in run:
+        while True:
+            # Only time spent computing counts, not what the consumer does between events.
+            resumed = time.perf_counter()
+            item = next(run)
+            seconds += time.perf_counter() - resumed
             if isinstance(item, Encoded):
-                prompt_seconds = prompt_seconds or time.perf_counter() - started
-                continue
-            if isinstance(item, Snapshot):
+                prompt_seconds = prompt_seconds or seconds
+            elif isinstance(item, Snapshot):
                 passes += 1
                 yield _draft(tokenizer, item, canvases, config)
-                continue
-            canvases += 1
-            generated += item.tokens
-            text = tokenizer.decode(generated)
-            if item.finish_reason is None:
-                # Bytes of a character that the next canvas completes decode to U+FFFD until then.
-                text = text.rstrip("\ufffd")
-            if len(text) > len(shown):
-                yield Text(text[len(shown) :])
-                shown = text
-            if item.finish_reason is not None:
-                seconds = time.perf_counter() - started
-                yield Done(
-                    finish_reason=item.finish_reason,
-                    prompt_tokens=len(prompt),
-                    generated_tokens=len(generated),
-                    canvases=canvases,
-                    denoising_steps=passes,
-                    tokens_per_forward=len(generated) / passes,
-                    prompt_seconds=prompt_seconds,
-                    generation_seconds=seconds - prompt_seconds,
-                    tokens_per_second=len(generated) / seconds,
-                    peak_memory=mx.get_peak_memory(),
-                )
+            else:
+                canvases += 1
+                generated += item.tokens
+                text = tokenizer.decode(generated)
+                if item.finish_reason is None:
+                    # Bytes of a character that the next canvas completes are U+FFFD until then.
+                    text = text.rstrip("\ufffd")
+                if len(text) > len(shown):
+                    yield Text(text[len(shown) :])
+                    shown = text
+                if item.finish_reason is not None:
+                    break
+        yield Done(
+            finish_reason=item.finish_reason,
+            prompt_tokens=len(prompt),
+            generated_tokens=len(generated),
+            canvases=canvases,
+            denoising_steps=passes,
+            tokens_per_forward=len(generated) / passes,
+            prompt_seconds=prompt_seconds,
+            generation_seconds=seconds - prompt_seconds,
+            tokens_per_second=len(generated) / (seconds - prompt_seconds),
+            peak_memory=mx.get_peak_memory(),
+        )
     finally:
         run.close()
         mx.clear_cache()
