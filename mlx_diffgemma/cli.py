@@ -401,14 +401,12 @@ def info(
 
 
 def introduce(model: str | None) -> None:
-    """Say which model runs, and how to get the large one while it is the small one."""
-    if model is not None:
-        say(f"Model: {model}")
-        return
-    say(
-        "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the 26 B "
-        "model: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then --model DIR"
-    )
+    """Nobody should take the small default for the real model, or not know how to get that."""
+    if model is None:
+        say(
+            "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the "
+            "26 B one: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then --model DIR"
+        )
 
 
 def watch(

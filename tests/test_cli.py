@@ -45,6 +45,26 @@ def test_a_prompt_from_a_pipe_and_a_model_from_the_environment() -> None:
         assert (done.stdout, done.stderr) == (ANSWER + "\n", "")
 
 
+def test_without_a_model_the_small_one_answers_and_says_so() -> None:
+    done = run("generate", "--seed", "0", stdin="hello")
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    first = done.stderr.splitlines()[0]
+    assert "small demonstration model" in first
+    assert "google/diffusiongemma-26B-A4B-it" in first
+    named = run("generate", "-m", SUDOKU, "--seed", "0", PUZZLE)
+    assert "small demonstration model" not in named.stderr
+
+
+def test_demo_plays_three_scenes() -> None:
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    for title in ("A Sudoku is solved", "A record is filled", "A sentence is repaired"):
+        assert title in done.stdout
+    assert '{"name":"' in done.stdout
+    assert sum(line.startswith("canvas 1, step 1/48") for line in done.stderr.splitlines()) == 3
+
+
 def test_json_and_flags() -> None:
     done = run("generate", "-m", SUDOKU, "--json", "--seed", "0", "--max-tokens", "6", PUZZLE)
     answer = json.loads(done.stdout)
@@ -72,7 +92,9 @@ def test_show_in_a_pipe_prints_a_line_a_step() -> None:
         (["generate", "-m", SUDOKU, "1" * 5000], 1, "does not fit into the context of 4096"),
         (["generate", "-m", SUDOKU, "--steps", "0", "hi"], 2, "--steps"),
         (["generate", "-m", SUDOKU, "--threshold", "0.5", "hi"], 2, "--sampler confidence"),
-        (["generate", "hi"], 2, "--model"),
+        (["eval", "--tasks", "nowhere.jsonl"], 1, "nowhere.jsonl cannot be read"),
+        (["eval", "--steps", "1,x"], 2, "--steps takes numbers"),
+        (["eval", "--recipes", "none,huge"], 2, "no recipe huge"),
         (["info", "/tmp"], 1, "config.json is missing"),
         (["convert", "nowhere", "out"], 1, "neither a directory nor a name"),
         (["convert", SUDOKU, SUDOKU], 1, "exists already"),
