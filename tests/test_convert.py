@@ -297,3 +297,26 @@ def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("create", "me/model"), ("upload", tmp_path)]
     with pytest.raises(ConvertError, match="is complete, but uploading it failed: quota"):
         upload(tmp_path, "me/full")
+
+
+def test_conversions_of_others_load(tmp_path: Path) -> None:
+    """Settings only inside config.json, uniform bits with no override, experts named `.weight`."""
+    out = convert(SUDOKU, tmp_path / "out", recipe=uniform(8, 64, "affine")).directory
+    (out / "generation_config.json").unlink()
+    (out / "model.safetensors.index.json").unlink()
+    model, _ = load(out)
+    assert model.generation == load(SUDOKU)[0].generation
+    settings = json.loads((out / "config.json").read_text())["quantization"]
+    # No override but for the tiny vision projection, which no group of 64 divides.
+    assert [key for key in settings if key.startswith("model.") and "vision" not in key] == []
+
+    plain = Path(shutil.copytree(SUDOKU, tmp_path / "plain"))
+    raw = arrays(SUDOKU)
+    named = {
+        k + ".weight" if k.endswith(("gate_up_proj", "experts.down_proj")) else k: v
+        for k, v in raw.items()
+    }
+    assert named.keys() != raw.keys()
+    mx.save_safetensors(str(plain / "model.safetensors"), named)
+    prompt = list(range(20, 60))
+    assert generate(*load(plain), prompt, seed=0) == generate(*load(SUDOKU), prompt, seed=0)
