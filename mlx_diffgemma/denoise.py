@@ -1,11 +1,12 @@
 """The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
 
-Chat, filling and editing differ in where a canvas starts: `Start`.
+Chat, filling, editing and batches differ in where a canvas starts: `Start`.
 """
 
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ from .model import DiffusionGemma, LayerCache
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after one denoising step; all arrays are (1, L) and already computed.
+    """The state after one denoising step; arrays are (B, L) and already computed.
 
     Attributes:
         step: counts from 1.
@@ -24,7 +25,7 @@ class Snapshot:
         argmax: the model's best token at each position; what is committed at the end.
         accepted: positions whose token on the canvas is not noise.
         entropy: nats, of the temperature-scaled distribution; 0 where pinned.
-        converged: the stop rule holds, so this is the last step.
+        converged: (B,) the stop rule has held; such a row no longer changes.
     """
 
     step: int
@@ -32,12 +33,22 @@ class Snapshot:
     argmax: mx.array
     accepted: mx.array
     entropy: mx.array
-    converged: bool
+    converged: mx.array
+
+
+class Constraint(Protocol):
+    """What tokens a canvas may hold, alone (`mask`) and together (`choose`)."""
+
+    def mask(self, logits: mx.array) -> mx.array:
+        """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """(B, L) ids of the allowed canvas with the highest sum of logits."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a canvas starts, if not from uniform noise; all arrays are (1, L).
+    """Where a canvas starts, if not from uniform noise; arrays are (B, L).
 
     Attributes:
         canvas: the starting ids.
@@ -45,11 +56,15 @@ class Start:
             acceptance and self-conditioning, and not at all for the stop rule.
         background: what a position that is not accepted goes back to; None is fresh noise. Editing
             uses the user's own text here, which noise would destroy.
+        constraint: which canvases are allowed; None allows all.
+        first_step: where the schedule is entered, from 1.
     """
 
     canvas: mx.array
     pinned: mx.array | None = None
     background: mx.array | None = None
+    constraint: Constraint | None = None
+    first_step: int = 1
 
 
 def denoise(
@@ -59,46 +74,59 @@ def denoise(
     draws: rules.Draws,
     start: Start | None = None,
 ) -> Generator[Snapshot, None, None]:
-    """Refine one canvas that follows the cached context, a snapshot a step, computed on demand.
+    """Refine canvases that follow the cached context, a snapshot a step, computed on demand.
 
-    The cache is only read. The last snapshot has `converged` set, or its step is
-    `config.max_denoising_steps`.
+    The cache is only read; a context of one row serves all canvases. The last snapshot has
+    `converged` set in all rows, or its step is `config.max_denoising_steps`.
     """
     steps = config.max_denoising_steps
     if start is None:
         start = Start(draws.tokens((1, model.config.canvas_length)))
     canvas, pinned = start.canvas, start.pinned
-    fixed = mx.zeros(canvas.shape, dtype=mx.bool_) if pinned is None else pinned
+    fixed = pinned
+    choose = rules.best if start.constraint is None else start.constraint.choose
     history: deque[mx.array] = deque(maxlen=config.stability_threshold)
     belief: mx.array | None = None
-    for step in range(1, steps + 1):
+    last: Snapshot | None = None
+    for step in range(start.first_step, steps + 1):
         heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
         logits = model(canvas, cache, belief) / heat
-        sampled = rules.sample(logits, draws.gumbel(logits.shape))
+        if start.constraint is not None:
+            logits = start.constraint.mask(logits)
+        if fixed is not None:
+            logits = rules.pin(logits, fixed, canvas)
+        sampled = choose(logits + draws.gumbel(logits.shape))
+        argmax = choose(logits)
         entropy = rules.entropy(logits)
         confidence = rules.probability(logits, sampled)
-        accepted = config.sampler.accept(entropy, confidence, ~fixed)
-        if pinned is not None:
-            entropy = mx.where(pinned, 0.0, entropy)
-        argmax = mx.where(fixed, canvas, rules.best(logits))
         belief = model.soft_embedding(logits)
-        if pinned is not None:
-            belief = mx.where(pinned[..., None], model.embed(canvas), belief)
-
-        tokens = mx.where(fixed, canvas, sampled)
-        accepted = fixed | accepted
+        accepted = config.sampler.accept(entropy, confidence, fixed)
         noise = draws.tokens(canvas.shape) if start.background is None else start.background
-        canvas = rules.renoise(accepted, tokens, noise)
+        canvas = rules.renoise(accepted, sampled, noise)
         stop = rules.is_stable(argmax, history, config.stability_threshold)
-        free = None if pinned is None else ~pinned
-        stop = stop & rules.is_confident(entropy, config.confidence_threshold, free)
+        stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
         if config.sampler.keeps:
+            # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted
-            argmax = mx.where(fixed, canvas, argmax)
+            argmax = choose(rules.pin(logits, fixed, canvas))
             stop = stop | fixed.all(axis=-1)
-        mx.eval(canvas, argmax, accepted, entropy, stop)
         history.append(argmax)
-        converged = bool(stop.item())
-        yield Snapshot(step, canvas, argmax, accepted, entropy, converged)
-        if converged:
+        now = Snapshot(step, canvas, argmax, accepted, entropy, stop)
+        last = now if last is None else _hold(last, now)
+        mx.eval(last.canvas, last.argmax, last.accepted, last.entropy, last.converged)
+        yield last
+        if last.converged.all().item():
             return
+
+
+def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
+    """The new snapshot, but rows that had converged stay as they were."""
+    rows = last.converged[:, None]
+    return Snapshot(
+        step=now.step,
+        canvas=mx.where(rows, last.canvas, now.canvas),
+        argmax=mx.where(rows, last.argmax, now.argmax),
+        accepted=mx.where(rows, last.accepted, now.accepted),
+        entropy=mx.where(rows, last.entropy, now.entropy),
+        converged=last.converged | now.converged,
+    )

@@ -145,7 +145,7 @@ def generate_tokens(
             reason = "stop"
         elif not budget or room < length:
             reason = "length"
-        if reason and not snapshot.converged:
+        if reason and not snapshot.converged.item():
             reason = "not_converged"
         yield Committed(tuple(kept), reason)
         if reason:

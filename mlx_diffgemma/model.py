@@ -194,12 +194,16 @@ class LayerCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def read(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What is held followed by the new keys and values; nothing is kept."""
+        """What is held followed by the new keys and values; nothing is kept.
+
+        A held batch of one serves any number of new rows.
+        """
         if self.keys is None or self.values is None:
             return keys, values
+        shape = (keys.shape[0], *self.keys.shape[1:])
         return (
-            mx.concatenate([self.keys, keys], axis=2),
-            mx.concatenate([self.values, values], axis=2),
+            mx.concatenate([mx.broadcast_to(self.keys, shape), keys], axis=2),
+            mx.concatenate([mx.broadcast_to(self.values, shape), values], axis=2),
         )
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,6 +11,9 @@ from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
+# A logit of what must not be chosen. Finite, so that 0 * log 0 in an entropy stays 0.
+NEVER = -1e9
+
 
 def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float:
     """Linear schedule over the steps that remain (`steps` .. 1), as in the reference.
@@ -42,6 +45,12 @@ def best(logits: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1).astype(mx.int32)
 
 
+def pin(logits: mx.array, pinned: mx.array, tokens: mx.array) -> mx.array:
+    """One-hot logits (B, L, V) for `tokens` (B, L) where `pinned` (B, L)."""
+    others = mx.arange(logits.shape[-1]) != tokens[..., None]
+    return mx.where(pinned[..., None] & others, NEVER, logits)
+
+
 def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
     """Take positions from the most certain on while the entropies *before* each sum to <= bound.
 
@@ -54,11 +63,15 @@ def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
     return mx.take_along_axis(passes, mx.argsort(order, axis=-1), axis=-1)
 
 
-def accept_by_confidence(confidence: mx.array, threshold: float, free: mx.array) -> mx.array:
-    """Free positions whose token has probability >= threshold, or the best free one if none has."""
-    ranked = mx.where(free, confidence, -1.0)
+def accept_by_confidence(
+    confidence: mx.array, threshold: float, fixed: mx.array | None
+) -> mx.array:
+    """What is fixed, tokens of probability >= threshold, or else the best that is not fixed."""
+    if fixed is None:
+        fixed = mx.zeros(confidence.shape, dtype=mx.bool_)
+    ranked = mx.where(fixed, -1.0, confidence)
     best = mx.arange(ranked.shape[-1]) == mx.argmax(ranked, axis=-1, keepdims=True)
-    return free & ((ranked >= threshold) | best)
+    return fixed | (ranked >= threshold) | best
 
 
 def renoise(accepted: mx.array, tokens: mx.array, noise: mx.array) -> mx.array:
@@ -76,10 +89,11 @@ def is_stable(argmax: mx.array, history: Sequence[mx.array], threshold: int) -> 
     return stable
 
 
-def is_confident(entropies: mx.array, threshold: float, free: mx.array | None) -> mx.array:
-    """(B,) whether the mean entropy, over the free positions, is below the threshold."""
-    if free is None:
+def is_confident(entropies: mx.array, threshold: float, pinned: mx.array | None) -> mx.array:
+    """(B,) whether the mean entropy, over the positions not pinned, is below the threshold."""
+    if pinned is None:
         return entropies.mean(axis=-1) < threshold
+    free = ~pinned
     return (entropies * free).sum(axis=-1) < threshold * mx.maximum(free.sum(axis=-1), 1)
 
 
@@ -90,8 +104,8 @@ class EntropyBound:
     bound: float = 0.1
     keeps: ClassVar[bool] = False
 
-    def accept(self, entropies: mx.array, confidence: mx.array, free: mx.array) -> mx.array:
-        return accept_by_entropy(mx.where(free, entropies, 0.0), self.bound)
+    def accept(self, entropies: mx.array, confidence: mx.array, fixed: mx.array | None) -> mx.array:
+        return accept_by_entropy(entropies, self.bound)
 
 
 @dataclass(frozen=True)
@@ -104,8 +118,8 @@ class ConfidenceThreshold:
     threshold: float = 0.9
     keeps: ClassVar[bool] = True
 
-    def accept(self, entropies: mx.array, confidence: mx.array, free: mx.array) -> mx.array:
-        return accept_by_confidence(confidence, self.threshold, free)
+    def accept(self, entropies: mx.array, confidence: mx.array, fixed: mx.array | None) -> mx.array:
+        return accept_by_confidence(confidence, self.threshold, fixed)
 
 
 Sampler = EntropyBound | ConfidenceThreshold

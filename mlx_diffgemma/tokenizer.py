@@ -1,6 +1,7 @@
 """Text <-> ids and chat -> text, from a checkpoint's own files, without transformers."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from .errors import Error
 
 Message = dict[str, Any]
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 
 
 class TokenizerError(Error):
@@ -88,6 +90,23 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each id by itself; part of a character is U+FFFD."""
         return [self.decode([i]) for i in ids]
+
+    @cached_property
+    def plain(self) -> dict[int, str]:
+        """The text that each ordinary id adds to what stands before it.
+
+        Left out are special tokens, single bytes and whatever else is not whole characters by
+        itself, so that texts of these ids may be concatenated.
+        """
+        special = self._backend.get_added_tokens_decoder()
+        ids = [i for i in range(self.vocab_size) if i not in special]
+        ids = [i for i in ids if not _BYTE.fullmatch(self._backend.id_to_token(i) or "<0x00>")]
+        # Some decoders strip a leading space, which therefore must not be at the front.
+        anchor = self.encode("a")
+        before = self._backend.decode(anchor, skip_special_tokens=False)
+        texts = self._backend.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+        found = {i: text.removeprefix(before) for i, text in zip(ids, texts, strict=True)}
+        return {i: text for i, text in found.items() if text and "\ufffd" not in text}
 
     @cached_property
     def _framing(self) -> frozenset[int]:

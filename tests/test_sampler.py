@@ -34,15 +34,26 @@ def test_entropy_bound_counts_what_comes_before() -> None:
     assert rules.accept_by_entropy(mx.array([[5.0, 4.0]]), 0.1)[0].tolist() == [False, True]
 
 
-def test_confidence_accepts_the_likely_or_else_the_best_and_only_free_ones() -> None:
+def test_confidence_accepts_what_is_fixed_and_the_likely_or_else_the_best() -> None:
     confidence = mx.array([[0.95, 0.5, 0.99, 0.2]])
-    free = mx.array([[True, True, False, True]])
-    accepted = rules.accept_by_confidence(confidence, 0.9, free)
-    assert accepted[0].tolist() == [True, False, False, False]
-    accepted = rules.accept_by_confidence(confidence, 0.97, free)
-    assert accepted[0].tolist() == [True, False, False, False]
-    nothing = rules.accept_by_confidence(confidence, 0.1, mx.zeros((1, 4), dtype=mx.bool_))
-    assert not nothing.any().item()
+    fixed = mx.array([[False, False, True, False]])
+    accepted = rules.accept_by_confidence(confidence, 0.9, fixed)
+    assert accepted[0].tolist() == [True, False, True, False]
+    accepted = rules.accept_by_confidence(confidence, 0.97, fixed)
+    assert accepted[0].tolist() == [True, False, True, False]
+    assert rules.accept_by_confidence(confidence, 0.97, None)[0].tolist() == [False] * 2 + [
+        True,
+        False,
+    ]
+
+
+def test_pinned_logits_are_one_hot() -> None:
+    logits = mx.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]])
+    pinned = rules.pin(logits, mx.array([[True, False]]), mx.array([[0, 0]]))
+    assert rules.best(pinned)[0].tolist() == [0, 2]
+    assert rules.entropy(pinned)[0].tolist()[0] == 0
+    assert mx.softmax(pinned, axis=-1)[0, 0].tolist() == [1, 0, 0]
+    assert pinned[0, 1].tolist() == [1, 2, 3]
 
 
 def test_renoise_keeps_only_what_is_accepted() -> None:
@@ -59,11 +70,11 @@ def test_stable_means_equal_to_each_of_the_last_canvases() -> None:
     assert rules.is_stable(a, [b, a, a], 2).item()
 
 
-def test_confident_counts_free_positions_only() -> None:
+def test_confident_does_not_count_pinned_positions() -> None:
     entropies = mx.array([[0.0, 0.0, 0.0, 0.012]])
     assert rules.is_confident(entropies, 0.005, None).item()  # mean of four: 0.003
-    free = mx.array([[False, False, False, True]])
-    assert not rules.is_confident(entropies, 0.005, free).item()
+    pinned = mx.array([[True, True, True, False]])
+    assert not rules.is_confident(entropies, 0.005, pinned).item()
 
 
 def test_gumbel_draws_follow_the_softmax() -> None:

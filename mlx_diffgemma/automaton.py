@@ -1,0 +1,427 @@
+"""Which sequences of tokens are allowed: patterns, their automaton, and the best allowed canvas.
+
+A pattern (`Tokens`, `Text`, `Sequence`, `Choice`, `Repeat`) describes token sequences as a regular
+expression describes strings. `compile_pattern` makes an automaton of it; `Machine.plan` lays the
+automaton over a canvas; `Plans` is what the denoising loop asks. This module knows ids, not text.
+
+The best allowed canvas under a step's logits is a shortest path through (position, state), found by
+dynamic programming (Viterbi, 1967). Added Gumbel noise makes it a sample (perturb and MAP:
+Papandreou & Yuille, 2011). So every canvas that a step shows or commits is allowed, at any step.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .errors import Error
+from .sampler import NEVER
+
+Ids = npt.NDArray[np.int64]
+FAR = 1 << 30  # a distance no canvas has
+
+
+class PatternError(Error):
+    """A pattern that no canvas can follow."""
+
+
+# Patterns ----------------------------------------------------------------------------------------
+
+
+class Pattern(Protocol):
+    """A set of token sequences."""
+
+    def build(self, graph: "Graph", start: int) -> int:
+        """Add states and edges after `start`; the state that ends the pattern."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token out of a set, as sorted distinct ids."""
+
+    ids: tuple[int, ...]
+
+    def build(self, graph: "Graph", start: int) -> int:
+        end = graph.state()
+        graph.edge(start, graph.token_set(self.ids), end)
+        return end
+
+
+@dataclass(frozen=True)
+class Literal:
+    """These tokens, one after another."""
+
+    ids: tuple[int, ...]
+
+    def build(self, graph: "Graph", start: int) -> int:
+        for token in self.ids:
+            start = Tokens((token,)).build(graph, start)
+        return start
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens that together have `least` to `most` characters; `most` None is any number.
+
+    `by_length[n]` are the ids of n characters.
+    """
+
+    by_length: dict[int, tuple[int, ...]]
+    least: int = 0
+    most: int | None = None
+
+    def build(self, graph: "Graph", start: int) -> int:
+        count = self.least if self.most is None else self.most
+        states = [graph.state() for _ in range(count + 1)]
+        end = graph.state()
+        graph.skip(start, states[0])
+        for used, state in enumerate(states):
+            for length, ids in self.by_length.items():
+                after = used + length
+                if self.most is None:
+                    after = min(after, count)
+                if after <= count:
+                    graph.edge(state, graph.token_set(ids), states[after])
+            if used >= self.least:
+                graph.skip(state, end)
+        return end
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Parts, one after another."""
+
+    parts: tuple[Pattern, ...]
+
+    def build(self, graph: "Graph", start: int) -> int:
+        for part in self.parts:
+            start = part.build(graph, start)
+        return start
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Any one of the options."""
+
+    options: tuple[Pattern, ...]
+
+    def build(self, graph: "Graph", start: int) -> int:
+        end = graph.state()
+        for option in self.options:
+            graph.skip(option.build(graph, start), end)
+        return end
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A part `least` to `most` times; `most` None is any number of times."""
+
+    part: Pattern
+    least: int = 0
+    most: int | None = None
+
+    def build(self, graph: "Graph", start: int) -> int:
+        for _ in range(self.least):
+            start = self.part.build(graph, start)
+        if self.most is None:
+            hub = graph.state()
+            graph.skip(start, hub)
+            graph.skip(self.part.build(graph, hub), hub)
+            return hub
+        end = graph.state()
+        graph.skip(start, end)
+        for _ in range(self.most - self.least):
+            start = self.part.build(graph, start)
+            graph.skip(start, end)
+        return end
+
+
+# Automaton ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Graph:
+    """States and edges under construction; an edge reads one token of a set, a skip reads none."""
+
+    limit: int = 200_000
+    states: int = 0
+    edges: list[tuple[int, int, int]] = field(default_factory=list)
+    skips: list[tuple[int, int]] = field(default_factory=list)
+    sets: list[tuple[int, ...]] = field(default_factory=list)
+    _index: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def state(self) -> int:
+        self.states += 1
+        return self.states - 1
+
+    def edge(self, source: int, token_set: int, target: int) -> None:
+        if len(self.edges) >= self.limit:
+            raise PatternError(f"the pattern needs more than {self.limit:,} edges")
+        self.edges.append((source, token_set, target))
+
+    def skip(self, source: int, target: int) -> None:
+        self.skips.append((source, target))
+
+    def token_set(self, ids: tuple[int, ...]) -> int:
+        if ids not in self._index:
+            self._index[ids] = len(self.sets)
+            self.sets.append(ids)
+        return self._index[ids]
+
+
+def compile_pattern(pattern: Pattern) -> "Machine":
+    """The automaton of a pattern, without skips and without states that lead nowhere.
+
+    Raises:
+        PatternError: the pattern is too large.
+    """
+    graph = Graph()
+    first = graph.state()
+    last = pattern.build(graph, first)
+    after: list[list[int]] = [[] for _ in range(graph.states)]
+    for source, target in graph.skips:
+        after[source].append(target)
+    outgoing: list[list[tuple[int, int]]] = [[] for _ in range(graph.states)]
+    for source, token_set, target in graph.edges:
+        outgoing[source].append((token_set, target))
+    # Keep only states that an edge enters, and give each the edges that skips lead it to.
+    edges: set[tuple[int, int, int]] = set()
+    accepting: set[int] = set()
+    seen, queue = {first}, deque([first])
+    while queue:
+        state = queue.popleft()
+        closure, stack = {state}, [state]
+        while stack:
+            for target in after[stack.pop()]:
+                if target not in closure:
+                    closure.add(target)
+                    stack.append(target)
+        if last in closure:
+            accepting.add(state)
+        for member in closure:
+            for token_set, target in outgoing[member]:
+                edges.add((state, token_set, target))
+                if len(edges) > graph.limit:
+                    raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
+                if target not in seen:
+                    seen.add(target)
+                    queue.append(target)
+    number = {state: i for i, state in enumerate(sorted(seen))}
+    rows = sorted((number[t], number[s], k) for s, k, t in edges)
+    target, source, token_set = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    return Machine(
+        states=len(number),
+        first=number[first],
+        accepting=frozenset(number[state] for state in accepting),
+        source=source,
+        token_set=token_set,
+        target=target,
+        sets=tuple(graph.sets),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """A nondeterministic automaton over token sets; edges are sorted by target."""
+
+    states: int
+    first: int
+    accepting: frozenset[int]
+    source: Ids
+    token_set: Ids
+    target: Ids
+    sets: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def distance(self) -> Ids:
+        """(states,) fewest tokens from a state to an accepting one."""
+        into: list[list[int]] = [[] for _ in range(self.states)]
+        for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
+            into[target].append(source)
+        distance = np.full(self.states, FAR, dtype=np.int64)
+        queue = deque(self.accepting)
+        distance[list(self.accepting)] = 0
+        while queue:
+            state = queue.popleft()
+            for source in into[state]:
+                if distance[source] == FAR:
+                    distance[source] = distance[state] + 1
+                    queue.append(source)
+        return distance
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens that the pattern can have."""
+        return int(self.distance[self.first])
+
+    @cached_property
+    def _members(self) -> list[frozenset[int]]:
+        return [frozenset(ids) for ids in self.sets]
+
+    def advance(self, states: frozenset[int], tokens: Row[int]) -> frozenset[int]:
+        """The states that reading tokens can lead to; empty if they are not allowed."""
+        for token in tokens:
+            readable = [token in members for members in self._members]
+            states = frozenset(
+                target
+                for source, token_set, target in zip(
+                    self.source.tolist(), self.token_set.tolist(), self.target.tolist(), strict=True
+                )
+                if source in states and readable[token_set]
+            )
+        return states
+
+    def accepts(self, tokens: Row[int]) -> bool:
+        """Whether the pattern allows exactly these tokens."""
+        return bool(self.advance(frozenset([self.first]), tokens) & self.accepting)
+
+    def plan(self, length: int, remaining: int, states: frozenset[int] | None = None) -> "Plan":
+        """Lay the automaton over a canvas of `length` tokens, starting in `states`.
+
+        `remaining` is the number of tokens within which an accepting state must be reached; it
+        may lie in a later canvas.
+
+        Raises:
+            PatternError: no allowed sequence is that short.
+        """
+        states = states or frozenset([self.first])
+        shortest = min((int(self.distance[state]) for state in states), default=FAR)
+        if shortest > remaining:
+            raise PatternError(
+                f"what is asked for needs at least {shortest} tokens, more than {remaining}"
+                if shortest < FAR
+                else "no text can follow the pattern"
+            )
+        live = np.zeros((length, len(self.source)), dtype=bool)
+        reached = np.zeros(self.states, dtype=bool)
+        reached[list(states)] = True
+        left = remaining - 1 - np.arange(length)
+        for i in range(length):
+            # Once the budget is spent, only states that need nothing more may be entered.
+            live[i] = reached[self.source] & (self.distance[self.target] <= max(left[i], 0))
+            reached = np.zeros(self.states, dtype=bool)
+            reached[self.target[live[i]]] = True
+        # Backwards: drop what cannot reach the canvas's end.
+        for i in range(length - 2, -1, -1):
+            onward = np.zeros(self.states, dtype=bool)
+            onward[self.source[live[i + 1]]] = True
+            live[i] &= onward[self.target]
+        if length and not live[0].any():
+            raise PatternError("no text can follow the pattern")
+        return Plan(self, states, live)
+
+
+# Plans -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An automaton laid over one canvas: `live` (L, edges) are the edges a position may take."""
+
+    machine: Machine
+    states: frozenset[int]
+    live: npt.NDArray[np.bool_]
+
+    @cached_property
+    def sets_at(self) -> list[tuple[int, ...]]:
+        """The token sets that each position may draw from."""
+        return [tuple(np.unique(self.machine.token_set[row]).tolist()) for row in self.live]
+
+    def forced(self) -> list[int | None]:
+        """The token of each position that has no choice, else None."""
+        found: list[int | None] = []
+        for sets in self.sets_at:
+            single = len(sets) == 1 and len(self.machine.sets[sets[0]]) == 1
+            found.append(self.machine.sets[sets[0]][0] if single else None)
+        return found
+
+    def best_path(self, scores: npt.NDArray[np.float64]) -> list[int]:
+        """The token set of each position on the path with the highest sum of (L, sets) scores."""
+        machine = self.machine
+        starts = np.flatnonzero(np.r_[True, np.diff(machine.target) > 0])
+        entered = machine.target[starts]
+        group = np.cumsum(np.r_[False, np.diff(machine.target) > 0])
+        numbers = np.arange(len(machine.target))
+        best = np.full(machine.states, -np.inf)
+        best[list(self.states)] = 0.0
+        back = np.empty((len(scores), machine.states), dtype=np.int64)
+        for i, row in enumerate(scores):
+            along = np.where(self.live[i], best[machine.source] + row[machine.token_set], -np.inf)
+            top = np.maximum.reduceat(along, starts)
+            winners = np.where(along == top[group], numbers, len(numbers))
+            back[i, entered] = np.minimum.reduceat(winners, starts)
+            best = np.full(machine.states, -np.inf)
+            best[entered] = top
+        state = int(np.argmax(best))
+        path: list[int] = []
+        for i in range(len(scores) - 1, -1, -1):
+            edge = back[i, state]
+            path.append(int(machine.token_set[edge]))
+            state = int(machine.source[edge])
+        return path[::-1]
+
+
+class Plans:
+    """A plan a canvas row, as the denoising loop's constraint."""
+
+    def __init__(self, plans: Row[Plan], vocab_size: int):
+        self._plans = list(plans)
+        # Few different unions of token sets occur; each position refers to one of them.
+        unions: dict[frozenset[int], int] = {}
+        table: list[npt.NDArray[np.bool_]] = []
+        index: list[list[int]] = []
+        for plan in self._plans:
+            known: dict[tuple[int, ...], int] = {}
+            for sets in plan.sets_at:
+                if sets not in known:
+                    allowed = frozenset().union(*(plan.machine.sets[k] for k in sets))
+                    if allowed not in unions:
+                        unions[allowed] = len(table)
+                        mask = np.zeros(vocab_size, dtype=bool)
+                        mask[list(allowed)] = True
+                        table.append(mask)
+                    known[sets] = unions[allowed]
+            index.append([known[sets] for sets in plan.sets_at])
+        self._table = mx.array(np.stack(table))
+        self._index = mx.array(index, dtype=mx.int32)
+        self._sets = [[mx.array(ids) for ids in plan.machine.sets] for plan in self._plans]
+
+    def mask(self, logits: mx.array) -> mx.array:
+        """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
+        return mx.where(self._table[self._index], logits, NEVER)
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """(B, L) ids of the allowed canvas with the highest sum of logits."""
+        scored = [_score(row, sets) for row, sets in zip(logits, self._sets, strict=True)]
+        mx.eval(scored)
+        canvases = []
+        for plan, (scores, tokens) in zip(self._plans, scored, strict=True):
+            path = plan.best_path(np.array(scores, dtype=np.float64))
+            best = np.array(tokens)
+            canvases.append([int(best[i, k]) for i, k in enumerate(path)])
+        return mx.array(canvases, dtype=mx.int32)
+
+
+def _score(logits: mx.array, sets: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """Of (L, V) logits: the best logit in each set and its token, (L, sets) each."""
+    single = [k for k, ids in enumerate(sets) if ids.size == 1]
+    scores: list[mx.array] = [logits[:, :0]] * len(sets)
+    tokens: list[mx.array] = list(scores)
+    if single:
+        ids = mx.concatenate([sets[k] for k in single])
+        columns = logits[:, ids]
+        for column, k in enumerate(single):
+            scores[k] = columns[:, column : column + 1]
+            tokens[k] = mx.broadcast_to(sets[k], (logits.shape[0], 1))
+    for k, ids in enumerate(sets):
+        if ids.size > 1:
+            columns = logits[:, ids]
+            winner = mx.argmax(columns, axis=-1, keepdims=True)
+            scores[k] = mx.take_along_axis(columns, winner, axis=-1)
+            tokens[k] = ids[winner]
+    return mx.concatenate(scores, axis=1), mx.concatenate(tokens, axis=1)
