@@ -154,6 +154,7 @@ class Graph:
     skips: list[tuple[int, int]] = field(default_factory=list)
     sets: list[tuple[int, ...]] = field(default_factory=list)
     _index: dict[tuple[int, ...], int] = field(default_factory=dict)
+    _identity: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def state(self) -> int:
         self.states += 1
@@ -168,9 +169,14 @@ class Graph:
         self.skips.append((source, target))
 
     def token_set(self, ids: tuple[int, ...]) -> int:
+        # Hashing a large set is slow: the same object is looked up by identity first.
+        known = self._identity.get(id(ids))
+        if known is not None:
+            return known[1]
         if ids not in self._index:
             self._index[ids] = len(self.sets)
             self.sets.append(ids)
+        self._identity[id(ids)] = ids, self._index[ids]
         return self._index[ids]
 
 
@@ -213,14 +219,14 @@ def compile_pattern(pattern: Pattern) -> "Machine":
                     queue.append(target)
     number = {state: i for i, state in enumerate(sorted(seen))}
     rows = sorted((number[t], number[s], k) for s, k, t in edges)
-    target, source, token_set = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    columns: Ids = np.array(rows, dtype=np.int64).reshape(-1, 3)
     return Machine(
         states=len(number),
         first=number[first],
         accepting=frozenset(number[state] for state in accepting),
-        source=source,
-        token_set=token_set,
-        target=target,
+        source=columns[:, 1],
+        token_set=columns[:, 2],
+        target=columns[:, 0],
         sets=tuple(graph.sets),
     )
 

@@ -190,10 +190,7 @@ def stream_generate(
         max_new_tokens=max_tokens, max_denoising_steps=steps, sampler=sampler
     )
     ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
-    if draws is None:
-        if seed is None:
-            seed = int.from_bytes(os.urandom(4))
-        draws = SeededDraws(seed, model.config.vocab_size)
+    draws = draws or fresh_draws(model, seed)
     return _events(model, tokenizer, ids, config, draws, prefill_chunk, start)
 
 
@@ -222,7 +219,7 @@ def _events(
                 prompt_seconds = prompt_seconds or seconds
             elif isinstance(item, Snapshot):
                 passes += 1
-                yield _draft(tokenizer, item, canvases, config)
+                yield draft_of(tokenizer, item, canvases, config)
             else:
                 canvases += 1
                 generated += item.tokens
@@ -252,9 +249,10 @@ def _events(
         mx.clear_cache()
 
 
-def _draft(
+def draft_of(
     tokenizer: Tokenizer, snapshot: Snapshot, canvas: int, config: GenerationConfig
 ) -> Draft:
+    """The first row of a snapshot as an event."""
     tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
     end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
     return Draft(
@@ -267,6 +265,13 @@ def _draft(
         end=end,
         text=tokenizer.decode(tokens[:end]),
     )
+
+
+def fresh_draws(model: DiffusionGemma, seed: int | None) -> SeededDraws:
+    """Draws from a seed, or from one that the system draws."""
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4))
+    return SeededDraws(seed, model.config.vocab_size)
 
 
 def encode_prompt(

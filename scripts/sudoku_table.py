@@ -9,9 +9,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mlx_diffgemma.convert import RECIPES, convert
-
 from mlx_diffgemma import Done, Text, load, stream_generate
+from mlx_diffgemma.convert import RECIPES, convert
 
 SUDOKU = Path(__file__).parents[1] / "tests" / "data" / "sudoku6"
 
@@ -39,11 +38,11 @@ def main() -> None:
         for steps in map(int, arguments.steps.split(",")):
             solved = passes = 0
             rate = 0.0
-            for puzzle, solution in grids:
+            for number, (puzzle, solution) in enumerate(grids):
                 text = ""
-                for event in stream_generate(
-                    model, tokenizer, puzzle, steps=steps, seed=arguments.seed
-                ):
+                # One seed for all would give all the same noise: luck would not average.
+                seed = 1000 * arguments.seed + number
+                for event in stream_generate(model, tokenizer, puzzle, steps=steps, seed=seed):
                     if isinstance(event, Text):
                         text += event.text
                     elif isinstance(event, Done):

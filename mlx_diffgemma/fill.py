@@ -1,0 +1,482 @@
+"""Filling holes in a text: what is given is pinned, the model writes between, seeing both sides.
+
+How a hole of unknown length is decided: a few lengths are denoised side by side for a few steps,
+and the one whose tokens surprise the model least is kept. Surprise is the mean of -log p over the
+tokens written, seen from all text around them but not from themselves, and over the token behind
+the hole, seen from everything before it. (The mean entropy of the finished canvas, tried first,
+hardly notices a wrong length: a model is certain of whatever it sees.) Several such holes are
+decided from left to right.
+"""
+
+import math
+import re
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal as Lit
+
+import mlx.core as mx
+import numpy as np
+
+from .automaton import Choice, Literal, Pattern, Plans, Repeat, Sequence, compile_pattern
+from .config import GenerationConfig
+from .denoise import Start, denoise
+from .errors import Error
+from .generation import ContextError, Draft, draft_of, encode_prompt, fresh_draws, prefill
+from .model import DiffusionGemma, LayerCache
+from .sampler import Draws, Sampler
+from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary, integer
+
+TEXT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+INTEGER_LENGTHS = (1, 2, 3, 4, 5, 6)
+# Enough to tell a length that fits from one that does not; the length kept gets all steps.
+TRIAL_STEPS = 8
+# Bytes of logits that rows denoised side by side may take; four copies of them exist at the peak.
+LOGITS_BYTES = 1 << 30
+
+_CLOSING = '"`)]}>'
+_HOLE = re.compile(r"(\\?)\{\{\s*([^\W\d]\w*)?\s*(?::\s*([^{}]*?))?\s*\}\}")
+
+
+class TemplateError(Error):
+    """A template that cannot be filled."""
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A gap in a template; `tokens` is its length if the template says so."""
+
+    name: str
+    kind: Lit["text", "int", "choice"] = "text"
+    tokens: int | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FillResult:
+    """A filled template.
+
+    Attributes:
+        text: the template with its holes filled.
+        values: by hole name; an `int` hole gives an int. Unnamed holes are called "1", "2", ...
+        probabilities: by hole name, the probability of each token in a decoder pass that sees all
+            text around the hole, and noise in it (temperature 1).
+        steps: denoising steps, over all windows; rows tried side by side count once.
+        notes: what a user should know, as sentences: text that the model could not see.
+    """
+
+    text: str
+    values: dict[str, str | int]
+    probabilities: dict[str, tuple[float, ...]]
+    steps: int
+    notes: tuple[str, ...]
+
+
+def parse_template(template: str) -> list[str | Hole]:
+    """Text and holes in turn. `{{}}`, `{{name}}`, `{{name:12}}` (tokens), `{{name:int}}`,
+    `{{name:a|b|c}}` (one of these); `\\{{` is no hole.
+
+    Raises:
+        TemplateError: no hole, two of one name, or a hole that makes no sense.
+    """
+    parts: list[str | Hole] = []
+    given, position = "", 0
+    for found in _HOLE.finditer(template):
+        given += template[position : found.start()]
+        position = found.end()
+        escaped, name, spec = found.groups()
+        if escaped:
+            given += found.group()[1:]
+            continue
+        if given:
+            parts.append(given)
+        given = ""
+        count = sum(isinstance(part, Hole) for part in parts) + 1
+        parts.append(_hole(name or str(count), spec, found.group()))
+    if given + template[position:]:
+        parts.append(given + template[position:])
+    names = [part.name for part in parts if isinstance(part, Hole)]
+    if not names:
+        raise TemplateError("the template has no hole such as {{}} or {{name}}")
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TemplateError(f"two holes are called {twice}")
+    return parts
+
+
+def _hole(name: str, spec: str | None, written: str) -> Hole:
+    if not spec:
+        return Hole(name)
+    if spec == "int":
+        return Hole(name, "int")
+    if "|" in spec:
+        options = tuple(dict.fromkeys(option.strip() for option in spec.split("|")))
+        if "" in options:
+            raise TemplateError(f"{written} has an empty option")
+        return Hole(name, "choice", options=options)
+    if spec.isdecimal() and int(spec) > 0:
+        return Hole(name, tokens=int(spec))
+    raise TemplateError(f"{written}: after the colon stands a number of tokens, int, or a|b|c")
+
+
+# Layout ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A hole with what it may hold, by length in tokens."""
+
+    hole: Hole
+    spaced: bool  # its text begins with the space that stood before it
+    patterns: dict[int, Pattern]
+    start_length: int  # until it is decided
+
+
+_Piece = tuple[int, ...] | _Gap
+
+
+def _gap(vocabulary: Vocabulary, hole: Hole, spaced: bool, closing: str, room: int) -> _Gap:
+    patterns: dict[int, Pattern] = {}
+    if hole.kind == "choice":
+        by_length: dict[int, list[Pattern]] = {}
+        for option in hole.options:
+            literal = vocabulary.literal(" " + option if spaced else option)
+            by_length.setdefault(len(literal.ids), []).append(literal)
+        patterns = {n: Choice(tuple(options)) for n, options in by_length.items()}
+    elif hole.kind == "int":
+        patterns = {n: integer(vocabulary, n) for n in INTEGER_LENGTHS}
+    else:
+        counts = TEXT_LENGTHS if hole.tokens is None else (hole.tokens,)
+        # What closes the hole cannot stand in it, and only a hole that says its length has lines.
+        inner = vocabulary.text_without(closing if hole.tokens is not None else closing + "\n")
+        first = vocabulary.words_without(closing + "\n") if spaced else inner
+        patterns = {n: Sequence((first, Repeat(inner, n - 1, n - 1))) for n in counts}
+    patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
+    if not patterns:
+        raise TemplateError(f"the hole {hole.name} is longer than a canvas of {room + 1} tokens")
+    lengths = sorted(patterns)
+    return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3])
+
+
+def _pieces(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hole]) -> list[_Piece]:
+    """The template in tokens. A space before a hole moves into it: words begin with theirs."""
+    pieces: list[_Piece] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Hole):
+            before = parts[i - 1] if i else ""
+            spaced = isinstance(before, str) and _lends_space(before, part)
+            after = parts[i + 1] if i + 1 < len(parts) else None
+            closing = after[0] if isinstance(after, str) and after[0] in _CLOSING else ""
+            pieces.append(_gap(vocabulary, part, spaced, closing, model.config.canvas_length - 1))
+            continue
+        after = parts[i + 1] if i + 1 < len(parts) else None
+        text = part[:-1] if isinstance(after, Hole) and _lends_space(part, after) else part
+        pieces.append(tuple(vocabulary.tokenizer.encode(text)))
+    return pieces
+
+
+def _lends_space(text: str, hole: Hole) -> bool:
+    return hole.kind != "int" and len(text) > 1 and text[-1] == " " and not text[-2].isspace()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One canvas: its pattern, where its holes lie, where the template's text ends."""
+
+    pattern: Pattern
+    spans: dict[str, tuple[int, int]]
+    end: int
+
+
+def _row(
+    vocabulary: Vocabulary, pieces: Iterable[_Piece], lengths: dict[str, int], room: int, last: bool
+) -> _Row:
+    """Lay pieces over a canvas of `room` tokens; what does not fit is cut off at its end."""
+    patterns: list[Pattern] = []
+    spans: dict[str, tuple[int, int]] = {}
+    used = 0
+    for piece in pieces:
+        if isinstance(piece, _Gap):
+            length = lengths[piece.hole.name]
+            if used + length > room:
+                last = False
+                break
+            spans[piece.hole.name] = used, used + length
+            patterns.append(piece.patterns[length])
+        else:
+            shown = piece[: room - used]
+            last = last and len(shown) == len(piece)
+            length = len(shown)
+            patterns.append(Literal(shown))
+        used += length
+    if last and used < room:
+        patterns += [Literal((vocabulary.end, *[vocabulary.fill] * (room - used - 1)))]
+    else:
+        patterns.append(Repeat(vocabulary.anything, room - used, room - used))
+    return _Row(Sequence(tuple(patterns)), spans, used)
+
+
+# Filling -----------------------------------------------------------------------------------------
+
+
+def stream_fill(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    template: str,
+    *,
+    prompt: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> Generator[Draft | FillResult, None, None]:
+    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result."""
+    vocabulary = Vocabulary(model, tokenizer)
+    pieces = _pieces(model, vocabulary, parse_template(template))
+    config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
+    draws = draws or fresh_draws(model, seed)
+    return _fill(model, vocabulary, pieces, template, prompt, config, draws)
+
+
+def _fill(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    pieces: list[_Piece],
+    template: str,
+    prompt: str | None,
+    config: GenerationConfig,
+    draws: Draws,
+) -> Generator[Draft | FillResult, None, None]:
+    tokenizer = vocabulary.tokenizer
+    room = model.config.canvas_length
+    gaps = {piece.hole.name: piece for piece in pieces if isinstance(piece, _Gap)}
+    lengths = {name: gap.start_length for name, gap in gaps.items()}
+    fits = _size(pieces, lengths) < room
+    if prompt is None:
+        shown = _HOLE.sub("...", template) if fits else "the gap in the text"
+        prompt = f"Fill: {shown}"
+    context = encode_prompt(tokenizer, prompt)
+    written: dict[str, list[int]] = {}
+    probabilities: dict[str, tuple[float, ...]] = {}
+    notes: list[str] = []
+    passes = window = 0
+    cache = model.make_cache()
+    limit = model.config.max_position_embeddings - room
+    if len(context) > limit:
+        raise ContextError(
+            f"the prompt has {len(context)} tokens; with a canvas of {room} it does not fit into "
+            f"the context of {model.config.max_position_embeddings}"
+        )
+    try:
+        while len(written) < len(gaps):
+            # Text left of the next hole is context, but for a template that fits as a whole.
+            while not fits and not isinstance(left := pieces[0], _Gap):
+                context += left
+                pieces = pieces[1:]
+            seen = sum(layer.length for layer in cache[:1])
+            if seen + len(context) > limit:
+                if seen:
+                    raise ContextError("the text between the holes does not fit into the context")
+                head = len(encode_prompt(tokenizer, prompt))
+                dropped = len(context) - limit
+                notes.append(f"The model did not see the first {dropped} tokens of the text.")
+                context = context[:head] + context[head + dropped :]
+            prefill(model, context, cache)
+            context = []
+            names = list(_row(vocabulary, pieces, lengths, room, last=True).spans)
+            undecided = [name for name in names if len(gaps[name].patterns) > 1]
+            for name in [*undecided, None]:
+                tried = [lengths]
+                if name is not None:
+                    tried = [{**lengths, name: length} for length in sorted(gaps[name].patterns)]
+                layouts = [
+                    _Layout(each, _row(vocabulary, pieces, each, room, last=True)) for each in tried
+                ]
+                settled, count = yield from _try(
+                    model, vocabulary, cache, layouts, name, config, draws, window
+                )
+                lengths = settled.layout.lengths
+                passes += count
+            # Keep the holes that lie in the canvas, and go on behind the last of them.
+            stop = 0
+            for name, (start, end) in settled.layout.row.spans.items():
+                written[name] = settled.tokens[start:end]
+                surprise = surprisal(model, cache, settled.canvas, (start, end), draws)
+                probabilities[name] = tuple(math.exp(-x) for x in surprise[start:end])
+                stop = next(
+                    i + 1
+                    for i, piece in enumerate(pieces)
+                    if isinstance(piece, _Gap) and piece.hole.name == name
+                )
+                last_end = end
+            context = settled.tokens[:last_end]
+            unseen = _size(pieces[stop:], lengths) - (settled.layout.row.end - last_end)
+            if unseen > 0:
+                filled = ", ".join(settled.layout.row.spans)
+                notes.append(
+                    f"Filling {filled}, the model did not see the last {unseen} tokens of the text."
+                )
+            pieces = pieces[stop:]
+            fits = False
+            window += 1
+    finally:
+        mx.clear_cache()
+    yield _result(tokenizer, template, gaps, written, probabilities, passes, notes)
+
+
+def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
+    return sum(lengths[p.hole.name] if isinstance(p, _Gap) else len(p) for p in pieces)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A canvas as it would be with holes of these lengths."""
+
+    lengths: dict[str, int]
+    row: _Row
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A finished canvas (1, L); `surprise` is in nats."""
+
+    layout: _Layout
+    canvas: mx.array
+    surprise: float
+
+    @property
+    def tokens(self) -> list[int]:
+        return np.array(self.canvas[0]).tolist()
+
+
+def _try(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    cache: list[LayerCache],
+    layouts: list[_Layout],
+    name: str | None,
+    config: GenerationConfig,
+    draws: Draws,
+    window: int,
+) -> Generator[Draft, None, tuple[_Settled, int]]:
+    """Denoise each layout and count the steps; the one whose hole `name` surprises least.
+
+    Without a name there is one layout, and it gets all its steps.
+    """
+    room = model.config.canvas_length
+    at_once = max(1, LOGITS_BYTES // (4 * room * vocabulary.size))
+    if name is not None:
+        config = replace(config, max_denoising_steps=min(TRIAL_STEPS, config.max_denoising_steps))
+    finished: list[_Settled] = []
+    passes = 0
+    layouts = [each for each in layouts if name is None or name in each.row.spans]
+    for first in range(0, len(layouts), at_once):
+        group = layouts[first : first + at_once]
+        plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
+        start = pinned_start([plan.forced() for plan in plans], draws)
+        start = replace(start, constraint=Plans(plans, vocabulary.size))
+        for snapshot in denoise(model, cache, config, draws, start):
+            passes += 1
+            yield draft_of(vocabulary.tokenizer, snapshot, window, config)
+        for i, layout in enumerate(group):
+            canvas = snapshot.argmax[i : i + 1]
+            surprise = 0.0
+            if name is not None:
+                begin, end = layout.row.spans[name]
+                inside = surprisal(model, cache, canvas, (begin, end), draws)[begin:end]
+                behind = surprisal(model, cache, canvas, (end, room), draws)[end : end + 1]
+                surprise = sum(inside + behind) / len(inside + behind)
+            finished.append(_Settled(layout, canvas, surprise))
+    return min(finished, key=lambda settled: settled.surprise), passes
+
+
+def surprisal(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    canvas: mx.array,
+    hidden: tuple[int, int],
+    draws: Draws,
+) -> list[float]:
+    """-log p (nats) of each token of a canvas (1, L), in a pass that sees noise for `hidden`."""
+    position = mx.arange(canvas.shape[1])
+    veiled = (position >= hidden[0]) & (position < hidden[1])
+    logits = model(mx.where(veiled, draws.tokens(canvas.shape), canvas), cache)
+    chosen = mx.take_along_axis(logits, canvas[..., None], axis=-1)[0, :, 0]
+    return np.array(mx.logsumexp(logits, axis=-1)[0] - chosen).tolist()
+
+
+def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
+    """Canvases (B, L) of given tokens, which are pinned, and noise where there is None."""
+    pinned = mx.array([[token is not None for token in row] for row in forced])
+    given = mx.array([[token or 0 for token in row] for row in forced], dtype=mx.int32)
+    noise = draws.tokens(pinned.shape)
+    return Start(mx.where(pinned, given, noise), pinned=pinned)
+
+
+def _result(
+    tokenizer: Tokenizer,
+    template: str,
+    gaps: dict[str, _Gap],
+    written: dict[str, list[int]],
+    probabilities: dict[str, tuple[float, ...]],
+    steps: int,
+    notes: list[str],
+) -> FillResult:
+    values: dict[str, str | int] = {}
+    text = ""
+    for part in parse_template(template):
+        if isinstance(part, str):
+            text += part
+            continue
+        value = tokenizer.decode(written[part.name])
+        # The space that the hole took over stands in the text already.
+        value = value.removeprefix(" ") if gaps[part.name].spaced else value
+        text += value
+        values[part.name] = int(value) if part.kind == "int" else value
+    return FillResult(text, values, probabilities, steps, tuple(notes))
+
+
+def fill(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    template: str,
+    *,
+    prompt: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> FillResult:
+    """Fill the holes of a template, see `parse_template`; text outside of them stays as it is.
+
+    A template that fits into a canvas is denoised as a whole. Of a longer one, the text left of a
+    hole is context, and as much of its right side as fits stands in the canvas; holes further right
+    wait for their canvas.
+
+    Args:
+        template: text with holes.
+        prompt: an instruction; None is "Fill: " and the template with its holes as dots.
+        steps: most denoising steps a canvas; None asks the checkpoint.
+        seed: makes the result repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
+        draws: takes the place of `seed`, to replay a run.
+
+    Raises:
+        TemplateError: no hole, or one that makes no sense or fits no canvas.
+        ContextError: prompt and text do not fit.
+    """
+    result: FillResult | None = None
+    for event in stream_fill(
+        model,
+        tokenizer,
+        template,
+        prompt=prompt,
+        steps=steps,
+        seed=seed,
+        sampler=sampler,
+        draws=draws,
+    ):
+        if isinstance(event, FillResult):
+            result = event
+    assert result is not None  # it is the last event
+    return result
