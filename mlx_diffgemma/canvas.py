@@ -40,6 +40,14 @@ def fill_start(
     return Start(mx.where(mask, mx.array([ids], dtype=mx.int32), noise), pinned=mask)
 
 
+def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
+    """Canvases (B, L) of given tokens, which are pinned, and noise where there is None."""
+    pinned = mx.array([[token is not None for token in row] for row in forced])
+    given = mx.array([[token or 0 for token in row] for row in forced], dtype=mx.int32)
+    noise = draws.tokens(pinned.shape)
+    return Start(mx.where(pinned, given, noise), pinned=pinned)
+
+
 def edit_start(model: DiffusionGemma, tokenizer: Tokenizer, text: str) -> Start:
     """A canvas that starts from text and goes back to it wherever nothing is accepted.
 

@@ -18,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from .automaton import Choice, Literal, Pattern, Plans, Repeat, Sequence, compile_pattern
+from .canvas import pinned_start
 from .config import GenerationConfig
-from .denoise import Start, denoise
+from .denoise import denoise
 from .errors import Error
 from .generation import ContextError, Draft, draft_of, encode_prompt, fresh_draws, prefill
 from .model import DiffusionGemma, LayerCache
@@ -403,14 +404,6 @@ def surprisal(
     logits = model(mx.where(veiled, draws.tokens(canvas.shape), canvas), cache)
     chosen = mx.take_along_axis(logits, canvas[..., None], axis=-1)[0, :, 0]
     return np.array(mx.logsumexp(logits, axis=-1)[0] - chosen).tolist()
-
-
-def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
-    """Canvases (B, L) of given tokens, which are pinned, and noise where there is None."""
-    pinned = mx.array([[token is not None for token in row] for row in forced])
-    given = mx.array([[token or 0 for token in row] for row in forced], dtype=mx.int32)
-    noise = draws.tokens(pinned.shape)
-    return Start(mx.where(pinned, given, noise), pinned=pinned)
 
 
 def _result(

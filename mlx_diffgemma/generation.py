@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,9 @@ from .errors import Error
 from .model import DiffusionGemma, LayerCache
 from .sampler import Draws, Sampler, SeededDraws
 from .tokenizer import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from .schema import Schema
 
 FinishReason = Literal["stop", "length", "not_converged"]
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
@@ -102,17 +105,25 @@ class Committed:
     finish_reason: FinishReason | None
 
 
+# Where the next canvas starts, by the tokens of those before it; None is uniform noise.
+Starts = Callable[[Sequence[int]], Start | None]
+
+
+def from_noise(generated: Sequence[int]) -> None:
+    """Every canvas starts from noise."""
+
+
 def generate_tokens(
     model: DiffusionGemma,
     prompt: Sequence[int],
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
-    start: Start | None = None,
+    starts: Starts = from_noise,
 ) -> Generator[Encoded | Snapshot | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
 
-    `start` is of the first canvas; the others start from noise.
+    `starts` says where each canvas starts.
 
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
@@ -129,12 +140,12 @@ def generate_tokens(
     budget = config.max_new_tokens
     cache = model.make_cache()
     pending: Sequence[int] = prompt
+    generated: list[int] = []
     while True:
         prefill(model, pending, cache, prefill_chunk)
         yield Encoded(len(pending))
-        for snapshot in denoise(model, cache, config, draws, start):
+        for snapshot in denoise(model, cache, config, draws, starts(generated)):
             yield snapshot
-        start = None
         canvas: list[int] = np.array(snapshot.argmax[0]).tolist()
         ends = [i + 1 for i, token in enumerate(canvas) if token in config.eos_token_ids]
         kept = canvas[: min([*ends[:1], budget])]
@@ -151,6 +162,7 @@ def generate_tokens(
         if reason:
             return
         pending = canvas
+        generated += canvas
 
 
 def stream_generate(
@@ -166,6 +178,7 @@ def stream_generate(
     enable_thinking: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
     start: Start | None = None,
+    schema: "Schema | None" = None,
 ) -> Generator[Event, None, None]:
     """Answer a prompt, lazily: a `Draft` a denoising step, a `Text` a canvas, one `Done`.
 
@@ -180,18 +193,26 @@ def stream_generate(
         sampler: `EntropyBound` or `ConfidenceThreshold`.
         draws: takes the place of `seed`, to replay a run.
         start: what the first canvas starts from, see `canvas.py`; None is noise.
+        schema: a JSON Schema that the answer follows, see `schema.py`; not together with `start`.
 
     Raises:
         ContextError: the prompt is empty or does not fit, before any computation.
         TokenizerError: the chat template refuses the messages.
         SettingError: a setting out of range.
+        SchemaError: the schema is not supported, or no document is short enough.
     """
     config = model.generation.override(
         max_new_tokens=max_tokens, max_denoising_steps=steps, sampler=sampler
     )
     ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
     draws = draws or fresh_draws(model, seed)
-    return _events(model, tokenizer, ids, config, draws, prefill_chunk, start)
+    if schema is None:
+        starts: Starts = lambda generated: None if generated else start  # noqa: E731
+        return _events(model, tokenizer, ids, config, draws, prefill_chunk, starts)
+    from .schema import schema_starts, validated
+
+    starts = schema_starts(model, tokenizer, schema, len(ids), config, draws)
+    return validated(schema, _events(model, tokenizer, ids, config, draws, prefill_chunk, starts))
 
 
 def _events(
@@ -201,14 +222,14 @@ def _events(
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int,
-    start: Start | None,
+    starts: Starts,
 ) -> Generator[Event, None, None]:
     mx.reset_peak_memory()
     prompt_seconds = seconds = 0.0
     generated: list[int] = []
     shown = ""
     canvases = passes = 0
-    run = generate_tokens(model, prompt, config, draws, prefill_chunk, start)
+    run = generate_tokens(model, prompt, config, draws, prefill_chunk, starts)
     try:
         while True:
             # Only time spent computing counts, not what the consumer does between events.
@@ -304,6 +325,7 @@ def generate(
     draws: Draws | None = None,
     enable_thinking: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
+    schema: "Schema | None" = None,
 ) -> str:
     """The answer as a string; arguments and errors as in `stream_generate`."""
     events = stream_generate(
@@ -317,5 +339,6 @@ def generate(
         draws=draws,
         enable_thinking=enable_thinking,
         prefill_chunk=prefill_chunk,
+        schema=schema,
     )
     return "".join(event.text for event in events if isinstance(event, Text))

@@ -10,6 +10,8 @@ from .tokenizer import Tokenizer
 
 # No token of a common vocabulary is longer, but for runs of spaces and rulers.
 LONGEST_TOKEN = 24
+# Characters up to which the length of a string is counted exactly.
+COUNTED = 512
 
 
 class VocabularyError(Error):
@@ -32,8 +34,15 @@ class Vocabulary:
         self._plain = {i: t for i, t in tokenizer.plain.items() if i < self.size and i not in ends}
 
     def literal(self, text: str) -> Literal:
-        """This text, in the tokens that the tokenizer makes of it."""
-        return Literal(tuple(self.tokenizer.encode(text)))
+        """This text, in the tokens that the tokenizer makes of it.
+
+        Raises:
+            VocabularyError: those tokens do not read as this text.
+        """
+        ids = self.tokenizer.encode(text)
+        if self.tokenizer.decode(ids) != text:
+            raise VocabularyError(f"this tokenizer cannot spell {text!r}")
+        return Literal(tuple(ids))
 
     @cached_property
     def anything(self) -> Tokens:
@@ -71,6 +80,10 @@ class Vocabulary:
 
     def json_characters(self, least: int, most: int | None) -> Pattern:
         """The inside of a JSON string of `least` to `most` characters, without escapes."""
+        if most is not None and most > COUNTED and least <= most // LONGEST_TOKEN:
+            # So long a string is bounded by its tokens, which needs fewer states than characters.
+            every = sorted(i for ids in self._json_by_length.values() for i in ids)
+            return Repeat(Tokens(tuple(every)), least, most // LONGEST_TOKEN)
         return Text(self._json_by_length, least, most)
 
     @cached_property

@@ -83,3 +83,13 @@ def test_template_inside_tokenizer_config(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     chat = [{"role": "user", "content": "hi"}]
     assert Tokenizer.from_directory(tmp_path).render_chat(chat) == "hi!"
+
+
+def test_plain_texts_are_what_a_token_adds() -> None:
+    """A decoder that drops the first space made " b" look one character long."""
+    vocabulary = {"<unk>": 0, "a": 1, "\u2581b": 2, "<0x41>": 3, "</s>": 4, "\u2581": 5}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>", "<unk>"])
+    assert backend.decode([2]) == "b"
+    assert Tokenizer(backend, {}, None).plain == {1: "a", 2: " b", 5: " "}
