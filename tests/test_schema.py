@@ -121,11 +121,9 @@ SCHEMAS = st.recursive(
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SCHEMAS, st.integers(0, 2**31))
 def test_a_thousand_random_schemas_give_a_thousand_valid_documents(schema: Any, seed: int) -> None:
-    try:
-        document = generate(RANDOM, TOKENIZER, "x", schema=schema, seed=seed, steps=2)
-    except SchemaError as error:
-        assert "the shortest document of the schema has" in str(error)
-        assume(False)
+    shortest = compile_schema(schema, Vocabulary(RANDOM, TOKENIZER)).shortest
+    assume(shortest <= RANDOM.generation.max_new_tokens)
+    document = generate(RANDOM, TOKENIZER, "x", schema=schema, seed=seed, steps=2)
     jsonschema.Draft202012Validator(schema).validate(json.loads(document))
 
 
@@ -224,8 +222,8 @@ def test_references_annotations_and_types_in_lists() -> None:
 
 
 def test_a_budget_too_small_is_refused_before_computing() -> None:
-    with pytest.raises(SchemaError, match="shortest document of the schema has .* more than the 8"):
+    with pytest.raises(SchemaError, match=r"shortest document .* more than the 8"):
         stream_generate(RANDOM, TOKENIZER, "x", schema=RECORD, max_tokens=8)
+    huge = {"type": "array", "maxItems": 10**6, "items": {"type": "integer"}}
     with pytest.raises(SchemaError, match="too large"):
-        huge = {"type": "array", "maxItems": 10**6, "items": {"type": "integer"}}
         stream_generate(RANDOM, TOKENIZER, "x", schema=huge)

@@ -1,0 +1,209 @@
+"""Probabilities of labels in the slots of a text, by one decoder pass and without sampling.
+
+A label of n tokens is scored by the chain rule, p(first) * p(second | first) * ...: each factor is
+read off a canvas in which the tokens before it are given and the rest of the slot is noise. All
+these canvases are rows of one batch, so all labels of all slots take one pass of the decoder.
+
+Where the labels of a slot have the same number of tokens, the text right of the slot is given too.
+Where they differ, it would give their length away: then all of it is noise, and the token behind
+the slot counts as one more factor, without which "no" would always beat "no idea".
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .errors import Error
+from .generation import ContextError, encode_prompt, prefill
+from .model import DiffusionGemma, LayerCache
+from .sampler import SeededDraws
+from .tokenizer import Message, Tokenizer
+from .vocabulary import Vocabulary
+
+# Rows of logits computed at once, in bytes.
+LOGITS_BYTES = 1 << 30
+
+
+class ChooseError(Error):
+    """Slots or labels that cannot be scored."""
+
+
+def choose(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message] | Sequence[int],
+    slots: Mapping[str, Sequence[str]],
+    *,
+    template: str | None = None,
+    isolated: bool = False,
+    seed: int = 0,
+    draws: int = 1,
+) -> dict[str, dict[str, float]]:
+    """The probability of each label in each slot; those of a slot sum to 1.
+
+    Args:
+        prompt: as in `stream_generate`.
+        slots: labels by slot name. They count as different texts: leading spaces matter.
+        template: the answer, with `{name}` where a slot stands; None is the slot itself, or of
+            several slots a line each, `name: {name}`. While a slot is scored, the others are noise
+            of their first label's length.
+        isolated: score each slot in a text that ends at its neighbours.
+        seed: of the noise.
+        draws: noise canvases to average over; each is one more pass.
+
+    Raises:
+        ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
+        ContextError: the prompt does not fit.
+    """
+    vocabulary = Vocabulary(model, tokenizer)
+    labels = {name: _encoded(vocabulary, name, texts) for name, texts in slots.items()}
+    if not labels:
+        raise ChooseError("there is no slot to choose for")
+    parts = _parts(template, list(slots))
+    texts = [parts] if not isolated else _isolate(parts)
+    context = encode_prompt(tokenizer, prompt)
+    if len(context) > model.config.max_position_embeddings - model.config.canvas_length:
+        raise ContextError(
+            f"the prompt has {len(context)} tokens; with a canvas of {model.config.canvas_length} "
+            f"it does not fit into the context of {model.config.max_position_embeddings}"
+        )
+    rows: list[_Row] = []
+    for pieces in texts:
+        for where in range(1, len(pieces), 2):
+            rows += _rows(model, vocabulary, pieces, where, labels)
+    cache = model.make_cache()
+    prefill(model, context, cache)
+    source = SeededDraws(seed, vocabulary.size)
+    chances: dict[str, dict[str, float]] = {
+        name: dict.fromkeys(known, 0.0) for name, known in labels.items()
+    }
+    for _ in range(draws):
+        # One noise for all rows: labels are compared under the same circumstances.
+        noise = source.tokens((1, model.config.canvas_length))
+        scores: dict[str, dict[str, float]] = {n: dict.fromkeys(k, 0.0) for n, k in labels.items()}
+        for row, log_p in zip(rows, _read(model, cache, rows, noise), strict=True):
+            for label, token in row.asked:
+                scores[row.slot][label] += float(log_p[token])
+        for name, known in scores.items():
+            top = max(known.values())
+            weights = {label: math.exp(score - top) for label, score in known.items()}
+            for label, weight in weights.items():
+                chances[name][label] += weight / sum(weights.values()) / draws
+    mx.clear_cache()
+    return chances
+
+
+@dataclass
+class _Row:
+    """A canvas (None is noise), the position asked about, and the token of each label there."""
+
+    slot: str
+    canvas: list[int | None]
+    position: int
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+
+def _read(
+    model: DiffusionGemma, cache: list[LayerCache], rows: list[_Row], noise: mx.array
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Log-probabilities (vocabulary,) at each row's position."""
+    length = model.config.canvas_length
+    at_once = max(1, LOGITS_BYTES // (4 * length * model.config.vocab_size))
+    for first in range(0, len(rows), at_once):
+        group = rows[first : first + at_once]
+        given = mx.array([[token or 0 for token in row.canvas] for row in group], dtype=mx.int32)
+        free = mx.array([[token is None for token in row.canvas] for row in group])
+        logits = model(mx.where(free, noise, given), cache)
+        at = mx.array([row.position for row in group])[:, None, None]
+        chosen = mx.take_along_axis(logits, at, axis=1)[:, 0]
+        yield from np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True))
+
+
+def _rows(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    pieces: list[str],
+    where: int,
+    labels: dict[str, dict[str, tuple[int, ...]]],
+) -> list[_Row]:
+    """The factors of all labels of the slot at `where`; labels that begin alike share canvases."""
+    room = model.config.canvas_length
+    slot = pieces[where]
+    left = _tokens(vocabulary, pieces, 0, where, labels)
+    right = [*_tokens(vocabulary, pieces, where + 1, len(pieces), labels), vocabulary.end]
+    longest = max(map(len, labels[slot].values()))
+    if len(left) + longest + len(right) > room:
+        raise ChooseError(f"the text with slot {slot} is longer than a canvas of {room} tokens")
+    alike = min(map(len, labels[slot].values())) == longest
+    if alike:
+        behind = right + [vocabulary.fill] * (room - len(left) - longest - len(right))
+    else:
+        behind = [None] * (room - len(left) - longest)
+    rows: dict[tuple[int, ...], _Row] = {}
+    for label, ids in labels[slot].items():
+        for i, token in enumerate(ids if alike else (*ids, _first_given(right, slot))):
+            if ids[:i] not in rows:
+                canvas = [*left, *ids[:i], *[None] * (longest - i), *behind]
+                rows[ids[:i]] = _Row(slot, canvas, len(left) + i)
+            rows[ids[:i]].asked.append((label, token))
+    return list(rows.values())
+
+
+def _first_given(right: list[int | None], slot: str) -> int:
+    if right[0] is None:
+        raise ChooseError(
+            f"labels of slot {slot} have different lengths; then text must stand behind the slot"
+        )
+    return right[0]
+
+
+def _tokens(
+    vocabulary: Vocabulary,
+    pieces: list[str],
+    start: int,
+    stop: int,
+    labels: dict[str, dict[str, tuple[int, ...]]],
+) -> list[int | None]:
+    """Pieces in tokens: those at even places are text, the others slots, which are noise here."""
+    tokens: list[int | None] = []
+    for i in range(start, stop):
+        if i % 2:
+            tokens += [None] * len(next(iter(labels[pieces[i]].values())))
+        else:
+            tokens += vocabulary.literal(pieces[i]).ids
+    return tokens
+
+
+def _parts(template: str | None, slots: list[str]) -> list[str]:
+    """Text and slot names in turn, text first and last.
+
+    Raises:
+        ChooseError: the template does not have each slot once.
+    """
+    if template is None:
+        if len(slots) > 1:
+            template = "\n".join(f"{slot}: {{{slot}}}" for slot in slots)
+        else:
+            template = f"{{{slots[0]}}}"
+    parts = re.split("{(" + "|".join(map(re.escape, slots)) + ")}", template)
+    for slot in slots:
+        if parts[1::2].count(slot) != 1:
+            raise ChooseError(f"the template must have {{{slot}}} once")
+    return parts
+
+
+def _isolate(parts: list[str]) -> list[list[str]]:
+    """Each slot with the text up to its neighbours, and nothing of them."""
+    return [parts[i - 1 : i + 2] for i in range(1, len(parts), 2)]
+
+
+def _encoded(vocabulary: Vocabulary, name: str, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    encoded = {text: vocabulary.literal(text).ids for text in texts}
+    if len(encoded) < 2 or not all(encoded.values()):
+        raise ChooseError(f"slot {name} needs at least two labels, none of them empty")
+    return encoded

@@ -1,0 +1,115 @@
+"""Probabilities of labels, against the chain rule written out one canvas at a time."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from mlx_diffgemma import DiffusionGemma, Tokenizer, load
+from mlx_diffgemma.choose import ChooseError, choose
+from mlx_diffgemma.generation import encode_prompt, prefill
+from mlx_diffgemma.sampler import SeededDraws
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[DiffusionGemma, Tokenizer]:
+    return load()
+
+
+def chance(
+    loaded: tuple[DiffusionGemma, Tokenizer], canvas: list[int | None], position: int, token: int
+) -> float:
+    """log p of a token at a position of one canvas, None being the noise of seed 0."""
+    model, tokenizer = loaded
+    cache = model.make_cache()
+    prefill(model, encode_prompt(tokenizer, "Is it so?"), cache)
+    noise = SeededDraws(0, model.config.vocab_size).tokens((1, 64))[0].tolist()
+    ids = [n if t is None else t for t, n in zip(canvas, noise, strict=True)]
+    p = mx.softmax(model(mx.array([ids]), cache)[0, position])
+    return math.log(p[token].item())
+
+
+def normalised(scores: dict[str, float]) -> dict[str, float]:
+    total = sum(map(math.exp, scores.values()))
+    return {label: math.exp(score) / total for label, score in scores.items()}
+
+
+def test_labels_of_one_length_see_the_text_behind_them(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    _, tokenizer = loaded
+    left, right = tokenizer.encode("a"), tokenizer.encode("b")
+    tail = [*right, 6, *[1] * (64 - len(left) - 2 - len(right) - 1)]
+    scores = {}
+    for label in ("12", "13", "45"):
+        first, second = tokenizer.encode(label)
+        scores[label] = chance(loaded, [*left, None, None, *tail], len(left), first)
+        scores[label] += chance(loaded, [*left, first, None, *tail], len(left) + 1, second)
+    found = choose(*loaded, "Is it so?", {"x": list(scores)}, template="a{x}b")
+    assert found == {"x": pytest.approx(normalised(scores), rel=1e-3)}
+    assert sum(found["x"].values()) == pytest.approx(1)
+
+
+def test_labels_of_different_lengths_count_the_token_behind_them(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    scores = {}
+    for label in ("1", "12", "345"):
+        ids = loaded[1].encode(label)
+        scores[label] = sum(
+            chance(loaded, [*ids[:i], *[None] * (64 - i)], i, token)
+            for i, token in enumerate([*ids, 6])
+        )
+    found = choose(*loaded, "Is it so?", {"x": list(scores)})
+    assert found == {"x": pytest.approx(normalised(scores), rel=1e-3)}
+
+
+def test_one_decoder_pass_for_all_slots(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    decode = DiffusionGemma.decode
+
+    def counted(self: DiffusionGemma, canvas: mx.array, *rest: object) -> mx.array:
+        passes.append(canvas.shape)
+        return decode(self, canvas, *rest)
+
+    monkeypatch.setattr(DiffusionGemma, "decode", counted)
+    slots = {"spam": ["yes", "no"], "mood": ["good", "bad", "so so"]}
+    found = choose(*loaded, "Is it so?", slots, template="spam: {spam}\nmood: {mood}.")
+    assert len(passes) == 1
+    assert {name: list(known) for name, known in found.items()} == slots
+    alone = choose(*loaded, "Is it so?", {"mood": slots["mood"]}, template="\nmood: {mood}.")
+    isolated = choose(
+        *loaded, "Is it so?", slots, template="spam: {spam}\nmood: {mood}.", isolated=True
+    )
+    assert isolated["mood"] == pytest.approx(alone["mood"], rel=1e-3)
+    assert isolated["mood"] != pytest.approx(found["mood"], rel=1e-3)
+
+
+def test_a_trained_model_chooses_what_its_prompt_says(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    slots = {"item": ["pears", "books", "lamps"], "to": ["Anna", "Berta"]}
+    template = '{"item":"{item}","count":12,"price":345,"to":"{to}"}'
+    for item in slots["item"]:
+        for to in slots["to"]:
+            found = choose(
+                *loaded, f"Record: 12 {item} at 345 to {to}", slots, template=template, draws=3
+            )
+            assert max(found["item"], key=found["item"].__getitem__) == item
+            assert max(found["to"], key=found["to"].__getitem__) == to
+
+
+def test_slots_that_cannot_be_scored(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    for slots, template, message in (
+        ({}, None, "no slot"),
+        ({"x": ["a"]}, None, "at least two labels"),
+        ({"x": ["a", ""]}, None, "at least two labels"),
+        ({"x": ["a", "b"]}, "nothing", "must have {x} once"),
+        ({"x": ["a", "b"]}, "{x}{x}", "must have {x} once"),
+        ({"x": ["a", "b"]}, "1" * 64 + "{x}", "longer than a canvas of 64"),
+        ({"x": ["1", "12"], "y": ["1", "2"]}, "{x}{y}", "text must stand behind"),
+    ):
+        with pytest.raises(ChooseError, match=message):
+            choose(*loaded, "Is it so?", slots, template=template)
