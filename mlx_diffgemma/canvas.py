@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from .denoise import Start
 from .errors import Error
+from .generation import room_behind
 from .model import DiffusionGemma
 from .sampler import Draws
 from .tokenizer import Tokenizer
@@ -48,14 +49,18 @@ def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
     return Start(mx.where(pinned, given, noise), pinned=pinned)
 
 
-def edit_start(model: DiffusionGemma, tokenizer: Tokenizer, text: str) -> Start:
-    """A canvas that starts from text and goes back to it wherever nothing is accepted.
+def clip_context(
+    model: DiffusionGemma, prompt: list[int], given: list[int]
+) -> tuple[list[int], int]:
+    """A prompt and the text that the answer begins with, without as many tokens of the text's
+    beginning as do not fit; and how many those are.
 
     Raises:
-        CanvasError: the text and an end token are more than the canvas.
+        ContextError: the prompt alone does not fit.
     """
-    ids = mx.array([_padded(model, tokenizer, tokenizer.encode(text))], dtype=mx.int32)
-    return Start(ids, background=ids)
+    room = room_behind(model, prompt) - model.config.canvas_length
+    dropped = max(len(given) - room, 0)
+    return prompt + given[dropped:], dropped
 
 
 def _padded(model: DiffusionGemma, tokenizer: Tokenizer, tokens: list[int]) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import Error
-from .generation import ContextError, encode_prompt, prefill
+from .generation import encode_prompt, prefill, room_behind
 from .model import DiffusionGemma, LayerCache
 from .sampler import SeededDraws
 from .tokenizer import Message, Tokenizer
@@ -67,11 +67,7 @@ def choose(
     parts = _parts(template, list(slots))
     texts = [parts] if not isolated else _isolate(parts)
     context = encode_prompt(tokenizer, prompt)
-    if len(context) > model.config.max_position_embeddings - model.config.canvas_length:
-        raise ContextError(
-            f"the prompt has {len(context)} tokens; with a canvas of {model.config.canvas_length} "
-            f"it does not fit into the context of {model.config.max_position_embeddings}"
-        )
+    room_behind(model, context)
     rows: list[_Row] = []
     for pieces in texts:
         for where in range(1, len(pieces), 2):

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from .canvas import edit_start, fill_start
+from .canvas import fill_start
+from .edit import STRENGTH, edit_start
 from .errors import Error
 from .generation import Done, Event, Text, stream_generate
 from .model import DiffusionGemma
 from .sampler import SeededDraws
 from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl"
 
@@ -108,7 +110,9 @@ def events_of(
     if case.pieces is not None:
         start = fill_start(model, tokenizer, case.pieces, draws)
     elif case.start is not None:
-        start = edit_start(model, tokenizer, case.start)
+        config = model.generation.override(max_denoising_steps=steps)
+        vocabulary = Vocabulary(model, tokenizer)
+        start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
     return stream_generate(model, tokenizer, case.prompt, steps=steps, draws=draws, start=start)
 
 
@@ -177,15 +181,18 @@ def evaluate(
     steps: Sequence[int],
     seeds: int,
 ) -> Iterator[Score]:
-    """A score per step budget and task, as soon as it is known; seeds are 0 .. seeds - 1."""
+    """A score per step budget and task, as soon as it is known.
+
+    Each run has a seed of its own: with one seed for all cases, all would start from one noise.
+    """
     groups: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         groups[case.task].append(case)
     for budget in steps:
         for task, members in groups.items():
             runs = [
-                (case, run_case(model, tokenizer, case, budget, seed))
-                for case in members
+                (case, run_case(model, tokenizer, case, budget, seeds * number + seed))
+                for number, case in enumerate(members)
                 for seed in range(seeds)
             ]
             yield score(task, budget, runs, seeds)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .automaton import Choice, Literal, Pattern, Plans, Repeat, Sequence, compile_pattern
-from .canvas import pinned_start
+from .canvas import clip_context, pinned_start
 from .config import GenerationConfig
 from .denoise import denoise
 from .errors import Error
@@ -256,37 +256,32 @@ def _fill(
     if prompt is None:
         shown = _HOLE.sub("...", template) if fits else "the gap in the text"
         prompt = f"Fill: {shown}"
-    context = encode_prompt(tokenizer, prompt)
+    head = encode_prompt(tokenizer, prompt)
+    context: list[int] = []
     written: dict[str, list[int]] = {}
     probabilities: dict[str, tuple[float, ...]] = {}
     notes: list[str] = []
     passes = window = 0
     cache = model.make_cache()
-    limit = model.config.max_position_embeddings - room
-    if len(context) > limit:
-        raise ContextError(
-            f"the prompt has {len(context)} tokens; with a canvas of {room} it does not fit into "
-            f"the context of {model.config.max_position_embeddings}"
-        )
     try:
         while len(written) < len(gaps):
             # Text left of the next hole is context, but for a template that fits as a whole.
             while not fits and not isinstance(left := pieces[0], _Gap):
                 context += left
                 pieces = pieces[1:]
-            seen = sum(layer.length for layer in cache[:1])
-            if seen + len(context) > limit:
-                if seen:
-                    raise ContextError("the text between the holes does not fit into the context")
-                head = len(encode_prompt(tokenizer, prompt))
-                dropped = len(context) - limit
-                notes.append(f"The model did not see the first {dropped} tokens of the text.")
-                context = context[:head] + context[head + dropped :]
+            if not window:
+                context, dropped = clip_context(model, head, context)
+                if dropped:
+                    notes.append(f"The model did not see the first {dropped} tokens of the text.")
+            elif cache[0].length + len(context) + room > model.config.max_position_embeddings:
+                raise ContextError("the text between the holes does not fit into the context")
             prefill(model, context, cache)
-            context = []
             names = list(_row(vocabulary, pieces, lengths, room, last=True).spans)
             undecided = [name for name in names if len(gaps[name].patterns) > 1]
             for name in [*undecided, None]:
+                now = _row(vocabulary, pieces, lengths, room, last=True).spans
+                if name is not None and name not in now:
+                    continue  # longer holes before it have pushed it out of this canvas
                 tried = [lengths]
                 if name is not None:
                     tried = [{**lengths, name: length} for length in sorted(gaps[name].patterns)]

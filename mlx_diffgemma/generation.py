@@ -105,6 +105,24 @@ class Committed:
     finish_reason: FinishReason | None
 
 
+def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
+    """Tokens of context that a prompt leaves, at least a canvas.
+
+    Raises:
+        ContextError: the prompt is empty or leaves less.
+    """
+    room = model.config.max_position_embeddings - len(prompt)
+    length = model.config.canvas_length
+    if not prompt:
+        raise ContextError("the prompt is empty")
+    if room < length:
+        raise ContextError(
+            f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
+            f"the context of {model.config.max_position_embeddings}"
+        )
+    return room
+
+
 # Where the next canvas starts, by the tokens of those before it; None is uniform noise.
 Starts = Callable[[Sequence[int]], Start | None]
 
@@ -128,15 +146,8 @@ def generate_tokens(
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
     """
-    room = model.config.max_position_embeddings - len(prompt)
+    room = room_behind(model, prompt)
     length = model.config.canvas_length
-    if not prompt:
-        raise ContextError("the prompt is empty")
-    if room < length:
-        raise ContextError(
-            f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {model.config.max_position_embeddings}"
-        )
     budget = config.max_new_tokens
     cache = model.make_cache()
     pending: Sequence[int] = prompt

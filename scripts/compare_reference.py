@@ -43,7 +43,7 @@ def main() -> None:
     cases = read_cases(HELD_OUT)
     for task in arguments.tasks.split(","):
         chosen = [case for case in cases if case.task == task][: arguments.limit]
-        pairs = [(case, seed) for case in chosen for seed in range(arguments.seeds)]
+        pairs = [(case, number) for number, case in enumerate(chosen * arguments.seeds)]
         mine = [(case, run_case(ours, tokenizer, case, None, seed)) for case, seed in pairs]
         reference = [(case, reference_case(theirs, tokenizer, case, seed)) for case, seed in pairs]
         for name, runs in (("mlx-diffgemma", mine), ("transformers", reference)):

@@ -1,0 +1,256 @@
+"""Rewriting a part of a text: the part is the starting canvas, the rest is given.
+
+The ordinary loop puts fresh noise wherever it accepts nothing, which destroys the text that was to
+be repaired. Here such a position takes back the user's own token; the original also stands in the
+prompt. The text behind the part is given but may shift, so that the part can grow or shrink.
+"""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
+from .canvas import CanvasError, clip_context
+from .config import GenerationConfig, SettingError
+from .denoise import Start, denoise
+from .errors import Error
+from .generation import Draft, draft_of, encode_prompt, fresh_draws, prefill
+from .model import DiffusionGemma
+from .sampler import Draws, Sampler
+from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary
+
+STRENGTH = 0.4
+
+
+class EditError(Error):
+    """Lines that are not there, or that cannot be edited."""
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edited text.
+
+    Attributes:
+        text: the whole text, its part rewritten.
+        steps: denoising steps, over all canvases.
+        notes: what a user should know, as sentences: text that the model could not see.
+    """
+
+    text: str
+    steps: int
+    notes: tuple[str, ...]
+
+
+def stream_edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str,
+    *,
+    lines: tuple[int, int] | None = None,
+    strength: float = STRENGTH,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> Generator[Draft | EditResult, None, None]:
+    """As `edit`, lazily: a `Draft` a denoising step, then the result."""
+    if not 0 < strength <= 1:
+        raise SettingError(f"strength must be over 0 and at most 1, not {strength:g}")
+    left, part, right = split_lines(text, lines)
+    if not part.strip():
+        raise EditError("there is nothing to edit")
+    config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
+    vocabulary = Vocabulary(model, tokenizer)
+    chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4)
+    prompt = encode_prompt(tokenizer, f"{instruction.strip().rstrip(':')}: {part}")
+    draws = draws or fresh_draws(model, seed)
+    return _edit(model, vocabulary, left, chunks, right, prompt, strength, config, draws)
+
+
+def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
+    """What stands before, in and behind the lines, counted from 1, both included; None is all.
+
+    Line breaks at the end of the part stand behind it.
+
+    Raises:
+        EditError: the text has no such lines.
+    """
+    every = text.splitlines(keepends=True)
+    first, last = lines or (1, max(len(every), 1))
+    if not 1 <= first <= last:
+        raise EditError(f"lines {first}:{last} are no range")
+    if lines and last > len(every):
+        raise EditError(f"there is no line {last}; the text has {len(every)}")
+    part = "".join(every[first - 1 : last])
+    kept = part.rstrip("\r\n")
+    return "".join(every[: first - 1]), kept, part[len(kept) :] + "".join(every[last:])
+
+
+def _chunks(tokenizer: Tokenizer, part: str, most: int) -> list[str]:
+    """The part in pieces of whole lines, of at most `most` tokens each."""
+    chunks: list[str] = []
+    for number, line in enumerate(part.splitlines(keepends=True), 1):
+        if len(tokenizer.encode(line)) > most:
+            raise CanvasError(f"line {number} of what is to be edited is over {most} tokens long")
+        if chunks and len(tokenizer.encode(chunks[-1] + line)) <= most:
+            chunks[-1] += line
+        else:
+            chunks.append(line)
+    return chunks
+
+
+def _edit(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    left: str,
+    chunks: list[str],
+    right: str,
+    prompt: list[int],
+    strength: float,
+    config: GenerationConfig,
+    draws: Draws,
+) -> Generator[Draft | EditResult, None, None]:
+    tokenizer = vocabulary.tokenizer
+    written = left
+    passes = 0
+    notes: list[str] = []
+    try:
+        for number, chunk in enumerate(chunks):
+            given = tokenizer.encode(written) if written else []
+            context, dropped = clip_context(model, prompt, given)
+            if dropped and not notes:
+                notes.append(f"The model did not see the first {dropped} tokens of the text.")
+            cache = model.make_cache()
+            prefill(model, context, cache)
+            body = chunk.rstrip("\r\n")
+            behind = chunk[len(body) :] + "".join(chunks[number + 1 :]) + right
+            start = edit_start(model, vocabulary, body, behind, strength, config, draws)
+            for snapshot in denoise(model, cache, config, draws, start):
+                passes += 1
+                yield draft_of(tokenizer, snapshot, number, config)
+            tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+            kept = _without(tokens, vocabulary.end, _visible(tokenizer, behind))
+            written += tokenizer.decode(kept) + chunk[len(body) :]
+    finally:
+        mx.clear_cache()
+    yield EditResult(written + right, passes, tuple(notes))
+
+
+def edit_start(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    part: str,
+    behind: str,
+    strength: float,
+    config: GenerationConfig,
+    draws: Draws,
+) -> Start:
+    """A canvas that starts from a part of a text, noised, and goes back to it where nothing is
+    accepted; `behind` follows unchanged, wherever the part ends.
+
+    Strength s noises each token with probability s and enters the schedule at its last share s.
+
+    Raises:
+        CanvasError: the part and an end token are more than the canvas.
+    """
+    room = model.config.canvas_length
+    tokenizer = vocabulary.tokenizer
+    ids = tokenizer.encode(part)
+    if len(ids) >= room:
+        raise CanvasError(f"the text has {len(ids)} tokens, more than a canvas of {room} holds")
+    right = _visible(tokenizer, behind)
+    cut = len(right) > room
+    most = min(len(ids) + max(4, len(ids) // 4), room - 1)
+    # Tokens of the text itself are allowed even if they are, say, single bytes.
+    allowed = Tokens(tuple(sorted({*vocabulary.text_without("").ids, *ids})))
+    pattern: Pattern = Sequence((Repeat(allowed, 0, most), Literal(tuple(right[:room]))))
+    if not cut:
+        pattern = vocabulary.answer(pattern)
+    # Text that does not fit may go on in a canvas that is never computed.
+    plan = compile_pattern(pattern).plan(room, 2 * room + 1)
+    fill = [vocabulary.end, *[vocabulary.fill] * room]
+    whole = mx.array([[*ids, *right, *fill][:room]], dtype=mx.int32)
+    # Gumbel noise is below -log(-log s) with probability s.
+    below = draws.gumbel((1, room)) < -math.log(-math.log(min(strength, 1 - 1e-9)))
+    noised = below & (mx.arange(room) < len(ids))
+    return Start(
+        mx.where(noised, draws.tokens((1, room)), whole),
+        background=whole,
+        constraint=Plans([plan], vocabulary.size),
+        first_step=1 + round((1 - strength) * (config.max_denoising_steps - 1)),
+    )
+
+
+def _visible(tokenizer: Tokenizer, behind: str) -> list[int]:
+    """Tokens of what follows the part; white space at a text's end stays out of the canvas."""
+    return tokenizer.encode(behind) if behind.strip() else []
+
+
+def _without(tokens: list[int], end: int, right: list[int]) -> list[int]:
+    """The part's tokens: a finished canvas less the end token and the text behind the part."""
+    if end in tokens:
+        tokens = tokens[: tokens.index(end)]
+        return tokens[: len(tokens) - len(right)]
+    # The canvas ends within the text behind: as much of it as can be is not the part's.
+    for count in range(min(len(right), len(tokens)), 0, -1):
+        if tokens[len(tokens) - count :] == right[:count]:
+            return tokens[: len(tokens) - count]
+    return tokens
+
+
+def edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str,
+    *,
+    lines: tuple[int, int] | None = None,
+    strength: float = STRENGTH,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> EditResult:
+    """Rewrite a text, or some of its lines, as an instruction says; the rest stays as it is.
+
+    Text left of the part is context; as much of what follows as fits stands behind it in the
+    canvas. A part longer than three quarters of a canvas is rewritten in pieces of whole lines.
+
+    Args:
+        text: the whole text.
+        instruction: what to do; the prompt is this, a colon, and the part.
+        lines: first and last line of the part, counted from 1; None is the whole text.
+        strength: over 0 to 1: how much of the part is noised, and how much of the schedule is run.
+        steps: denoising steps of the whole schedule; None asks the checkpoint.
+        seed: makes the result repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
+        draws: takes the place of `seed`, to replay a run.
+
+    Raises:
+        EditError: there are no such lines, or nothing in them.
+        CanvasError: a line is longer than three quarters of a canvas.
+        ContextError: the prompt, which holds the part, does not fit.
+        SettingError: strength is out of range.
+    """
+    result: EditResult | None = None
+    for event in stream_edit(
+        model,
+        tokenizer,
+        text,
+        instruction,
+        lines=lines,
+        strength=strength,
+        steps=steps,
+        seed=seed,
+        sampler=sampler,
+        draws=draws,
+    ):
+        if isinstance(event, EditResult):
+            result = event
+    assert result is not None  # it is the last event
+    return result
