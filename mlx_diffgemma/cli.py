@@ -9,16 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
 from .errors import Error
 
 if TYPE_CHECKING:
-    from .generation import Event
     from .tokenizer import Tokenizer
 
+Item = TypeVar("Item")
 app = typer.Typer(
     name="mlx-diffgemma",
     help="Run DiffusionGemma on Apple silicon.",
@@ -65,6 +65,12 @@ Threshold = Annotated[
 ]
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.")
+]
+Show = Annotated[bool, typer.Option("--show", help="Draw the canvas as it denoises.")]
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
@@ -78,19 +84,17 @@ def generate(
     system: System = None,
     sampler: SamplerOption = None,
     threshold: Threshold = None,
-    show: Annotated[bool, typer.Option("--show", help="Draw the canvas as it denoises.")] = False,
+    show: Show = False,
+    schema: Annotated[
+        Path | None, typer.Option(help="JSON Schema that the answer must follow.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Answer one prompt."""
-    if prompt == "-":
-        if sys.stdin.isatty():
-            say("Reading the prompt from the terminal; end it with Ctrl-D.")
-        prompt = sys.stdin.read().rstrip("\n")  # the newline that echo and editors add
+    prompt = from_argument(prompt, "the prompt")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     if not prompt.strip():
@@ -101,6 +105,12 @@ def generate(
     from .generation import Done, Text, stream_generate
     from .loading import load
 
+    wanted = None
+    if schema is not None:
+        from .schema import parse_schema, read_schema
+
+        wanted = read_schema(schema)
+        parse_schema(wanted)  # what is not supported is said before a model is loaded
     if not quiet:
         introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
@@ -112,6 +122,7 @@ def generate(
         steps=steps,
         seed=seed,
         sampler=chosen,
+        schema=wanted,
     )
     answer = ""
     for event in watch(events, tokenizer, live=show and not quiet, lines=show and not quiet):
@@ -191,6 +202,177 @@ def chat(
             say(f"error: {error}")
             continue
         messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+@app.command()
+def fill(
+    template: Annotated[
+        str, typer.Argument(help="File with holes, or the text itself; - reads stdin.")
+    ] = "-",
+    *,
+    prompt: Annotated[str | None, typer.Option(help="What the text is to say.")] = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    sampler: SamplerOption = None,
+    threshold: Threshold = None,
+    show: Show = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the values of the holes as JSON.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fill holes in a text: {{}}, {{name}}, {{name:12}} (tokens), {{name:int}}, {{name:a|b}}."""
+    text = from_argument(template, "the text", holes=True)
+    chosen = choose_sampler(sampler, threshold)
+
+    from .fill import FillResult, parse_template, stream_fill
+    from .loading import load
+
+    parse_template(text)
+    if not quiet:
+        introduce(model)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    events = stream_fill(
+        loaded, tokenizer, text, prompt=prompt, steps=steps, seed=seed, sampler=chosen
+    )
+    for event in watch(events, tokenizer, live=show and not quiet, lines=show and not quiet):
+        if isinstance(event, FillResult):
+            if as_json:
+                print(json.dumps(event.values, ensure_ascii=False))
+            else:
+                print(event.text, end="" if event.text.endswith("\n") else "\n")
+            if not quiet:
+                say(f"{event.steps} steps", *event.notes)
+
+
+@app.command()
+def edit(
+    file: Annotated[str, typer.Argument(help="The file; - reads stdin.")],
+    *,
+    instruction: Annotated[str, typer.Option("--instruction", "-i", help="What to do.")],
+    lines: Annotated[
+        str | None, typer.Option(help="Lines to rewrite, such as 10:20. [all]")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much may change, over 0 to 1. [0.4]")
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    sampler: SamplerOption = None,
+    threshold: Threshold = None,
+    show: Show = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Rewrite the file.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--text", help="Print the text instead of a diff.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rewrite lines of a file; prints what changes as a unified diff."""
+    if in_place and file == "-":
+        fail("--in-place needs a file, not stdin", code=2)
+    span = None
+    if lines is not None:
+        first, _, last = lines.partition(":")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            fail(f"--lines takes a line or a range such as 10:20, not {lines}", code=2)
+        span = int(first), int(last or first)
+    text = sys.stdin.read() if file == "-" else read_text(Path(file))
+    chosen = choose_sampler(sampler, threshold)
+
+    from difflib import unified_diff
+
+    from .edit import STRENGTH, EditResult, split_lines, stream_edit
+    from .loading import load
+
+    split_lines(text, span)
+    if not quiet:
+        introduce(model)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    events = stream_edit(
+        loaded,
+        tokenizer,
+        text,
+        instruction,
+        lines=span,
+        strength=STRENGTH if strength is None else strength,
+        steps=steps,
+        seed=seed,
+        sampler=chosen,
+    )
+    for event in watch(events, tokenizer, live=show and not quiet, lines=show and not quiet):
+        if isinstance(event, EditResult):
+            name = "stdin" if file == "-" else file
+            old, new = (t.splitlines(keepends=True) for t in (text, event.text))
+            if whole:
+                print(event.text, end="")
+            else:
+                for line in unified_diff(old, new, f"a/{name}", f"b/{name}"):
+                    print(
+                        line, end="" if line.endswith("\n") else "\n\\ No newline at end of file\n"
+                    )
+            if in_place:
+                replace_text(Path(file), event.text)
+            if not quiet:
+                say(f"{event.steps} steps", *event.notes)
+
+
+@app.command()
+def choose(
+    prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
+    *,
+    labels: Annotated[
+        list[str],
+        typer.Option(help="Labels, yes,no; of a named slot: spam=yes,no. Can be given again."),
+    ],
+    template: Annotated[
+        str | None, typer.Option(help="The answer, with {name} where a slot stands.")
+    ] = None,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="Slots do not see each other's text.")
+    ] = False,
+    draws: Annotated[int, typer.Option(min=1, help="Noise canvases to average over.")] = 1,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say how likely each label is, in one pass and without writing anything."""
+    slots: dict[str, list[str]] = {}
+    for given in labels:
+        name, found, listed = given.partition("=")
+        slots[name if found else "label"] = (listed if found else given).split(",")
+    prompt = from_argument(prompt, "the prompt")
+
+    from .choose import choose
+    from .loading import load
+
+    if not quiet:
+        introduce(model)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    chances = choose(
+        loaded,
+        tokenizer,
+        prompt,
+        slots,
+        template=template,
+        isolated=isolated,
+        seed=seed,
+        draws=draws,
+    )
+    if as_json:
+        print(json.dumps(chances, ensure_ascii=False))
+        return
+    for name, known in chances.items():
+        for label, chance in sorted(known.items(), key=lambda pair: -pair[1]):
+            print(f"{name + ': ' if len(chances) > 1 else ''}{label}\t{chance:.4f}")
 
 
 @app.command()
@@ -409,9 +591,54 @@ def introduce(model: str | None) -> None:
         )
 
 
+def from_argument(given: str, what: str, *, holes: bool = False) -> str:
+    """An argument, or stdin for "-"; with `holes`, a name of a file stands for its text."""
+    if given == "-":
+        if sys.stdin.isatty():
+            say(f"Reading {what} from the terminal; end it with Ctrl-D.")
+        # A template is a file as it stands; a prompt loses the newline that echo adds.
+        return sys.stdin.read() if holes else sys.stdin.read().rstrip("\n")
+    if holes and "{{" not in given:
+        return read_text(Path(given))
+    return given
+
+
+def read_text(path: Path) -> str:
+    """A file's text, or one sentence."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # line ends stay as they are
+            return file.read()
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8 text")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file's text at once: a full disk or a kill leaves the old one."""
+    from shutil import copymode
+    from tempfile import NamedTemporaryFile
+
+    target = path.resolve()  # a link stays a link
+    try:
+        with NamedTemporaryFile(
+            "w", dir=target.parent, encoding="utf-8", newline="", delete=False
+        ) as file:
+            try:
+                file.write(text)
+                file.close()
+                copymode(target, file.name)
+                os.replace(file.name, target)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        fail(f"{path} cannot be written: {error.strerror}")
+
+
 def watch(
-    events: "Iterator[Event]", tokenizer: "Tokenizer", *, live: bool, lines: bool
-) -> "Iterator[Event]":
+    events: "Iterator[Item]", tokenizer: "Tokenizer", *, live: bool, lines: bool
+) -> "Iterator[Item]":
     """Pass events on while showing drafts on stderr.
 
     `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts
@@ -462,9 +689,9 @@ def typed_lines() -> Iterator[str]:
             yield line
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """To stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def fail(sentence: str, code: int = 1) -> NoReturn:
