@@ -10,57 +10,86 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .canvas import CanvasError
     from .checkpoint import CheckpointError
+    from .choosing import ChooseError, choose
     from .config import GenerationConfig, SettingError
+    from .editing import EditError, EditResult, edit, stream_edit
     from .errors import Error
+    from .filling import FillResult, TemplateError, fill, stream_fill
     from .generation import ContextError, Done, Draft, Event, Text, generate, stream_generate
     from .loading import load
     from .model import DiffusionGemma
     from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
+    from .schema import SchemaError
     from .tokenizer import Tokenizer, TokenizerError
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
 _HOME = {
+    "CanvasError": "canvas",
     "CheckpointError": "checkpoint",
+    "ChooseError": "choosing",
     "ConfidenceThreshold": "sampler",
     "ContextError": "generation",
     "DiffusionGemma": "model",
     "Done": "generation",
     "Draft": "generation",
     "Draws": "sampler",
+    "EditError": "editing",
+    "EditResult": "editing",
     "EntropyBound": "sampler",
     "Error": "errors",
     "Event": "generation",
+    "FillResult": "filling",
     "GenerationConfig": "config",
+    "SchemaError": "schema",
     "SeededDraws": "sampler",
     "SettingError": "config",
+    "TemplateError": "filling",
     "Text": "generation",
     "Tokenizer": "tokenizer",
     "TokenizerError": "tokenizer",
+    "choose": "choosing",
+    "edit": "editing",
+    "fill": "filling",
     "generate": "generation",
     "load": "loading",
+    "stream_edit": "editing",
+    "stream_fill": "filling",
     "stream_generate": "generation",
 }
 
 __all__ = [
+    "CanvasError",
     "CheckpointError",
+    "ChooseError",
     "ConfidenceThreshold",
     "ContextError",
     "DiffusionGemma",
     "Done",
     "Draft",
     "Draws",
+    "EditError",
+    "EditResult",
     "EntropyBound",
     "Error",
     "Event",
+    "FillResult",
     "GenerationConfig",
+    "SchemaError",
     "SeededDraws",
     "SettingError",
+    "TemplateError",
     "Text",
     "Tokenizer",
     "TokenizerError",
+    "choose",
+    "edit",
+    "fill",
     "generate",
     "load",
+    "stream_edit",
+    "stream_fill",
     "stream_generate",
 ]
 

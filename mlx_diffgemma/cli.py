@@ -228,7 +228,7 @@ def fill(
     text = from_argument(template, "the text", holes=True)
     chosen = choose_sampler(sampler, threshold)
 
-    from .fill import FillResult, parse_template, stream_fill
+    from .filling import FillResult, parse_template, stream_fill
     from .loading import load
 
     parse_template(text)
@@ -287,7 +287,7 @@ def edit(
 
     from difflib import unified_diff
 
-    from .edit import STRENGTH, EditResult, split_lines, stream_edit
+    from .editing import STRENGTH, EditResult, split_lines, stream_edit
     from .loading import load
 
     split_lines(text, span)
@@ -316,7 +316,9 @@ def edit(
                     print(
                         line, end="" if line.endswith("\n") else "\n\\ No newline at end of file\n"
                     )
-            if in_place:
+            if text == event.text:
+                say("Nothing changes.")
+            elif in_place:
                 replace_text(Path(file), event.text)
             if not quiet:
                 say(f"{event.steps} steps", *event.notes)
@@ -351,7 +353,7 @@ def choose(
         slots[name if found else "label"] = (listed if found else given).split(",")
     prompt = from_argument(prompt, "the prompt")
 
-    from .choose import choose
+    from .choosing import choose
     from .loading import load
 
     if not quiet:

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from .canvas import fill_start
-from .edit import STRENGTH, edit_start
+from .editing import STRENGTH, edit_start
 from .errors import Error
 from .generation import Done, Event, Text, stream_generate
 from .model import DiffusionGemma

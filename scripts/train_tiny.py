@@ -270,12 +270,14 @@ def loss_of(model: Any, batch: list[Encoded], task: str, rng: random.Random) -> 
     noised = torch.rand(rows, CANVAS) < noise_level
     canvas = torch.where(noised & ~pinned, torch.randint(vocab, (rows, CANVAS)), target)
     if batch[0].start is not None:
-        # Half of the repairs start from the user's text, as editing does.
+        # Most repairs start from the user's text, as editing does: from all of it, or with the
+        # positions repaired already that an earlier step accepted; some with noise in it.
         start = torch.tensor([e.start for e in batch])
-        stray = torch.rand(rows, CANVAS) < 0.02
-        user = torch.where(noised, start, target)
+        untouched = noised | (torch.rand(rows, 1) < 0.5)
+        user = torch.where(untouched, start, target)
+        stray = torch.rand(rows, CANVAS) < 0.3 * torch.rand(rows, 1) ** 2
         user = torch.where(stray, torch.randint(vocab, (rows, CANVAS)), user)
-        canvas = torch.where(torch.rand(rows, 1) < 0.5, user, canvas)
+        canvas = torch.where(torch.rand(rows, 1) < 0.7, user, canvas)
 
     co_loss = None
     cache = DynamicCache(config=model.config.text_config)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
-from mlx_diffgemma.choose import ChooseError, choose
+from mlx_diffgemma.choosing import ChooseError, choose
 from mlx_diffgemma.generation import encode_prompt, prefill
 from mlx_diffgemma.sampler import SeededDraws
 

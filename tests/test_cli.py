@@ -226,3 +226,61 @@ def test_ctrl_c_ends_generate_without_a_traceback() -> None:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
+
+
+def test_schema_fill_and_choose(tmp_path: Path) -> None:
+    schema = tmp_path / "record.json"
+    schema.write_text(
+        json.dumps(
+            {
+                "type": "object",
+                "properties": {
+                    "item": {"enum": ["pears", "books"]},
+                    "count": {"type": "integer", "minimum": 1, "maximum": 99},
+                },
+                "required": ["item", "count"],
+            }
+        )
+    )
+    prompt = "Record: 12 pears at 345 to Anna"
+    done = run("generate", "--schema", str(schema), "--seed", "0", "-q", prompt)
+    assert json.loads(done.stdout) == {"item": "pears", "count": 12}
+
+    template = tmp_path / "template.txt"
+    template.write_text('{"item":"{{item:pears|books}}","count":{{n:int}}}')
+    for given in (template.read_text(), str(template), "-"):
+        done = run(
+            "fill", given, "--prompt", prompt, "--seed", "0", "--json", stdin=template.read_text()
+        )
+        assert json.loads(done.stdout) == {"item": "pears", "n": 12}, done.stderr
+
+    labels = ("--labels", "item=pears,books", "--labels", "to=Anna,Berta")
+    shape = '{"item":"{item}","count":12,"price":345,"to":"{to}"}'
+    done = run("choose", prompt, *labels, "--template", shape, "--json", "-q")
+    chances = json.loads(done.stdout)
+    assert chances["item"]["pears"] > 0.5
+    assert chances["to"]["Anna"] > 0.5
+    done = run("choose", prompt, "--labels", "yes,no", "-q")
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] in (
+        ["yes", "no"],
+        ["no", "yes"],
+    )
+
+
+def test_mistakes_in_schemas_templates_and_labels_are_one_sentence(tmp_path: Path) -> None:
+    pattern = tmp_path / "pattern.json"
+    pattern.write_text('{"type": "string", "pattern": "a+"}')
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"type": ')
+    for arguments, message in (
+        (("generate", "--schema", str(pattern), "x"), "pattern is not supported"),
+        (("generate", "--schema", str(broken), "x"), "is not JSON"),
+        (("generate", "--schema", str(tmp_path / "none"), "x"), "cannot be read"),
+        (("fill", "{{a}}{{a}}"), "two holes are called a"),
+        (("fill", "nothing here"), "cannot be read"),
+        (("choose", "x", "--labels", "yes"), "at least two labels"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1, arguments
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

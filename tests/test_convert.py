@@ -15,12 +15,12 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import pytest
-from mlx_diffgemma.convert import RECIPES, ConvertError, convert, pipeline, uniform, upload
-from mlx_diffgemma.convert.recipes import RecipeError
 from reference import random_checkpoint
 
 from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import Tensor, read_header, read_tensors
+from mlx_diffgemma.convert import RECIPES, ConvertError, convert, pipeline, uniform, upload
+from mlx_diffgemma.convert.recipes import RecipeError
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 REAL = Path(__file__).parents[2] / "shared" / "reference"

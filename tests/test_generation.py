@@ -24,7 +24,7 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.canvas import CanvasError, edit_start, fill_start
+from mlx_diffgemma.canvas import CanvasError, fill_start
 from mlx_diffgemma.denoise import Start, denoise
 from mlx_diffgemma.generation import Committed, generate_tokens, prefill
 from mlx_diffgemma.model import LayerCache
@@ -202,10 +202,10 @@ def test_unaccepted_positions_go_back_to_the_background(
     model, tokenizer = loaded
     cache = model.make_cache()
     prefill(model, list(range(20, 60)), cache)
-    text = edit_start(model, tokenizer, rows(PUZZLES[1][0]))
+    text = Start(mx.array([tokenizer.encode("12" * 24)]), background=mx.full((1, 48), 7))
     for snapshot in denoise(model, cache, model.generation, SeededDraws(2, 128), text):
         free = ~np.array(snapshot.accepted)
-        assert (np.array(snapshot.canvas)[free] == np.array(text.canvas)[free]).all()
+        assert (np.array(snapshot.canvas)[free] == 7).all()
 
 
 def test_canvases_of_text(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
@@ -218,7 +218,7 @@ def test_canvases_of_text(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     assert tokenizer.decode(ids[:2] + ids[5:]) == "126"
     assert ids[6:] == [tokenizer.token_id("<turn|>")] + [tokenizer.token_id("<eos>")] * 41
     with pytest.raises(CanvasError, match="48 tokens, more than a canvas of 48"):
-        edit_start(model, tokenizer, "1" * 48)
+        fill_start(model, tokenizer, [("1" * 48, True)], draws)
 
 
 def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

@@ -4,31 +4,17 @@ import json
 from typing import Any
 
 import jsonschema
-import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_map
+from random_model import untrained
 
-from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, load, stream_generate
+from mlx_diffgemma import Tokenizer, generate, stream_generate
 from mlx_diffgemma.generation import Committed, Done, generate_tokens
 from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.model import Config, LayerConfig
 from mlx_diffgemma.sampler import SeededDraws
 from mlx_diffgemma.schema import SchemaError, _ranges, compile_schema, parse_schema, schema_starts
 from mlx_diffgemma.vocabulary import Vocabulary
-
-
-def untrained(vocab_size: int, canvas: int) -> DiffusionGemma:
-    layers = (LayerConfig(16, 1, None, 1e4, 8),)
-    config = Config(vocab_size, 32, 32, 16, 2, 2, 1, 1e-6, 30.0, 4096, canvas, layers)
-    model = DiffusionGemma(config, load()[0].generation)
-    keys = iter(mx.random.split(mx.random.key(3), 99))
-    model.update(
-        tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)) * 0.5, model.parameters())
-    )
-    return model
-
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 RANDOM = untrained(TOKENIZER.vocab_size, 64)

@@ -1,0 +1,155 @@
+"""Filling holes: what is given stays, at any template; holes hold what they may."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import untrained
+
+from mlx_diffgemma import DiffusionGemma, Tokenizer, load
+from mlx_diffgemma.filling import Hole, TemplateError, fill, parse_template, stream_fill
+from mlx_diffgemma.generation import ContextError, Draft
+from mlx_diffgemma.loading import EMBEDDED
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = Tokenizer.from_directory(EMBEDDED)
+RANDOM = untrained(TOKENIZER.vocab_size, 24, context=200)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[DiffusionGemma, Tokenizer]:
+    return load()
+
+
+def test_templates() -> None:
+    assert parse_template("a {{}} b{{ x }}{{n:3}}{{ i : int }}{{c:yes|no way}}") == [
+        "a ",
+        Hole("1"),
+        " b",
+        Hole("x"),
+        Hole("n", tokens=3),
+        Hole("i", "int"),
+        Hole("c", "choice", options=("yes", "no way")),
+    ]
+    assert parse_template(r"\{{no}} {{yes}} { {x} }} {{a b}}")[0] == "{{no}} "
+    for template, message in (
+        ("nothing", "no hole"),
+        ("{{a}}{{a}}", "two holes are called a"),
+        ("{{a:}}{{b:0}}", "after the colon"),
+        ("{{a:x|}}", "empty option"),
+        ("{{a:float}}", "after the colon"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            parse_template(template)
+
+
+GIVEN = st.text("ab 1{}\n\"'é日.", max_size=12) | st.sampled_from(
+    ["the quick brown fox jumps over the lazy dog " * 3, "x = f(", ")\n", " "]
+)
+HOLES = st.sampled_from(["{{%s}}", "{{%s:2}}", "{{%s:int}}", "{{%s:yes|no|not so}}", "{{ %s }}"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(GIVEN, HOLES), min_size=1, max_size=4), GIVEN, st.integers(0, 2**31))
+def test_what_is_given_stays_and_holes_hold_what_they_may(
+    parts: list[tuple[str, str]], end: str, seed: int
+) -> None:
+    """Any model, any template, canvases of 24 tokens: several windows where it is longer."""
+    written = [(text, hole % f"h{i}") for i, (text, hole) in enumerate(parts)]
+    template = "".join(text + hole for text, hole in written) + end
+    expected = [part for part in parse_template(template) if isinstance(part, Hole)]
+    try:
+        result = fill(RANDOM, TOKENIZER, template, prompt="x", steps=2, seed=seed)
+    except ContextError:
+        assert len(TOKENIZER.encode(template)) > 100
+        return
+    rebuilt = "".join(
+        part if isinstance(part, str) else str(result.values[part.name])
+        for part in parse_template(template)
+    )
+    assert result.text == rebuilt
+    assert list(result.values) == [hole.name for hole in expected]
+    for hole in expected:
+        value = result.values[hole.name]
+        chances = result.probabilities[hole.name]
+        assert all(0 <= p <= 1.001 for p in chances)
+        if hole.kind == "int":
+            assert re.fullmatch("-?(0|[1-9][0-9]*)", str(value))
+        elif hole.kind == "choice":
+            assert value in hole.options
+        else:
+            assert hole.tokens is None or len(chances) == hole.tokens
+            assert hole.tokens or "\n" not in str(value)
+
+
+def test_drafts_keep_what_is_given(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    events = stream_fill(*loaded, 'ab {{x:4}} cd "{{y:2}}"', seed=0, steps=6)
+    drafts = [event for event in events if isinstance(event, Draft)]
+    assert len(drafts) >= 2
+    for draft in drafts:
+        assert re.fullmatch(r'ab .+ cd "[^"]*"', draft.text, re.DOTALL), draft.text
+
+
+def test_the_trained_model_fills_a_record_whose_lengths_it_is_not_told(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    template = (
+        '{"item":"{{item:pears|books|spoons}}","count":{{count:int}},"price":345,"to":"Anna"}'
+    )
+    result = fill(*loaded, template, prompt="Record: 12 pears at 345 to Anna", seed=0)
+    assert result.values == {"item": "pears", "count": 12}
+    assert json.loads(result.text)["count"] == 12
+    assert result.notes == ()
+
+
+def test_clues_are_pinned_and_sudokus_are_solved() -> None:
+    """scripts/sudoku_table.py --pinned compares all 400 puzzles with and without pinned clues."""
+    model, tokenizer = load(ROOT / "tests" / "data" / "sudoku6")
+    lines = (ROOT / "tests" / "data" / "sudoku6" / "puzzles.txt").read_text().splitlines()
+    solved = 0
+    for number, line in enumerate(lines[:12]):
+        puzzle, solution = (
+            "\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in line.split()
+        )
+        template = "".join(
+            f"{{{{c{i}:1|2|3|4|5|6}}}}" if c == "." else c for i, c in enumerate(puzzle)
+        )
+        result = fill(model, tokenizer, template, prompt=puzzle, seed=number)
+        assert all(a in (b, ".") for a, b in zip(puzzle, result.text, strict=True))
+        assert all(c in "123456\n" for c in result.text)
+        solved += result.text == solution
+    assert solved >= 9
+
+
+def test_a_file_of_this_repository_through_stdin() -> None:
+    """The text left of a hole is context, and it is said what the model could not see."""
+    text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
+    assert text.count("expected") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_diffgemma", "fill", "--seed", "0", "--steps", "2"],
+        input=text.replace("expected", "{{word:2}}"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    left, right = text.split("expected")
+    assert done.stdout.startswith(left)
+    assert done.stdout.endswith(right)
+    assert "did not see the last" in done.stderr
+
+
+def test_a_text_too_long_for_the_context_loses_its_beginning_or_is_refused() -> None:
+    result = fill(RANDOM, TOKENIZER, "word " * 200 + "{{x:2}} end", prompt="x", steps=1, seed=0)
+    assert re.fullmatch(r"The model did not see the first \d+ tokens of the text.", result.notes[0])
+    assert result.text.startswith("word " * 200)
+    with pytest.raises(ContextError, match="between the holes"):
+        fill(RANDOM, TOKENIZER, "{{a:2}}" + "word " * 200 + "{{b:2}}", prompt="x", steps=1)
+    with pytest.raises(ContextError, match="does not fit"):
+        fill(RANDOM, TOKENIZER, "{{a:2}}", prompt="x " * 300, steps=1)
+    with pytest.raises(TemplateError, match="longer than a canvas"):
+        fill(RANDOM, TOKENIZER, "{{a:24}}", prompt="x")
