@@ -394,12 +394,17 @@ class Plans:
                     known[sets] = unions[allowed]
             index.append([known[sets] for sets in plan.sets_at])
         self._table = mx.array(np.stack(table))
+        self._outside = mx.array(np.stack([_outside(mask) for mask in table]))
         self._index = mx.array(index, dtype=mx.int32)
         self._sets = [[mx.array(ids) for ids in plan.machine.sets] for plan in self._plans]
 
     def mask(self, logits: mx.array) -> mx.array:
         """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
         return mx.where(self._table[self._index], logits, NEVER)
+
+    def noise(self, tokens: mx.array) -> mx.array:
+        """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
+        return self._outside[self._index, tokens]
 
     def choose(self, logits: mx.array) -> mx.array:
         """(B, L) ids of the allowed canvas with the highest sum of logits."""
@@ -411,6 +416,18 @@ class Plans:
             best = np.array(tokens)
             canvases.append([int(best[i, k]) for i, k in enumerate(path)])
         return mx.array(canvases, dtype=mx.int32)
+
+
+def _outside(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Each id, or if it is allowed the next one that is not. Where many are allowed, each id.
+
+    Among a few allowed digits, a random digit looks like a token that an earlier step has accepted.
+    """
+    ids = np.arange(len(allowed), dtype=np.int32)
+    others = ids[~allowed]
+    if 8 * len(others) < 7 * len(allowed):
+        return ids
+    return np.where(allowed, others[np.searchsorted(others, ids) % len(others)], ids)
 
 
 def _score(logits: mx.array, sets: list[mx.array]) -> tuple[mx.array, mx.array]:

@@ -1,15 +1,17 @@
 """Starting canvases made of text: what is given, what is free, what is to be repaired."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
+from .automaton import Plan, Plans
 from .denoise import Start
 from .errors import Error
 from .generation import room_behind
 from .model import DiffusionGemma
 from .sampler import Draws
-from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary
 
 
 class CanvasError(Error):
@@ -18,7 +20,7 @@ class CanvasError(Error):
 
 def fill_start(
     model: DiffusionGemma,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     pieces: Sequence[tuple[str, bool]],
     draws: Draws,
 ) -> Start:
@@ -29,24 +31,33 @@ def fill_start(
     Raises:
         CanvasError: the pieces and an end token are more than the canvas.
     """
-    tokens: list[int] = []
-    pinned: list[bool] = []
+    length = model.config.canvas_length
+    forced: list[int | None] = []
     for text, given in pieces:
-        ids = tokenizer.encode(text)
-        tokens += ids
-        pinned += [given] * len(ids)
-    ids = _padded(model, tokenizer, tokens)
-    mask = mx.array([pinned + [True] * (len(ids) - len(pinned))])
-    noise = draws.tokens((1, len(ids)))
-    return Start(mx.where(mask, mx.array([ids], dtype=mx.int32), noise), pinned=mask)
+        ids = vocabulary.literal(text).ids
+        forced += ids if given else [None] * len(ids)
+    if len(forced) >= length:
+        raise CanvasError(
+            f"the text has {len(forced)} tokens, more than a canvas of {length} holds"
+        )
+    forced += [vocabulary.end, *[vocabulary.fill] * (length - len(forced) - 1)]
+    return pinned_start([forced], draws)
 
 
 def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
     """Canvases (B, L) of given tokens, which are pinned, and noise where there is None."""
     pinned = mx.array([[token is not None for token in row] for row in forced])
     given = mx.array([[token or 0 for token in row] for row in forced], dtype=mx.int32)
-    noise = draws.tokens(pinned.shape)
-    return Start(mx.where(pinned, given, noise), pinned=pinned)
+    return Start(mx.where(pinned, given, draws.tokens(pinned.shape)), pinned=pinned)
+
+
+def planned_start(plans: Sequence[Plan], vocabulary: Vocabulary, draws: Draws) -> Start:
+    """Canvases that follow plans, a row each: what has no choice is pinned, the rest is noise."""
+    start = pinned_start([plan.forced() for plan in plans], draws)
+    assert start.pinned is not None
+    constraint = Plans(plans, vocabulary.size)
+    canvas = mx.where(start.pinned, start.canvas, constraint.noise(start.canvas))
+    return replace(start, canvas=canvas, constraint=constraint)
 
 
 def clip_context(
@@ -61,16 +72,3 @@ def clip_context(
     room = room_behind(model, prompt) - model.config.canvas_length
     dropped = max(len(given) - room, 0)
     return prompt + given[dropped:], dropped
-
-
-def _padded(model: DiffusionGemma, tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Tokens, the end of the turn, and the fill of <eos> that models are trained with."""
-    length = model.config.canvas_length
-    if len(tokens) >= length:
-        raise CanvasError(
-            f"the text has {len(tokens)} tokens, more than a canvas of {length} holds"
-        )
-    ends = model.generation.eos_token_ids
-    turn = tokenizer.token_id("<turn|>")
-    end = turn if turn in ends else ends[0]
-    return [*tokens, end, *[ends[0]] * (length - len(tokens) - 1)]

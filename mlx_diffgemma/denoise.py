@@ -37,13 +37,16 @@ class Snapshot:
 
 
 class Constraint(Protocol):
-    """What tokens a canvas may hold, alone (`mask`) and together (`choose`)."""
+    """What tokens a canvas may hold, alone (`mask`) and together (`choose`); and its noise."""
 
     def mask(self, logits: mx.array) -> mx.array:
         """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
 
     def choose(self, logits: mx.array) -> mx.array:
         """(B, L) ids of the allowed canvas with the highest sum of logits."""
+
+    def noise(self, tokens: mx.array) -> mx.array:
+        """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ def denoise(
         confidence = rules.probability(logits, sampled)
         belief = model.soft_embedding(logits)
         accepted = config.sampler.accept(entropy, confidence, fixed)
-        noise = draws.tokens(canvas.shape) if start.background is None else start.background
+        noise = start.background
+        if noise is None:
+            noise = draws.tokens(canvas.shape)
+            noise = noise if start.constraint is None else start.constraint.noise(noise)
         canvas = rules.renoise(accepted, sampled, noise)
         stop = rules.is_stable(argmax, history, config.stability_threshold)
         stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)

@@ -17,8 +17,8 @@ from typing import Literal as Lit
 import mlx.core as mx
 import numpy as np
 
-from .automaton import Choice, Literal, Pattern, Plans, Repeat, Sequence, compile_pattern
-from .canvas import clip_context, pinned_start
+from .automaton import Choice, Literal, Pattern, Repeat, Sequence, compile_pattern
+from .canvas import clip_context, planned_start
 from .config import GenerationConfig
 from .denoise import denoise
 from .errors import Error
@@ -295,9 +295,10 @@ def _fill(
                 passes += count
             # Keep the holes that lie in the canvas, and go on behind the last of them.
             stop = 0
-            for name, (start, end) in settled.layout.row.spans.items():
+            spans = settled.layout.row.spans
+            surprises = surprisal(model, cache, settled.canvas, list(spans.values()), draws)
+            for (name, (start, end)), surprise in zip(spans.items(), surprises, strict=True):
                 written[name] = settled.tokens[start:end]
-                surprise = surprisal(model, cache, settled.canvas, (start, end), draws)
                 probabilities[name] = tuple(math.exp(-x) for x in surprise[start:end])
                 stop = next(
                     i + 1
@@ -369,8 +370,7 @@ def _try(
     for first in range(0, len(layouts), at_once):
         group = layouts[first : first + at_once]
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
-        start = pinned_start([plan.forced() for plan in plans], draws)
-        start = replace(start, constraint=Plans(plans, vocabulary.size))
+        start = planned_start(plans, vocabulary, draws)
         for snapshot in denoise(model, cache, config, draws, start):
             passes += 1
             yield draft_of(vocabulary.tokenizer, snapshot, window, config)
@@ -379,9 +379,9 @@ def _try(
             surprise = 0.0
             if name is not None:
                 begin, end = layout.row.spans[name]
-                inside = surprisal(model, cache, canvas, (begin, end), draws)[begin:end]
-                behind = surprisal(model, cache, canvas, (end, room), draws)[end : end + 1]
-                surprise = sum(inside + behind) / len(inside + behind)
+                inside, behind = surprisal(model, cache, canvas, [(begin, end), (end, room)], draws)
+                judged = inside[begin:end] + behind[end : end + 1]
+                surprise = sum(judged) / len(judged)
             finished.append(_Settled(layout, canvas, surprise))
     return min(finished, key=lambda settled: settled.surprise), passes
 
@@ -390,15 +390,26 @@ def surprisal(
     model: DiffusionGemma,
     cache: list[LayerCache],
     canvas: mx.array,
-    hidden: tuple[int, int],
+    hidden: list[tuple[int, int]],
     draws: Draws,
-) -> list[float]:
-    """-log p (nats) of each token of a canvas (1, L), in a pass that sees noise for `hidden`."""
+) -> list[list[float]]:
+    """-log p (nats) of each token of a canvas (1, L), once for each span of it that is hidden.
+
+    A pass sees noise in the place of the hidden span.
+    """
     position = mx.arange(canvas.shape[1])
-    veiled = (position >= hidden[0]) & (position < hidden[1])
-    logits = model(mx.where(veiled, draws.tokens(canvas.shape), canvas), cache)
-    chosen = mx.take_along_axis(logits, canvas[..., None], axis=-1)[0, :, 0]
-    return np.array(mx.logsumexp(logits, axis=-1)[0] - chosen).tolist()
+    rows = [
+        mx.where((position >= start) & (position < end), draws.tokens(canvas.shape), canvas)
+        for start, end in hidden
+    ]
+    at_once = max(1, LOGITS_BYTES // (4 * canvas.shape[1] * model.config.vocab_size))
+    found: list[list[float]] = []
+    for first in range(0, len(rows), at_once):
+        logits = model(mx.concatenate(rows[first : first + at_once]), cache)
+        tokens = mx.broadcast_to(canvas[..., None], (*logits.shape[:2], 1))
+        chosen = mx.take_along_axis(logits, tokens, axis=-1)[..., 0]
+        found += np.array(mx.logsumexp(logits, axis=-1) - chosen).tolist()
+    return found
 
 
 def _result(

@@ -47,8 +47,8 @@ def best(logits: mx.array) -> mx.array:
 
 def pin(logits: mx.array, pinned: mx.array, tokens: mx.array) -> mx.array:
     """One-hot logits (B, L, V) for `tokens` (B, L) where `pinned` (B, L)."""
-    others = mx.arange(logits.shape[-1]) != tokens[..., None]
-    return mx.where(pinned[..., None] & others, NEVER, logits)
+    one_hot = mx.where(mx.arange(logits.shape[-1]) == tokens[..., None], 0.0, NEVER)
+    return mx.where(pinned[..., None], one_hot, logits)
 
 
 def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:

@@ -11,7 +11,7 @@ and $ref to $defs or definitions that do not contain themselves. Anything else i
 import json
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ from .automaton import (
     Machine,
     Pattern,
     PatternError,
-    Plans,
     Repeat,
     Sequence,
     compile_pattern,
 )
-from .canvas import pinned_start
+from .canvas import planned_start
 from .config import GenerationConfig
 from .denoise import Start
 from .errors import Error
@@ -127,8 +126,7 @@ def schema_starts(
     def start(generated: Row[int]) -> Start:
         states = machine.advance(frozenset([machine.first]), generated)
         plan = machine.plan(length, budget - len(generated), states)
-        constraint = Plans([plan], vocabulary.size)
-        return replace(pinned_start([plan.forced()], draws), constraint=constraint)
+        return planned_start([plan], vocabulary, draws)
 
     return start
 
