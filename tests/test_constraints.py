@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from random_model import untrained
 from test_automaton import PAD, PATTERNS, VOCAB, padded
 
-from mlx_diffgemma import ConfidenceThreshold, EntropyBound
+from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
 from mlx_diffgemma.automaton import Pattern, PatternError, Plans, compile_pattern
 from mlx_diffgemma.denoise import Start, denoise
 from mlx_diffgemma.generation import prefill
 from mlx_diffgemma.sampler import Sampler, SeededDraws
 
-MODEL = untrained(VOCAB, 8)
+MODELS = [untrained(VOCAB, 8, seed=seed) for seed in range(5)]
+MODEL = MODELS[0]
 LENGTH = 8
 
 
@@ -23,10 +24,15 @@ LENGTH = 8
     st.lists(PATTERNS, min_size=1, max_size=3),
     st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     st.sampled_from([EntropyBound(0.1), ConfidenceThreshold(0.3)]),
+    st.sampled_from(MODELS),
     st.integers(0, 2**31),
 )
 def test_pins_and_patterns_hold_at_every_step(
-    patterns: list[Pattern], mask: list[bool], sampler: Sampler, seed: int
+    patterns: list[Pattern],
+    mask: list[bool],
+    sampler: Sampler,
+    model: DiffusionGemma,
+    seed: int,
 ) -> None:
     machines = [compile_pattern(padded(pattern)) for pattern in patterns]
     try:
@@ -42,11 +48,11 @@ def test_pins_and_patterns_hold_at_every_step(
     start = Start(
         mx.where(pinned, allowed, draws.tokens(shape)), pinned=pinned, constraint=constraint
     )
-    cache = MODEL.make_cache()
-    prefill(MODEL, [2, 3], cache)
-    config = MODEL.generation.override(max_denoising_steps=5, sampler=sampler)
+    cache = model.make_cache()
+    prefill(model, [2, 3], cache)
+    config = model.generation.override(max_denoising_steps=5, sampler=sampler)
     held = np.array(pinned)
-    for snapshot in denoise(MODEL, cache, config, draws, start):
+    for snapshot in denoise(model, cache, config, draws, start):
         canvas, argmax = np.array(snapshot.canvas), np.array(snapshot.argmax)
         assert (canvas[held] == np.array(allowed)[held]).all()
         assert (argmax[held] == np.array(allowed)[held]).all()
