@@ -6,6 +6,9 @@ tokens written, seen from all text around them but not from themselves, and over
 the hole, seen from everything before it. (The mean entropy of the finished canvas, tried first,
 hardly notices a wrong length: a model is certain of whatever it sees.) Several such holes are
 decided from left to right.
+
+A finished canvas whose numbers or choices the model doubts, once it sees all else, is denoised again
+from other noise; the least surprising one is kept.
 """
 
 import math
@@ -32,6 +35,10 @@ TEXT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 INTEGER_LENGTHS = (1, 2, 3, 4, 5, 6)
 # Enough to tell a length that fits from one that does not; the length kept gets all steps.
 TRIAL_STEPS = 8
+# A digit or choice that the model gives less than e ** -DOUBT, seeing all else of the canvas, is
+# doubted: the canvas is denoised again from other noise, and the least surprising one is kept.
+DOUBT = 0.7
+RETRIES = 2
 # Bytes of logits that rows denoised side by side may take; four copies of them exist at the peak.
 LOGITS_BYTES = 1 << 30
 
@@ -293,13 +300,20 @@ def _fill(
                 )
                 lengths = settled.layout.lengths
                 passes += count
+            sure = [name for name in settled.layout.row.spans if gaps[name].hole.kind != "text"]
+            for _ in range(RETRIES if settled.doubtful(sure) else 0):
+                other, count = yield from _try(
+                    model, vocabulary, cache, [settled.layout], None, config, draws, window
+                )
+                passes += count
+                settled = min(settled, other, key=lambda each: each.total(sure))
+                if not settled.doubtful(sure):
+                    break
             # Keep the holes that lie in the canvas, and go on behind the last of them.
             stop = 0
-            spans = settled.layout.row.spans
-            surprises = surprisal(model, cache, settled.canvas, list(spans.values()), draws)
-            for (name, (start, end)), surprise in zip(spans.items(), surprises, strict=True):
+            for name, (start, end) in settled.layout.row.spans.items():
                 written[name] = settled.tokens[start:end]
-                probabilities[name] = tuple(math.exp(-x) for x in surprise[start:end])
+                probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
                 stop = next(
                     i + 1
                     for i, piece in enumerate(pieces)
@@ -335,11 +349,28 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Settled:
-    """A finished canvas (1, L); `surprise` is in nats."""
+    """A finished canvas (1, L), with the surprise, in nats, of each token of its holes.
+
+    `behind` is that of the token behind the hole in question, where a length is tried.
+    """
 
     layout: _Layout
     canvas: mx.array
-    surprise: float
+    surprises: dict[str, list[float]]
+    behind: list[float]
+
+    def mean(self, name: str) -> float:
+        """Of a hole and the token behind it."""
+        judged = self.surprises[name] + self.behind
+        return sum(judged) / len(judged)
+
+    def total(self, names: list[str]) -> float:
+        """Over all tokens of some holes."""
+        return sum(sum(self.surprises[name]) for name in names)
+
+    def doubtful(self, names: list[str]) -> bool:
+        """Whether the model finds a token in these holes unlikely itself, once it sees the rest."""
+        return any(max(self.surprises[name]) > DOUBT for name in names)
 
     @property
     def tokens(self) -> list[int]:
@@ -376,14 +407,20 @@ def _try(
             yield draft_of(vocabulary.tokenizer, snapshot, window, config)
         for i, layout in enumerate(group):
             canvas = snapshot.argmax[i : i + 1]
-            surprise = 0.0
+            spans = layout.row.spans if name is None else {name: layout.row.spans[name]}
+            hidden = list(spans.values())
             if name is not None:
-                begin, end = layout.row.spans[name]
-                inside, behind = surprisal(model, cache, canvas, [(begin, end), (end, room)], draws)
-                judged = inside[begin:end] + behind[end : end + 1]
-                surprise = sum(judged) / len(judged)
-            finished.append(_Settled(layout, canvas, surprise))
-    return min(finished, key=lambda settled: settled.surprise), passes
+                hidden.append((spans[name][1], room))
+            found = surprisal(model, cache, canvas, hidden, draws)
+            surprises = {
+                hole: each[start:end]
+                for (hole, (start, end)), each in zip(spans.items(), found, strict=False)
+            }
+            behind = found[1][spans[name][1] :][:1] if name is not None else []
+            finished.append(_Settled(layout, canvas, surprises, behind))
+    if name is None:
+        return finished[0], passes
+    return min(finished, key=lambda settled: settled.mean(name)), passes
 
 
 def surprisal(
