@@ -7,8 +7,8 @@ the hole, seen from everything before it. (The mean entropy of the finished canv
 hardly notices a wrong length: a model is certain of whatever it sees.) Several such holes are
 decided from left to right.
 
-A finished canvas whose numbers or choices the model doubts, once it sees all else, is denoised again
-from other noise; the least surprising one is kept.
+A finished canvas whose numbers or choices the model doubts, once it sees all else, is denoised
+again from other noise; the least surprising one is kept.
 """
 
 import math
