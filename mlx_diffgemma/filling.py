@@ -39,6 +39,8 @@ TRIAL_STEPS = 8
 # doubted: the canvas is denoised again from other noise, and the least surprising one is kept.
 DOUBT = 0.7
 RETRIES = 2
+# Passes over a finished canvas that find how likely its holes are, each hiding some of them.
+GROUPS = 4
 # Bytes of logits that rows denoised side by side may take; four copies of them exist at the peak.
 LOGITS_BYTES = 1 << 30
 
@@ -68,7 +70,7 @@ class FillResult:
         text: the template with its holes filled.
         values: by hole name; an `int` hole gives an int. Unnamed holes are called "1", "2", ...
         probabilities: by hole name, the probability of each token in a decoder pass that sees all
-            text around the hole, and noise in it (temperature 1).
+            else, but noise in this hole and in up to a quarter of the others (temperature 1).
         steps: denoising steps, over all windows; rows tried side by side count once.
         notes: what a user should know, as sentences: text that the model could not see.
     """
@@ -408,37 +410,56 @@ def _try(
         for i, layout in enumerate(group):
             canvas = snapshot.argmax[i : i + 1]
             spans = layout.row.spans if name is None else {name: layout.row.spans[name]}
-            hidden = list(spans.values())
             if name is not None:
-                hidden.append((spans[name][1], room))
-            found = surprisal(model, cache, canvas, hidden, draws)
-            surprises = {
-                hole: each[start:end]
-                for (hole, (start, end)), each in zip(spans.items(), found, strict=False)
-            }
-            behind = found[1][spans[name][1] :][:1] if name is not None else []
+                begin, end = spans[name]
+                inside, after = surprisal(
+                    model, cache, canvas, [[(begin, end)], [(end, room)]], draws
+                )
+                surprises, behind = {name: inside[begin:end]}, after[end : end + 1]
+            else:
+                surprises, behind = _in_groups(model, cache, canvas, spans, draws), []
             finished.append(_Settled(layout, canvas, surprises, behind))
     if name is None:
         return finished[0], passes
     return min(finished, key=lambda settled: settled.mean(name)), passes
 
 
+def _in_groups(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    canvas: mx.array,
+    spans: dict[str, tuple[int, int]],
+    draws: Draws,
+) -> dict[str, list[float]]:
+    """The surprise of each hole's tokens, in at most GROUPS passes, each hiding every so-manyth."""
+    names = [list(spans)[i::GROUPS] for i in range(min(GROUPS, len(spans)))]
+    hidden = [[spans[name] for name in group] for group in names]
+    found = surprisal(model, cache, canvas, hidden, draws)
+    return {
+        name: each[slice(*spans[name])]
+        for group, each in zip(names, found, strict=True)
+        for name in group
+    }
+
+
 def surprisal(
     model: DiffusionGemma,
     cache: list[LayerCache],
     canvas: mx.array,
-    hidden: list[tuple[int, int]],
+    hidden: list[list[tuple[int, int]]],
     draws: Draws,
 ) -> list[list[float]]:
-    """-log p (nats) of each token of a canvas (1, L), once for each span of it that is hidden.
+    """-log p (nats) of each token of a canvas (1, L), once for each list of spans that is hidden.
 
-    A pass sees noise in the place of the hidden span.
+    A pass sees noise in the place of its hidden spans.
     """
     position = mx.arange(canvas.shape[1])
-    rows = [
-        mx.where((position >= start) & (position < end), draws.tokens(canvas.shape), canvas)
-        for start, end in hidden
-    ]
+    rows: list[mx.array] = []
+    for spans in hidden:
+        veiled = mx.zeros(position.shape, dtype=mx.bool_)
+        for start, end in spans:
+            veiled = veiled | ((position >= start) & (position < end))
+        rows.append(mx.where(veiled, draws.tokens(canvas.shape), canvas))
     at_once = max(1, LOGITS_BYTES // (4 * canvas.shape[1] * model.config.vocab_size))
     found: list[list[float]] = []
     for first in range(0, len(rows), at_once):
