@@ -40,7 +40,7 @@ def fill_start(
         raise CanvasError(
             f"the text has {len(forced)} tokens, more than a canvas of {length} holds"
         )
-    forced += [vocabulary.end, *[vocabulary.fill] * (length - len(forced) - 1)]
+    forced += vocabulary.ending(length - len(forced))
     return pinned_start([forced], draws)
 
 

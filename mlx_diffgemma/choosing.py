@@ -19,14 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import Error
-from .generation import encode_prompt, prefill, room_behind
+from .generation import encode_prompt, prefill, room_behind, rows_at_once
 from .model import DiffusionGemma, LayerCache
 from .sampler import SeededDraws
 from .tokenizer import Message, Tokenizer
 from .vocabulary import Vocabulary
-
-# Rows of logits computed at once, in bytes.
-LOGITS_BYTES = 1 << 30
 
 
 class ChooseError(Error):
@@ -108,8 +105,7 @@ def _read(
     model: DiffusionGemma, cache: list[LayerCache], rows: list[_Row], noise: mx.array
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Log-probabilities (vocabulary,) at each row's position."""
-    length = model.config.canvas_length
-    at_once = max(1, LOGITS_BYTES // (4 * length * model.config.vocab_size))
+    at_once = rows_at_once(model)
     for first in range(0, len(rows), at_once):
         group = rows[first : first + at_once]
         given = mx.array([[token or 0 for token in row.canvas] for row in group], dtype=mx.int32)
@@ -131,15 +127,13 @@ def _rows(
     room = model.config.canvas_length
     slot = pieces[where]
     left = _tokens(vocabulary, pieces, 0, where, labels)
-    right = [*_tokens(vocabulary, pieces, where + 1, len(pieces), labels), vocabulary.end]
+    right = _tokens(vocabulary, pieces, where + 1, len(pieces), labels)
     longest = max(map(len, labels[slot].values()))
-    if len(left) + longest + len(right) > room:
+    if len(left) + longest + len(right) >= room:
         raise ChooseError(f"the text with slot {slot} is longer than a canvas of {room} tokens")
+    right += vocabulary.ending(room - len(left) - longest - len(right))
     alike = min(map(len, labels[slot].values())) == longest
-    if alike:
-        behind = right + [vocabulary.fill] * (room - len(left) - longest - len(right))
-    else:
-        behind = [None] * (room - len(left) - longest)
+    behind = right if alike else [None] * len(right)
     rows: dict[tuple[int, ...], _Row] = {}
     for label, ids in labels[slot].items():
         for i, token in enumerate(ids if alike else (*ids, _first_given(right, slot))):

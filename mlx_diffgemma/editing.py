@@ -173,8 +173,7 @@ def edit_start(
         pattern = vocabulary.answer(pattern)
     # Text that does not fit may go on in a canvas that is never computed.
     plan = compile_pattern(pattern).plan(room, 2 * room + 1)
-    fill = [vocabulary.end, *[vocabulary.fill] * room]
-    whole = mx.array([[*ids, *right, *fill][:room]], dtype=mx.int32)
+    whole = mx.array([[*ids, *right, *vocabulary.ending(room)][:room]], dtype=mx.int32)
     # Gumbel noise is below -log(-log s) with probability s.
     below = draws.gumbel((1, room)) < -math.log(-math.log(min(strength, 1 - 1e-9)))
     noised = below & (mx.arange(room) < len(ids))
@@ -237,8 +236,7 @@ def edit(
         ContextError: the prompt, which holds the part, does not fit.
         SettingError: strength is out of range.
     """
-    result: EditResult | None = None
-    for event in stream_edit(
+    *_, result = stream_edit(
         model,
         tokenizer,
         text,
@@ -249,8 +247,6 @@ def edit(
         seed=seed,
         sampler=sampler,
         draws=draws,
-    ):
-        if isinstance(event, EditResult):
-            result = event
-    assert result is not None  # it is the last event
+    )
+    assert isinstance(result, EditResult)
     return result

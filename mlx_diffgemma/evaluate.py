@@ -106,12 +106,12 @@ def events_of(
 ) -> Iterator[Event]:
     """Answer one case, as `stream_generate` does."""
     draws = SeededDraws(seed, model.config.vocab_size)
-    vocabulary = Vocabulary(model, tokenizer)
     start = None
     if case.pieces is not None:
-        start = fill_start(model, vocabulary, case.pieces, draws)
+        start = fill_start(model, Vocabulary(model, tokenizer), case.pieces, draws)
     elif case.start is not None:
         config = model.generation.override(max_denoising_steps=steps)
+        vocabulary = Vocabulary(model, tokenizer)
         start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
     return stream_generate(model, tokenizer, case.prompt, steps=steps, draws=draws, start=start)
 

@@ -25,7 +25,15 @@ from .canvas import clip_context, planned_start
 from .config import GenerationConfig
 from .denoise import denoise
 from .errors import Error
-from .generation import ContextError, Draft, draft_of, encode_prompt, fresh_draws, prefill
+from .generation import (
+    ContextError,
+    Draft,
+    draft_of,
+    encode_prompt,
+    fresh_draws,
+    prefill,
+    rows_at_once,
+)
 from .model import DiffusionGemma, LayerCache
 from .sampler import Draws, Sampler
 from .tokenizer import Tokenizer
@@ -41,8 +49,6 @@ DOUBT = 0.7
 RETRIES = 2
 # Passes over a finished canvas that find how likely its holes are, each hiding some of them.
 GROUPS = 4
-# Bytes of logits that rows denoised side by side may take; four copies of them exist at the peak.
-LOGITS_BYTES = 1 << 30
 
 _CLOSING = '"`)]}>'
 _HOLE = re.compile(r"(\\?)\{\{\s*([^\W\d]\w*)?\s*(?::\s*([^{}]*?))?\s*\}\}")
@@ -172,14 +178,13 @@ def _pieces(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hol
     """The template in tokens. A space before a hole moves into it: words begin with theirs."""
     pieces: list[_Piece] = []
     for i, part in enumerate(parts):
+        after = parts[i + 1] if i + 1 < len(parts) else None
         if isinstance(part, Hole):
             before = parts[i - 1] if i else ""
             spaced = isinstance(before, str) and _lends_space(before, part)
-            after = parts[i + 1] if i + 1 < len(parts) else None
             closing = after[0] if isinstance(after, str) and after[0] in _CLOSING else ""
             pieces.append(_gap(vocabulary, part, spaced, closing, model.config.canvas_length - 1))
             continue
-        after = parts[i + 1] if i + 1 < len(parts) else None
         text = part[:-1] if isinstance(after, Hole) and _lends_space(part, after) else part
         pieces.append(tuple(vocabulary.tokenizer.encode(text)))
     return pieces
@@ -220,7 +225,7 @@ def _row(
             patterns.append(Literal(shown))
         used += length
     if last and used < room:
-        patterns += [Literal((vocabulary.end, *[vocabulary.fill] * (room - used - 1)))]
+        patterns.append(Literal(tuple(vocabulary.ending(room - used))))
     else:
         patterns.append(Repeat(vocabulary.anything, room - used, room - used))
     return _Row(Sequence(tuple(patterns)), spans, used)
@@ -312,18 +317,13 @@ def _fill(
                 if not settled.doubtful(sure):
                     break
             # Keep the holes that lie in the canvas, and go on behind the last of them.
-            stop = 0
             for name, (start, end) in settled.layout.row.spans.items():
                 written[name] = settled.tokens[start:end]
                 probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
-                stop = next(
-                    i + 1
-                    for i, piece in enumerate(pieces)
-                    if isinstance(piece, _Gap) and piece.hole.name == name
-                )
-                last_end = end
-            context = settled.tokens[:last_end]
-            unseen = _size(pieces[stop:], lengths) - (settled.layout.row.end - last_end)
+            last, (_, reach) = list(settled.layout.row.spans.items())[-1]
+            stop = pieces.index(gaps[last]) + 1
+            context = settled.tokens[:reach]
+            unseen = _size(pieces[stop:], lengths) - (settled.layout.row.end - reach)
             if unseen > 0:
                 filled = ", ".join(settled.layout.row.spans)
                 notes.append(
@@ -394,7 +394,7 @@ def _try(
     Without a name there is one layout, and it gets all its steps.
     """
     room = model.config.canvas_length
-    at_once = max(1, LOGITS_BYTES // (4 * room * vocabulary.size))
+    at_once = rows_at_once(model)
     if name is not None:
         config = replace(config, max_denoising_steps=min(TRIAL_STEPS, config.max_denoising_steps))
     finished: list[_Settled] = []
@@ -409,15 +409,14 @@ def _try(
             yield draft_of(vocabulary.tokenizer, snapshot, window, config)
         for i, layout in enumerate(group):
             canvas = snapshot.argmax[i : i + 1]
-            spans = layout.row.spans if name is None else {name: layout.row.spans[name]}
             if name is not None:
-                begin, end = spans[name]
+                begin, end = layout.row.spans[name]
                 inside, after = surprisal(
                     model, cache, canvas, [[(begin, end)], [(end, room)]], draws
                 )
                 surprises, behind = {name: inside[begin:end]}, after[end : end + 1]
             else:
-                surprises, behind = _in_groups(model, cache, canvas, spans, draws), []
+                surprises, behind = _in_groups(model, cache, canvas, layout.row.spans, draws), []
             finished.append(_Settled(layout, canvas, surprises, behind))
     if name is None:
         return finished[0], passes
@@ -460,7 +459,7 @@ def surprisal(
         for start, end in spans:
             veiled = veiled | ((position >= start) & (position < end))
         rows.append(mx.where(veiled, draws.tokens(canvas.shape), canvas))
-    at_once = max(1, LOGITS_BYTES // (4 * canvas.shape[1] * model.config.vocab_size))
+    at_once = rows_at_once(model)
     found: list[list[float]] = []
     for first in range(0, len(rows), at_once):
         logits = model(mx.concatenate(rows[first : first + at_once]), cache)
@@ -522,8 +521,7 @@ def fill(
         TemplateError: no hole, or one that makes no sense or fits no canvas.
         ContextError: prompt and text do not fit.
     """
-    result: FillResult | None = None
-    for event in stream_fill(
+    *_, result = stream_fill(
         model,
         tokenizer,
         template,
@@ -532,8 +530,6 @@ def fill(
         seed=seed,
         sampler=sampler,
         draws=draws,
-    ):
-        if isinstance(event, FillResult):
-            result = event
-    assert result is not None  # it is the last event
+    )
+    assert isinstance(result, FillResult)
     return result

@@ -24,6 +24,10 @@ FinishReason = Literal["stop", "length", "not_converged"]
 PREFILL_CHUNK = 2048
 
 
+# Bytes of logits that canvases computed side by side may take; four copies exist at the peak.
+LOGITS_BYTES = 1 << 30
+
+
 class ContextError(Error):
     """A prompt that is empty, or leaves no room for a canvas in the model's context."""
 
@@ -103,6 +107,11 @@ class Committed:
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
+
+
+def rows_at_once(model: DiffusionGemma) -> int:
+    """How many canvases may go through one pass, at least one."""
+    return max(1, LOGITS_BYTES // (4 * model.config.canvas_length * model.config.vocab_size))
 
 
 def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:

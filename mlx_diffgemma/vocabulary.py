@@ -100,6 +100,10 @@ class Vocabulary:
         rest = self.character("0123456789")
         return Sequence((self.character(first), *[rest] * (count - 1)))
 
+    def ending(self, room: int) -> list[int]:
+        """The end token and the fill behind it, `room` tokens in all."""
+        return [self.end, *[self.fill] * (room - 1)]
+
     def answer(self, pattern: Pattern) -> Pattern:
         """The pattern, then the end token and the fill behind it."""
         return Sequence((pattern, Literal((self.end,)), Repeat(Tokens((self.fill,)))))
