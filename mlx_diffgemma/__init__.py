@@ -14,22 +14,29 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .choosing import ChooseError, choose
     from .config import GenerationConfig, SettingError
+    from .context import Context, SessionError
     from .editing import EditError, EditResult, edit, stream_edit
     from .errors import Error
     from .filling import FillResult, TemplateError, fill, stream_fill
-    from .generation import ContextError, Done, Draft, Event, Text, generate, stream_generate
+    from .generation import ContextError, Done, Draft, Event, Notice, generate, stream_generate
+    from .guards import Guards
     from .loading import load
     from .model import DiffusionGemma
     from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
     from .schema import SchemaError
+    from .session import ChatSession, ToolResult
     from .tokenizer import Tokenizer, TokenizerError
+    from .turns import BadToolCall, Text, Thought, ToolCall
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
 _HOME = {
+    "BadToolCall": "turns",
     "CanvasError": "canvas",
+    "ChatSession": "session",
     "CheckpointError": "checkpoint",
     "ChooseError": "choosing",
     "ConfidenceThreshold": "sampler",
+    "Context": "context",
     "ContextError": "generation",
     "DiffusionGemma": "model",
     "Done": "generation",
@@ -42,13 +49,19 @@ _HOME = {
     "Event": "generation",
     "FillResult": "filling",
     "GenerationConfig": "config",
+    "Guards": "guards",
+    "Notice": "generation",
     "SchemaError": "schema",
     "SeededDraws": "sampler",
+    "SessionError": "context",
     "SettingError": "config",
     "TemplateError": "filling",
-    "Text": "generation",
+    "Text": "turns",
+    "Thought": "turns",
     "Tokenizer": "tokenizer",
     "TokenizerError": "tokenizer",
+    "ToolCall": "turns",
+    "ToolResult": "session",
     "choose": "choosing",
     "edit": "editing",
     "fill": "filling",
@@ -60,10 +73,13 @@ _HOME = {
 }
 
 __all__ = [
+    "BadToolCall",
     "CanvasError",
+    "ChatSession",
     "CheckpointError",
     "ChooseError",
     "ConfidenceThreshold",
+    "Context",
     "ContextError",
     "DiffusionGemma",
     "Done",
@@ -76,13 +92,19 @@ __all__ = [
     "Event",
     "FillResult",
     "GenerationConfig",
+    "Guards",
+    "Notice",
     "SchemaError",
     "SeededDraws",
+    "SessionError",
     "SettingError",
     "TemplateError",
     "Text",
+    "Thought",
     "Tokenizer",
     "TokenizerError",
+    "ToolCall",
+    "ToolResult",
     "choose",
     "edit",
     "fill",

@@ -18,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from .context import prefill
 from .errors import Error
-from .generation import encode_prompt, prefill, room_behind, rows_at_once
+from .generation import encode_prompt, room_behind, rows_at_once
 from .model import DiffusionGemma, LayerCache
 from .sampler import SeededDraws
 from .tokenizer import Message, Tokenizer

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -16,6 +15,7 @@ import typer
 from .errors import Error
 
 if TYPE_CHECKING:
+    from .guards import Guards
     from .tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -65,6 +65,13 @@ Threshold = Annotated[
 ]
 
 
+ThinkingBudget = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of thought before the answer.")
+]
+Shrink = Annotated[
+    bool, typer.Option("--shrink", help="Canvases no longer than what is left of --max-tokens.")
+]
+GUARDS = "empty,not_converged,repetition"
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.")
 ]
@@ -88,6 +95,18 @@ def generate(
     schema: Annotated[
         Path | None, typer.Option(help="JSON Schema that the answer must follow.")
     ] = None,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Ask for thoughts first; they go to stderr.")
+    ] = False,
+    thinking_budget: ThinkingBudget = None,
+    guards: Annotated[
+        str, typer.Option(help=f"What to do about bad canvases: all, none, or of {GUARDS}.")
+    ] = "none",
+    shrink: Shrink = False,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="Keep what was read in this file; the next run pays for the rest."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
     ] = False,
@@ -100,10 +119,15 @@ def generate(
     if not prompt.strip():
         fail("the prompt is empty", code=2)
     chosen = choose_sampler(sampler, threshold)
+    watchful = read_guards(guards, thinking_budget)
 
-    from . import display
-    from .generation import Done, Text, stream_generate
+    from rich.console import Console
+
+    from .context import Context
+    from .display import NOTICES, Screen, progress, summary
+    from .generation import Done, Draft, Notice, stream_generate
     from .loading import load
+    from .turns import BadToolCall, Text, Thought, ToolCall
 
     wanted = None
     if schema is not None:
@@ -114,6 +138,9 @@ def generate(
     if not quiet:
         introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    context = Context(loaded)
+    if prompt_cache is not None and prompt_cache.exists():
+        context, _ = Context.load(prompt_cache, loaded)
     events = stream_generate(
         loaded,
         tokenizer,
@@ -123,20 +150,48 @@ def generate(
         seed=seed,
         sampler=chosen,
         schema=wanted,
+        enable_thinking=thinking,
+        context=context,
+        guards=watchful,
+        shrink=shrink,
     )
-    answer = ""
-    for event in watch(events, tokenizer, live=show and not quiet, lines=show and not quiet):
-        if isinstance(event, Text):
-            answer += event.text
-            if not as_json:
-                print(event.text, end="", flush=True)
-        elif isinstance(event, Done):
-            if as_json:
-                print(json.dumps({"text": answer, **vars(event)}, ensure_ascii=False))
-            else:
-                print()
-            if not quiet:
-                say(display.summary(event))
+    answer = thoughts = ""
+    calls = []
+    console = Console(stderr=True, highlight=False)
+    with Screen(console, sys.stdout, live=show and not quiet) as screen:
+        for event in events:
+            match event:
+                case Draft() if screen.live:
+                    screen.draft(event, tokenizer.pieces(event.tokens))
+                case Draft() if show and not quiet:
+                    say(f"{progress(event)} | {event.text!r}")
+                case Text():
+                    answer += event.text
+                    if not as_json:
+                        screen.text(event.text)
+                case Thought():
+                    thoughts += event.text
+                case ToolCall():
+                    calls.append(vars(event))
+                case BadToolCall() if not quiet:
+                    screen.note(f"[a tool call that cannot be read: {event.problem}]")
+                case Notice() if not quiet:
+                    screen.note(f"[{NOTICES[event.guard]}]")
+                case Done():
+                    done = event
+        if as_json:
+            parts = {"text": answer, "thought": thoughts, "tool_calls": calls}
+            print(json.dumps({**parts, **vars(done)}, ensure_ascii=False))
+        else:
+            for call in calls:
+                screen.text(json.dumps(call, ensure_ascii=False))
+            screen.end()
+        if not quiet:
+            if thoughts and not as_json:
+                screen.note(thoughts.strip())
+            screen.note(summary(done))
+    if prompt_cache is not None:
+        context.save(prompt_cache)
 
 
 @app.command()
@@ -151,57 +206,56 @@ def chat(
     system: System = None,
     sampler: SamplerOption = None,
     threshold: Threshold = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Ask for thoughts before an answer."),
+    ] = None,
+    thinking_budget: ThinkingBudget = None,
+    guards: Annotated[str, typer.Option(help=f"Which are on: all, none, or of {GUARDS}.")] = "all",
+    shrink: Shrink = False,
+    tools: Annotated[
+        Path | None, typer.Option(help="Functions in a .py, or declarations in a .json.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Call tools without asking.")] = False,
+    session: Annotated[
+        Path | None, typer.Option(help="Go on with this file if it exists, and save to it.")
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live/--no-live", help="Draw the canvas while it denoises.")
+    ] = True,
 ) -> None:
-    """Talk with the model: /reset starts over, /quit (or Ctrl-D) leaves."""
+    """Talk with the model; /help lists what can be typed."""
     chosen = choose_sampler(sampler, threshold)
+    wanted = read_guards(guards, thinking_budget)
 
-    from . import display
-    from .generation import Done, Text, stream_generate
+    from functools import partial
+
+    from .chat import Chat
     from .loading import load
+    from .session import ChatSession
+    from .tools import by_name, read_tools
 
+    known = by_name(read_tools(tools)) if tools else {}
     introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages: list[dict[str, Any]] = list(opening)
-    if sys.stdin.isatty():
-        say("Type a message. /reset starts over, /quit leaves.")
-    for line in typed_lines():
-        if line == "/quit":
-            break
-        if line == "/reset":
-            messages = list(opening)
-            say("Started over.")
-            continue
-        if line.startswith("/"):
-            say(f"{line.split()[0]} is not a command; there are /reset and /quit.")
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        answer = ""
-        try:
-            events = stream_generate(
-                loaded,
-                tokenizer,
-                asked,
-                max_tokens=max_tokens,
-                steps=steps,
-                seed=seed,
-                sampler=chosen,
-            )
-            for event in watch(events, tokenizer, live=True, lines=False):
-                if isinstance(event, Text):
-                    answer += event.text
-                    print(event.text, end="", flush=True)
-                elif isinstance(event, Done):
-                    print(flush=True)
-                    if sys.stdin.isatty():
-                        say(display.summary(event))
-        except KeyboardInterrupt:
-            print(flush=True)
-            say("Stopped; /quit leaves.")
-        except Error as error:  # the conversation outlives a message that does not fit
-            say(f"error: {error}")
-            continue
-        messages = [*asked, {"role": "assistant", "content": answer}]
+    reopen = partial(ChatSession.load, model=loaded, tokenizer=tokenizer)
+    if session is not None and session.exists():
+        talk = reopen(session)
+        say(f"Going on with {len(talk.messages)} messages of {session}.")
+    else:
+        talk = ChatSession(loaded, tokenizer, tools=[tool.declaration for tool in known.values()])
+    if system is not None:
+        talk.system = system
+    if thinking is not None:
+        talk.enable_thinking = thinking
+    talk.guards, talk.max_tokens, talk.steps = wanted, max_tokens, steps
+    talk.sampler, talk.shrink = chosen, shrink
+    conversation = Chat(talk, tokenizer, reopen, seed=seed, tools=known, yes=yes, live=live)
+    try:
+        conversation.run()
+    finally:
+        if session is not None:
+            conversation.session.save(session)
 
 
 @app.command()
@@ -388,8 +442,9 @@ def demo(
 
     from .demo import SCENES
     from .evaluate import events_of
-    from .generation import Draft, Text
+    from .generation import Draft
     from .loading import load
+    from .turns import Text
 
     introduce(None)
     loaded, tokenizer = load()
@@ -644,23 +699,27 @@ def watch(
     """Pass events on while showing drafts on stderr.
 
     `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts
-    are passed on after they are shown.
+    are passed on after they are shown, all else when no canvas is on the screen.
     """
     from rich.console import Console
 
-    from .display import LiveCanvas, progress
+    from .display import Frame, can_draw, draw, progress
     from .generation import Draft
 
     console = Console(stderr=True, highlight=False)
-    with LiveCanvas(console) as canvas:
+    drawing = live and can_draw(console)
+    frame = Frame(console)
+    try:
         for event in events:
             if not isinstance(event, Draft):
-                canvas.erase()
-            elif live and console.is_terminal:
-                canvas.show(event, tokenizer.pieces(event.tokens))
+                frame.erase()
+            elif drawing:
+                frame.draw(draw(event, tokenizer.pieces(event.tokens)))
             elif lines:
                 say(f"{progress(event)} | {event.text!r}")
             yield event
+    finally:
+        frame.erase()
 
 
 def choose_sampler(name: SamplerName | None, threshold: float | None) -> Any:
@@ -674,21 +733,15 @@ def choose_sampler(name: SamplerName | None, threshold: float | None) -> Any:
     return ConfidenceThreshold() if threshold is None else ConfidenceThreshold(threshold)
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines that are not empty, from a prompt with line editing or from a pipe."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401  (importing it is what gives input() its editing)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            say("\n/quit or Ctrl-D leaves.")
-            continue
-        if line:
-            yield line
+def read_guards(names: str, thinking_budget: int | None) -> "Guards":
+    """The guards that --guards names."""
+    from .guards import Guards
+
+    known = {"empty", "not_converged", "repetition"}
+    given = known if names == "all" else set() if names == "none" else set(names.split(","))
+    if given - known:
+        fail(f"--guards takes all, none, or of {GUARDS}; not {names}", code=2)
+    return Guards(**{name: name in given for name in known}, thinking_budget=thinking_budget)
 
 
 def say(*lines: str) -> None:

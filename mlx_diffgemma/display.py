@@ -1,28 +1,110 @@
 """What a terminal shows while a canvas is denoised. Strings in, nothing of MLX."""
 
+import os
+import time
 from collections.abc import Sequence
 from itertools import groupby
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text as Styled
 
 from .generation import Done, Draft
+from .guards import Guard
+
+# Colours of accepted tokens by entropy, in nats: the first whose bound is not exceeded.
+COLOURS = ((0.1, "green"), (1.0, "yellow"), (float("inf"), "red"))
+NOTICES: dict[Guard, str] = {
+    "empty": "the answer would have been empty: trying again",
+    "not_converged": "the canvas did not converge",
+    "repetition": "the answer went round in circles: stopped",
+    "thinking_budget": "enough thought: now the answer",
+}
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+# Terminals that know it draw what stands between at once; others ignore it.
+BEGIN_FRAME, END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
+ERASE_BELOW = "\x1b[J"
 
 
-class LiveCanvas:
-    """Draws a canvas in place, step by step; `erase` leaves no trace of it.
+def can_draw(console: Console) -> bool:
+    """Whether a canvas can be redrawn in place: a terminal, not a dumb one, and colours wanted."""
+    plain = console.is_dumb_terminal or console.no_color or "NO_COLOR" in os.environ
+    return console.is_terminal and not plain
 
-    Nothing is drawn where the console is not a terminal. Drawing happens in `show`, on the
-    caller's thread: no timer runs beside MLX.
+
+def rows_of(widths: Sequence[int], columns: int) -> int:
+    """Rows that lines of these widths take; terminals rewrap them when they become narrower."""
+    return sum(max(1, -(-width // columns)) for width in widths)
+
+
+class Frame:
+    """Lines at the bottom of a terminal that are redrawn in place; `erase` leaves no trace.
+
+    One write a frame, so nothing flickers. Rich's own `Live` counts the lines of a frame as they
+    were drawn, and leaves some behind when the window has become narrower since. Drawing happens on
+    the caller's thread: no timer runs beside MLX.
     """
 
     def __init__(self, console: Console):
         self._console = console
-        self._live: Live | None = None
+        self._widths: list[int] = []
 
-    def __enter__(self) -> "LiveCanvas":
+    def draw(self, content: Styled) -> None:
+        """Put these lines in the place of the last ones; the lowest that fit are shown."""
+        size = self._console.size
+        lines = content.wrap(self._console, size.width)[1 - size.height :]
+        with self._console.capture() as drawn:
+            self._console.print(Styled("\n").join(lines), end="", soft_wrap=True)
+        self._write(f"{BEGIN_FRAME}{HIDE_CURSOR}{self._back()}{drawn.get()}{END_FRAME}")
+        self._widths = [line.cell_len for line in lines]
+
+    def erase(self) -> None:
+        """Remove the lines from the screen; the cursor stands where they began."""
+        if self._widths:
+            self._write(f"{self._back()}{SHOW_CURSOR}")
+            self._widths = []
+
+    def _back(self) -> str:
+        if not self._widths:
+            return ""
+        up = rows_of(self._widths, self._console.size.width) - 1
+        return f"\r\x1b[{up}A{ERASE_BELOW}" if up else f"\r{ERASE_BELOW}"
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
+class Screen:
+    """Where one answer appears: final text on stdout, drafts below it while they change.
+
+    A line that is not complete stays in the frame: erasing it would take the frame's first row,
+    which used to hold the end of the text before.
+
+    Args:
+        console: of stderr; drafts, notes and progress go there.
+        out: stdout.
+        live: draw drafts in place, where the console can.
+    """
+
+    def __init__(self, console: Console, out: TextIO, *, live: bool):
+        self._console = console
+        self._out = out
+        self._frame = Frame(console) if live and can_draw(console) else None
+        # Text on stdout shares the screen with the frame only if it goes to a terminal too.
+        self._shared = out.isatty()
+        self._held = ""
+        self._open = False  # the last line printed does not end yet
+        self._notes: list[str] = []
+        self._started = time.perf_counter()
+
+    @property
+    def live(self) -> bool:
+        """Whether drafts are drawn."""
+        return self._frame is not None
+
+    def __enter__(self) -> "Screen":
         return self
 
     def __exit__(
@@ -31,49 +113,102 @@ class LiveCanvas:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.erase()
+        self._flush()
+        if self._open:
+            self._print("\n")
+        for line in self._notes:
+            self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, draft: Draft, pieces: Sequence[str]) -> None:
-        """Redraw with this step; `pieces` holds the text of each canvas token."""
-        if not self._console.is_terminal or self._console.is_dumb_terminal:
+    def draft(self, draft: Draft, pieces: Sequence[str]) -> None:
+        """Draw a step; `pieces` holds the text of each canvas token."""
+        if self._frame is None:
             return
-        if self._live is None:
-            self._live = Live(
-                console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop"
-            )
-            self._live.start()
-        self._live.update(draw(draft, pieces), refresh=True)
+        seconds = time.perf_counter() - self._started
+        self._frame.draw(Styled(self._held) + draw(draft, pieces, seconds))
 
-    def erase(self) -> None:
-        """Remove the canvas from the screen."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def text(self, text: str) -> None:
+        """Print text that is final."""
+        if self._frame is None or not self._shared:
+            self._print(text)
+            return
+        complete, newline, rest = (self._held + text).rpartition("\n")
+        self._frame.erase()
+        self._print(complete + newline)
+        self._held = rest
+
+    def note(self, line: str) -> None:
+        """Say something on stderr, once the answer is complete: it would tear a line apart."""
+        self._notes.append(line)
+
+    def end(self) -> None:
+        """The answer is complete: its line ends, even if it is empty."""
+        self._flush()
+        self._print("\n")
+
+    def _flush(self) -> None:
+        if self._frame is not None:
+            self._frame.erase()
+        self._print(self._held)
+        self._held = ""
+
+    def _print(self, text: str) -> None:
+        if text:
+            self._out.write(text)
+            self._out.flush()
+            self._open = not text.endswith("\n")
 
 
-def draw(draft: Draft, pieces: Sequence[str]) -> Styled:
-    """The canvas up to its end token: accepted tokens bright, the rest dim, then a step count."""
+def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> Styled:
+    """The answer on the canvas, then a line of progress.
+
+    Accepted tokens are bright, coloured by the model's confidence, noise is dim. Thoughts and tool
+    calls are folded to a count.
+    """
     drawn = Styled()
-    shown = zip(draft.accepted[: draft.end], pieces, strict=False)
-    for accepted, run in groupby(shown, key=lambda pair: pair[0]):
-        text = "".join(piece for _, piece in run)
-        drawn.append(text, style="bold" if accepted else "dim")
-    drawn.append(f"\n{progress(draft)}", style="cyan")
+    hidden = draft.visible[: draft.end].count(False)
+    if hidden:
+        drawn.append(f"[thoughts and calls: {hidden} tokens]\n", style="dim italic")
+    styles = [
+        (style_of(accepted, entropy), piece)
+        for accepted, entropy, visible, piece in zip(
+            draft.accepted[: draft.end],
+            draft.entropies,
+            draft.visible,
+            pieces,
+            strict=False,
+        )
+        if visible
+    ]
+    for style, run in groupby(styles, key=lambda pair: pair[0]):
+        drawn.append("".join(piece for _, piece in run), style=style)
+    drawn.append(f"\n{progress(draft, seconds)}", style="cyan")
     return drawn
 
 
-def progress(draft: Draft) -> str:
-    """One line on how far a step got."""
-    return (
+def style_of(accepted: bool, entropy: float) -> str:
+    """How a token is drawn."""
+    if not accepted:
+        return "dim"
+    return "bold " + next(colour for bound, colour in COLOURS if entropy <= bound)
+
+
+def progress(draft: Draft, seconds: float | None = None) -> str:
+    """One line on how far a step got; with `seconds` since the question, at what rate."""
+    line = (
         f"canvas {draft.canvas + 1}, step {draft.step}/{draft.steps}, "
         f"{sum(draft.accepted)}/{len(draft.accepted)} accepted"
     )
+    if not seconds:
+        return line
+    tokens = draft.canvas * len(draft.accepted) + sum(draft.accepted)
+    return f"{line}, {tokens / seconds:.0f} tokens/s"
 
 
 def summary(done: Done) -> str:
     """One line of statistics."""
+    cached = f" ({done.cached_tokens} of them cached)" if done.cached_tokens else ""
     return (
-        f"{done.prompt_tokens} prompt tokens in {done.prompt_seconds:.2f} s; "
+        f"{done.prompt_tokens} prompt tokens{cached} in {done.prompt_seconds:.2f} s; "
         f"{done.generated_tokens} tokens in {done.generation_seconds:.2f} s, "
         f"{done.canvases} canvas{'es' if done.canvases > 1 else ''}, "
         f"{done.denoising_steps} steps: {done.tokens_per_forward:.1f} tokens per forward pass, "

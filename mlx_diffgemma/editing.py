@@ -15,9 +15,10 @@ import numpy as np
 from .automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
 from .canvas import CanvasError, clip_context
 from .config import GenerationConfig, SettingError
+from .context import prefill
 from .denoise import Start, denoise
 from .errors import Error
-from .generation import Draft, draft_of, encode_prompt, fresh_draws, prefill
+from .generation import Draft, draft_of, encode_prompt, fresh_draws
 from .model import DiffusionGemma
 from .sampler import Draws, Sampler
 from .tokenizer import Tokenizer

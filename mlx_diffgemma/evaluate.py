@@ -11,10 +11,11 @@ from pathlib import Path
 from .canvas import fill_start
 from .editing import STRENGTH, edit_start
 from .errors import Error
-from .generation import Done, Event, Text, stream_generate
+from .generation import Done, Event, stream_generate
 from .model import DiffusionGemma
 from .sampler import SeededDraws
 from .tokenizer import Tokenizer
+from .turns import Text
 from .vocabulary import Vocabulary
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl"

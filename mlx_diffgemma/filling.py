@@ -23,6 +23,7 @@ import numpy as np
 from .automaton import Choice, Literal, Pattern, Repeat, Sequence, compile_pattern
 from .canvas import clip_context, planned_start
 from .config import GenerationConfig
+from .context import prefill
 from .denoise import denoise
 from .errors import Error
 from .generation import (
@@ -31,7 +32,6 @@ from .generation import (
     draft_of,
     encode_prompt,
     fresh_draws,
-    prefill,
     rows_at_once,
 )
 from .model import DiffusionGemma, LayerCache

@@ -1,28 +1,39 @@
 """Generation in layers: arrays (denoise.py) -> tokens of several canvases -> events with text."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .config import GenerationConfig
-from .denoise import Snapshot, Start, denoise
+from .context import PREFILL_CHUNK, Context
+from .denoise import Constraint, Snapshot, Start, denoise
 from .errors import Error
-from .model import DiffusionGemma, LayerCache
+from .guards import (
+    OFF,
+    Again,
+    Candidate,
+    FinishReason,
+    Guard,
+    Guards,
+    Judge,
+    Take,
+    Thinking,
+    judge_by,
+    trust,
+)
+from .model import DiffusionGemma
 from .sampler import Draws, Sampler, SeededDraws
 from .tokenizer import Message, Tokenizer
+from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 
 if TYPE_CHECKING:
     from .schema import Schema
-
-FinishReason = Literal["stop", "length", "not_converged"]
-# Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
-PREFILL_CHUNK = 2048
-
 
 # Bytes of logits that canvases computed side by side may take; four copies exist at the peak.
 LOGITS_BYTES = 1 << 30
@@ -37,7 +48,8 @@ class Draft:
     """One denoising step: the canvas as it stands.
 
     `tokens` (the model's best at each position), `accepted` and `entropies` (nats) have one entry
-    per canvas position; `text` is the answer so far for this canvas, its first `end` tokens.
+    per canvas position; the answer ends before token `end`. `visible` are the tokens for the user,
+    not those of thoughts, tool calls and markers; `text` is their text.
     """
 
     canvas: int
@@ -47,27 +59,30 @@ class Draft:
     accepted: tuple[bool, ...]
     entropies: tuple[float, ...]
     end: int
+    visible: tuple[bool, ...]
     text: str
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text that is final: a committed canvas."""
+class Notice:
+    """A guard has stepped in; see `guards.py`."""
 
-    text: str
+    guard: Guard
 
 
 @dataclass(frozen=True)
 class Done:
     """The end, with statistics.
 
-    `generated_tokens` counts the end token, as the reference does. Times are seconds of computing:
+    `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
+    end token, as the reference does. Times are seconds of computing:
     `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
     divides by the latter. Memory is in bytes, weights included.
     """
 
     finish_reason: FinishReason
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     canvases: int
     denoising_steps: int
@@ -78,35 +93,23 @@ class Done:
     peak_memory: int
 
 
-Event = Draft | Text | Done
-
-
-def prefill(
-    model: DiffusionGemma,
-    tokens: Sequence[int],
-    cache: list[LayerCache],
-    chunk: int = PREFILL_CHUNK,
-) -> None:
-    """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`."""
-    for start in range(0, len(tokens), chunk):
-        model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
-        mx.eval([layer.keys for layer in cache], [layer.values for layer in cache])
-        mx.clear_cache()
+Event = Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Context that has been written to the cache: the prompt first, later each full canvas."""
+    """The prompt has been read; `tokens` of it were new to the context."""
 
     tokens: int
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A finished canvas: its tokens up to the end token or the budget, and why it was the last."""
+    """What is final of a canvas, why it was the last, and the guard that changed it."""
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
+    guard: Guard | None = None
 
 
 def rows_at_once(model: DiffusionGemma) -> int:
@@ -147,10 +150,13 @@ def generate_tokens(
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
     starts: Starts = from_noise,
-) -> Generator[Encoded | Snapshot | Committed, None, None]:
+    context: Context | None = None,
+    judge: Judge = trust,
+) -> Generator[Encoded | Snapshot | Again | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
 
-    `starts` says where each canvas starts.
+    `starts` says where each canvas starts, `judge` what becomes of it. The last canvas is not
+    encoded: whoever goes on reads it with the next prompt.
 
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
@@ -158,31 +164,52 @@ def generate_tokens(
     room = room_behind(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
-    cache = model.make_cache()
-    pending: Sequence[int] = prompt
+    context = Context(model) if context is None else context
+    yield Encoded(context.read(prompt, prefill_chunk))
     generated: list[int] = []
     while True:
-        prefill(model, pending, cache, prefill_chunk)
-        yield Encoded(len(pending))
-        for snapshot in denoise(model, cache, config, draws, starts(generated)):
-            yield snapshot
-        canvas: list[int] = np.array(snapshot.argmax[0]).tolist()
-        ends = [i + 1 for i, token in enumerate(canvas) if token in config.eos_token_ids]
-        kept = canvas[: min([*ends[:1], budget])]
-        budget -= len(kept)
-        room -= length
-        reason: FinishReason | None = None
-        if ends and kept[-1] in config.eos_token_ids:
-            reason = "stop"
-        elif not budget or room < length:
-            reason = "length"
-        if reason and not snapshot.converged.item():
-            reason = "not_converged"
-        yield Committed(tuple(kept), reason)
+        attempts: list[Candidate] = []
+        forbidden: Constraint | None = None
+        while True:
+            start = starts(generated)
+            if forbidden is not None:
+                start = start or Start(draws.tokens((1, length)))
+                start = replace(start, constraint=forbidden)
+            for snapshot in denoise(model, context.cache, config, draws, start):
+                yield snapshot
+            attempts.append(_candidate(snapshot, config, budget))
+            verdict = judge(generated, attempts)
+            if isinstance(verdict, Take):
+                break
+            forbidden = verdict.constraint
+            yield verdict
+        tokens = verdict.tokens[:budget]
+        budget -= len(tokens)
+        room -= len(tokens)
+        reason = verdict.finish_reason
+        if reason is None:
+            if tokens[-1] in config.eos_token_ids:
+                reason = "stop"
+            elif not budget or room < length:
+                reason = "length"
+            if reason and not attempts[-1].converged:
+                reason = "not_converged"
+        yield Committed(tokens, reason, verdict.guard)
+        mx.clear_cache()
         if reason:
             return
-        pending = canvas
-        generated += canvas
+        context.extend(tokens, prefill_chunk)
+        generated += tokens
+
+
+def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Candidate:
+    """The first row of a finished canvas, up to its end token or the budget."""
+    tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+    ends = [i + 1 for i, token in enumerate(tokens) if token in config.eos_token_ids]
+    kept = min([*ends[:1], budget, len(tokens)])
+    entropies: list[float] = np.array(snapshot.entropy[0]).tolist()
+    converged = bool(snapshot.converged.item())
+    return Candidate(tuple(tokens[:kept]), tuple(entropies[:kept]), converged)
 
 
 def stream_generate(
@@ -199,10 +226,14 @@ def stream_generate(
     prefill_chunk: int = PREFILL_CHUNK,
     start: Start | None = None,
     schema: "Schema | None" = None,
+    context: Context | None = None,
+    guards: Guards = OFF,
+    shrink: bool = False,
 ) -> Generator[Event, None, None]:
-    """Answer a prompt, lazily: a `Draft` a denoising step, a `Text` a canvas, one `Done`.
+    """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
 
-    Closing the iterator stops at once and frees the cache.
+    What a canvas adds is `Text`; from models that think or call tools also `Thought`, `ToolCall`
+    and `BadToolCall`. Closing the iterator stops at once and frees the cache.
 
     Args:
         prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`) that the template
@@ -214,6 +245,11 @@ def stream_generate(
         draws: takes the place of `seed`, to replay a run.
         start: what the first canvas starts from, see `canvas.py`; None is noise.
         schema: a JSON Schema that the answer follows, see `schema.py`; not together with `start`.
+        context: what the model has read before; of the prompt only what is new is encoded.
+        guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
+            as in the reference. A schema's answer needs none.
+        shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
+            model was trained on.
 
     Raises:
         ContextError: the prompt is empty or does not fit, before any computation.
@@ -226,30 +262,64 @@ def stream_generate(
     )
     ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
     draws = draws or fresh_draws(model, seed)
-    if schema is None:
-        starts: Starts = lambda generated: None if generated else start  # noqa: E731
-        return _events(model, tokenizer, ids, config, draws, prefill_chunk, starts)
-    from .schema import schema_starts, validated
+    if schema is not None:
+        from .schema import schema_starts, validated
 
-    starts = schema_starts(model, tokenizer, schema, len(ids), config, draws)
-    return validated(schema, _events(model, tokenizer, ids, config, draws, prefill_chunk, starts))
+        follow = schema_starts(model, tokenizer, schema, len(ids), config, draws)
+        run = generate_tokens(model, ids, config, draws, prefill_chunk, follow, context)
+        return validated(schema, _events(tokenizer, ids, config, run))
+
+    def starts(generated: Sequence[int]) -> Start | None:
+        if start is not None and not generated:
+            return start
+        if not shrink:
+            return None
+        left = config.max_new_tokens - len(generated)
+        return Start(draws.tokens((1, min(model.config.canvas_length, left))))
+
+    judge: Judge = trust
+    if guards is not OFF:
+        if config.max_denoising_steps < model.generation.max_denoising_steps:
+            guards = replace(guards, not_converged=False)
+        judge = _judge(tokenizer, ids, config, guards)
+    run = generate_tokens(model, ids, config, draws, prefill_chunk, starts, context, judge)
+    return _events(tokenizer, ids, config, run)
+
+
+def _judge(
+    tokenizer: Tokenizer, prompt: Sequence[int], config: GenerationConfig, guards: Guards
+) -> Judge:
+    """The guards, told what they need to know of the vocabulary and the prompt."""
+    opens, closes = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
+    thinking = None
+    if opens is not None and closes is not None:
+        begun = Thinking(opens, closes, False).open_after(prompt)
+        thinking = Thinking(opens, closes, begun)
+    ends = frozenset(config.eos_token_ids)
+
+    def sentences(tokens: Sequence[int]) -> list[int]:
+        return [
+            i + 1
+            for i in range(len(tokens))
+            if tokens[i] in ends or _SENTENCE.search(tokenizer.decode(tokens[: i + 1]))
+        ]
+
+    return judge_by(guards, ends, sentences, thinking)
+
+
+_SENTENCE = re.compile(r"(?:[.!?\u2026][\"'\u201d\u2019)\]]*\s?|[\u3002\uff01\uff1f\n])$")
 
 
 def _events(
-    model: DiffusionGemma,
     tokenizer: Tokenizer,
     prompt: list[int],
     config: GenerationConfig,
-    draws: Draws,
-    prefill_chunk: int,
-    starts: Starts,
+    run: Generator[Encoded | Snapshot | Again | Committed, None, None],
 ) -> Generator[Event, None, None]:
     mx.reset_peak_memory()
     prompt_seconds = seconds = 0.0
-    generated: list[int] = []
-    shown = ""
-    canvases = passes = 0
-    run = generate_tokens(model, prompt, config, draws, prefill_chunk, starts)
+    reader = TurnReader(tokenizer, prompt)
+    generated = canvases = passes = encoded = 0
     try:
         while True:
             # Only time spent computing counts, not what the consumer does between events.
@@ -257,32 +327,31 @@ def _events(
             item = next(run)
             seconds += time.perf_counter() - resumed
             if isinstance(item, Encoded):
-                prompt_seconds = prompt_seconds or seconds
+                prompt_seconds, encoded = seconds, item.tokens
             elif isinstance(item, Snapshot):
                 passes += 1
-                yield draft_of(tokenizer, item, canvases, config)
+                yield draft_of(tokenizer, item, canvases, config, reader)
+            elif isinstance(item, Again):
+                yield Notice(item.guard)
             else:
                 canvases += 1
-                generated += item.tokens
-                text = tokenizer.decode(generated)
-                if item.finish_reason is None:
-                    # Bytes of a character that the next canvas completes are U+FFFD until then.
-                    text = text.rstrip("\ufffd")
-                if len(text) > len(shown):
-                    yield Text(text[len(shown) :])
-                    shown = text
+                generated += len(item.tokens)
+                yield from reader.feed(item.tokens, last=item.finish_reason is not None)
+                if item.guard is not None:
+                    yield Notice(item.guard)
                 if item.finish_reason is not None:
                     break
         yield Done(
             finish_reason=item.finish_reason,
             prompt_tokens=len(prompt),
-            generated_tokens=len(generated),
+            cached_tokens=len(prompt) - encoded,
+            generated_tokens=generated,
             canvases=canvases,
             denoising_steps=passes,
-            tokens_per_forward=len(generated) / passes,
+            tokens_per_forward=generated / passes,
             prompt_seconds=prompt_seconds,
             generation_seconds=seconds - prompt_seconds,
-            tokens_per_second=len(generated) / (seconds - prompt_seconds),
+            tokens_per_second=generated / (seconds - prompt_seconds),
             peak_memory=mx.get_peak_memory(),
         )
     finally:
@@ -291,10 +360,16 @@ def _events(
 
 
 def draft_of(
-    tokenizer: Tokenizer, snapshot: Snapshot, canvas: int, config: GenerationConfig
+    tokenizer: Tokenizer,
+    snapshot: Snapshot,
+    canvas: int,
+    config: GenerationConfig,
+    reader: TurnReader | None = None,
 ) -> Draft:
-    """The first row of a snapshot as an event."""
+    """The first row of a snapshot as an event; `reader` knows what the turn has come to."""
     tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+    kinds = (reader or TurnReader(tokenizer)).kinds(tokens)
+    visible = tuple(kind == "text" for kind in kinds)
     end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
     return Draft(
         canvas=canvas,
@@ -304,7 +379,8 @@ def draft_of(
         accepted=tuple(np.array(snapshot.accepted[0]).tolist()),
         entropies=tuple(np.array(snapshot.entropy[0]).tolist()),
         end=end,
-        text=tokenizer.decode(tokens[:end]),
+        visible=visible,
+        text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
     )
 
 

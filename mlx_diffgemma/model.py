@@ -175,11 +175,20 @@ def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
         )
 
 
+@dataclass(frozen=True)
+class LayerMark:
+    """A place to which a `LayerCache` can go back; only a sliding layer has to hold arrays."""
+
+    length: int
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+
 class LayerCache:
     """Keys and values of one layer, (B, heads, T, head_dim); `length` counts all tokens seen.
 
     A sliding layer keeps its last `window - 1` tokens: a later token sees no more. Arrays are
-    replaced, never written in place, so a shallow copy is a checkpoint.
+    replaced, never written in place, so a mark costs no copy.
     """
 
     def __init__(self, window: int | None):
@@ -213,6 +222,21 @@ class LayerCache:
         drop = 0 if self.window is None else max(keys.shape[2] - (self.window - 1), 0)
         self.keys, self.values = keys[:, :, drop:], values[:, :, drop:]
         return keys, values
+
+    def mark(self) -> LayerMark:
+        """Where the cache stands. A full layer holds all tokens, so its length says enough."""
+        if self.window is None:
+            return LayerMark(self.length)
+        return LayerMark(self.length, self.keys, self.values)
+
+    def restore(self, mark: LayerMark) -> None:
+        """Go back to a mark made earlier in the same sequence of tokens."""
+        if self.window is not None or not mark.length:
+            self.keys, self.values = mark.keys, mark.values
+        elif self.keys is not None and self.values is not None:
+            self.keys = self.keys[:, :, : mark.length]
+            self.values = self.values[:, :, : mark.length]
+        self.length = mark.length
 
     def encoder_mask(self, count: int) -> Mask:
         """Mask for `count` new tokens: causal, and in a sliding layer `q - k < window`."""

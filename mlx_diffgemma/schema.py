@@ -30,10 +30,11 @@ from .canvas import planned_start
 from .config import GenerationConfig
 from .denoise import Start
 from .errors import Error
-from .generation import Done, Event, Starts, Text
+from .generation import Done, Event, Starts
 from .model import DiffusionGemma
 from .sampler import Draws
 from .tokenizer import Tokenizer
+from .turns import Text
 from .vocabulary import Vocabulary
 
 Schema = Mapping[str, Any] | bool

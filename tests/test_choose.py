@@ -7,7 +7,8 @@ import pytest
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.choosing import ChooseError, choose
-from mlx_diffgemma.generation import encode_prompt, prefill
+from mlx_diffgemma.context import prefill
+from mlx_diffgemma.generation import encode_prompt
 from mlx_diffgemma.sampler import SeededDraws
 
 

@@ -10,8 +10,8 @@ from test_automaton import PAD, PATTERNS, VOCAB, padded
 
 from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
 from mlx_diffgemma.automaton import Pattern, PatternError, Plans, compile_pattern
+from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.generation import prefill
 from mlx_diffgemma.sampler import Sampler, SeededDraws
 
 MODELS = [untrained(VOCAB, 8, seed=seed) for seed in range(5)]

@@ -25,8 +25,9 @@ from mlx_diffgemma import (
     stream_generate,
 )
 from mlx_diffgemma.canvas import CanvasError, fill_start
+from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.generation import Committed, generate_tokens, prefill
+from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.model import LayerCache
 from mlx_diffgemma.vocabulary import Vocabulary
 

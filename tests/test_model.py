@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma.generation import prefill
+from mlx_diffgemma.context import prefill
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import (
     Config,

@@ -13,8 +13,9 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )
 
+from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Snapshot
-from mlx_diffgemma.generation import Committed, generate_tokens, prefill
+from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.sampler import Draws, temperature

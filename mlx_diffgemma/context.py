@@ -1,0 +1,261 @@
+"""What a model has read: tokens, their keys and values, and places to go back to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .errors import Error
+from .model import DiffusionGemma, LayerCache, LayerMark
+
+# Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
+PREFILL_CHUNK = 2048
+# Bytes that marks may hold beside the cache itself; the newest two stay whatever they take.
+MARK_BYTES = 1 << 30
+# Tokens that a new mark has to save from being encoded again; fewer are not worth its memory.
+WORTH_A_MARK = 256
+FORMAT = "mlx-diffgemma context 1"
+
+
+class SessionError(Error):
+    """A saved context or session that cannot be written, read, or used with this model."""
+
+
+def prefill(
+    model: DiffusionGemma,
+    tokens: Sequence[int],
+    cache: list[LayerCache],
+    chunk: int = PREFILL_CHUNK,
+) -> None:
+    """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`."""
+    for start in range(0, len(tokens), chunk):
+        model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
+        mx.eval([layer.keys for layer in cache], [layer.values for layer in cache])
+        mx.clear_cache()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A length of the context that it can go back to."""
+
+    length: int
+    layers: tuple[LayerMark, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sliding layers' arrays."""
+        arrays = (a for layer in self.layers for a in (layer.keys, layer.values))
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class Context:
+    """The tokens a model has encoded, with its cache; later prompts pay only for what is new.
+
+    Sliding layers forget, so going back to any earlier token is not possible: `read` goes back to
+    the longest mark that agrees with the new prompt. Not for several threads.
+    """
+
+    def __init__(self, model: DiffusionGemma):
+        self._model = model
+        self._tokens: list[int] = []
+        self._marks: list[Mark] = []
+        self.cache = model.make_cache()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids encoded so far."""
+        return tuple(self._tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, marks included."""
+        held = (a for layer in self.cache for a in (layer.keys, layer.values) if a is not None)
+        return sum(array.nbytes for array in held) + sum(mark.nbytes for mark in self._marks)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._tokens, self._marks = [], []
+        self.cache = self._model.make_cache()
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` would not have to be encoded."""
+        return self._reusable(_common(self._tokens, tokens))
+
+    def read(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> int:
+        """Make the context hold exactly `tokens`, mark its end, and say how many were encoded.
+
+        Where the tokens depart from what was held a mark is left, if it saves enough: the next
+        prompt may begin in the same way.
+        """
+        agreed = _common(self._tokens, tokens)
+        kept = self._reusable(agreed)
+        departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
+        self._restore(kept)
+        if departs:
+            self.extend(tokens[kept:agreed], chunk)
+            self.mark()
+        self.extend(tokens[len(self) :], chunk)
+        self.mark()
+        return len(tokens) - kept
+
+    def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
+        """Encode more tokens. Interrupted, the context is empty: layers must not disagree."""
+        if not tokens:
+            return
+        try:
+            prefill(self._model, tokens, self.cache, chunk)
+        except BaseException:
+            self.clear()
+            raise
+        self._tokens += tokens
+
+    def mark(self) -> None:
+        """Remember this place; the oldest marks go when they take too much memory."""
+        if not self._marks or self._marks[-1].length < len(self):
+            self._marks.append(Mark(len(self), tuple(layer.mark() for layer in self.cache)))
+        while len(self._marks) > 2 and sum(mark.nbytes for mark in self._marks) > MARK_BYTES:
+            del self._marks[0]
+
+    def _reusable(self, agreed: int) -> int:
+        if agreed == len(self):
+            return agreed
+        return max((mark.length for mark in self._marks if mark.length <= agreed), default=0)
+
+    def _restore(self, length: int) -> None:
+        if length == len(self):
+            return
+        if not length:
+            self.clear()
+            return
+        self._marks = [mark for mark in self._marks if mark.length <= length]
+        for layer, mark in zip(self.cache, self._marks[-1].layers, strict=True):
+            layer.restore(mark)
+        del self._tokens[length:]
+
+    def save(self, path: Path, extra: object = None) -> None:
+        """Write one safetensors file, at once: a full disk or a kill leaves the old one.
+
+        `extra` is anything that JSON can say; `load` gives it back.
+
+        Raises:
+            SessionError: the file cannot be written.
+        """
+        # A mark at the very end would say everything twice.
+        marks = [mark for mark in self._marks if mark.length < len(self)]
+        arrays: dict[str, mx.array] = dict(self._arrays(marks))
+        metadata = {
+            "format": FORMAT,
+            "model": fingerprint(self._model),
+            "tokens": json.dumps(self._tokens),
+            "marks": json.dumps([mark.length for mark in marks]),
+            "extra": json.dumps(extra, ensure_ascii=False),
+        }
+        try:
+            with NamedTemporaryFile(
+                dir=path.resolve().parent, suffix=".safetensors", delete=False
+            ) as file:
+                try:
+                    mx.save_safetensors(file.name, arrays, metadata)
+                    os.replace(file.name, path.resolve())
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            raise SessionError(f"{path} cannot be written: {error.strerror}") from None
+        except RuntimeError as error:  # what MLX raises when the disk is full
+            raise SessionError(f"{path} cannot be written: {error}") from None
+
+    def _arrays(self, marks: Sequence[Mark]) -> Iterator[tuple[str, mx.array]]:
+        """Names and arrays of a file."""
+        yield "format", mx.array([1])  # MLX cannot read a file without arrays
+        held: list[tuple[str, Sequence[LayerCache | LayerMark]]] = [("", self.cache)]
+        held += [(f"marks.{i}.", mark.layers) for i, mark in enumerate(marks)]
+        for prefix, layers in held:
+            for i, layer in enumerate(layers):
+                if layer.keys is not None and layer.values is not None:
+                    yield f"{prefix}layers.{i}.keys", layer.keys
+                    yield f"{prefix}layers.{i}.values", layer.values
+
+    @classmethod
+    def load(cls, path: Path, model: DiffusionGemma) -> tuple["Context", object]:
+        """A context that was saved, and what was saved beside it.
+
+        Raises:
+            SessionError: there is no such file, it is damaged, or another model made it.
+        """
+        arrays, metadata = _read(path)
+        if metadata.get("format") != FORMAT:
+            raise SessionError(f"{path} is not a context that this version saved")
+        if metadata.get("model") != fingerprint(model):
+            raise SessionError(f"{path} was saved with another model than the one that is loaded")
+        context = cls(model)
+        try:
+            context._tokens = json.loads(metadata["tokens"])
+            lengths: list[int] = json.loads(metadata["marks"])
+            for i, layer in enumerate(context.cache):
+                layer.length = len(context._tokens)
+                layer.keys = arrays.get(f"layers.{i}.keys")
+                layer.values = arrays.get(f"layers.{i}.values")
+            context._marks = [
+                Mark(
+                    length,
+                    tuple(
+                        LayerMark(
+                            length,
+                            arrays.get(f"marks.{j}.layers.{i}.keys"),
+                            arrays.get(f"marks.{j}.layers.{i}.values"),
+                        )
+                        for i in range(len(context.cache))
+                    ),
+                )
+                for j, length in enumerate(lengths)
+            ]
+            context.mark()
+            extra: object = json.loads(metadata["extra"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise SessionError(f"{path} is damaged: {error}") from None
+        return context, extra
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Arrays and metadata of a safetensors file."""
+    if not path.is_file():
+        raise SessionError(f"{path} is not a file")
+    try:
+        found = mx.load(str(path), format="safetensors", return_metadata=True)
+        assert isinstance(found, tuple)  # of a safetensors file
+        arrays, metadata = found
+        assert isinstance(arrays, dict)
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise SessionError(f"{path} is damaged, or no saved context: {error}") from None
+    return arrays, metadata
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    count = min(len(first), len(second))
+    differ = np.flatnonzero(np.array(first[:count]) != np.array(second[:count]))
+    return int(differ[0]) if len(differ) else count
+
+
+def fingerprint(model: DiffusionGemma) -> str:
+    """Equal for equal weights: a hash of the config and of 64 numbers of each parameter."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    heads = {name: array.reshape(-1)[:64].view(mx.uint8) for name, array in parameters.items()}
+    mx.eval(heads)
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name in sorted(parameters):
+        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
+        digest.update(np.array(heads[name]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,278 @@
+"""A conversation that pays only for what is new: each turn goes on from the cache of the last."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .context import Context, SessionError
+from .generation import ContextError, Done, Event, stream_generate
+from .guards import Guards
+from .model import DiffusionGemma
+from .sampler import Sampler
+from .tokenizer import Message, Tokenizer
+from .turns import Text, Thought, ToolCall
+
+Declaration = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a called function gave back, for the model to read."""
+
+    name: str
+    content: str
+
+
+class ChatSession:
+    """Messages and the context that has read them.
+
+    A turn renders the whole chat with the checkpoint's template and encodes what the context has
+    not read yet, so answers are those of a chat encoded from scratch. Not for several threads: MLX
+    belongs to one.
+
+    Args:
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
+        system: the system message.
+        tools: function declarations in JSON Schema, as the `openai` client sends them.
+        enable_thinking: ask for thoughts before an answer.
+        guards: what to do about bad canvases; all on unless told otherwise.
+        max_tokens, steps, sampler, shrink: as in `stream_generate`; these and `guards` are
+            attributes, and may change between turns.
+
+    Raises:
+        SessionError: the template ignores tools or thinking, so asking for them would do nothing.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        tools: Sequence[Declaration] = (),
+        enable_thinking: bool = False,
+        guards: Guards | None = None,
+        max_tokens: int | None = None,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        shrink: bool = False,
+    ):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context = Context(model)
+        self._messages: list[Message] = []
+        self._tools = list(tools)
+        self._thinking = False
+        self.guards = guards or Guards()
+        self.max_tokens, self.steps, self.sampler, self.shrink = max_tokens, steps, sampler, shrink
+        self.enable_thinking = enable_thinking
+        if tools and self._render([_HELLO]) == self._render([_HELLO], tools=[]):
+            raise SessionError("this model's chat template knows no tools")
+        self.system = system
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation so far, the system message first."""
+        return tuple(self._messages)
+
+    @property
+    def context(self) -> Context:
+        """What the model has read."""
+        return self._context
+
+    @property
+    def system(self) -> str | None:
+        """The system message; setting it has the whole conversation read anew."""
+        if self._messages and self._messages[0]["role"] == "system":
+            return str(self._messages[0]["content"])
+        return None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = [message for message in self._messages if message["role"] != "system"]
+        self._messages = [{"role": "system", "content": text}] * bool(text) + rest
+
+    @property
+    def enable_thinking(self) -> bool:
+        """Whether thoughts are asked for."""
+        return self._thinking
+
+    @enable_thinking.setter
+    def enable_thinking(self, wanted: bool) -> None:
+        if wanted and self._render([_HELLO], thinking=True) == self._render(
+            [_HELLO], thinking=False
+        ):
+            raise SessionError("this model's chat template knows no thinking")
+        self._thinking = wanted
+
+    def stream(self, content: str, *, seed: int | None = None) -> Generator[Event, None, None]:
+        """Answer a message; events, arguments and errors as in `stream_generate`.
+
+        Closed early, the session keeps the message and what was committed of the answer, or
+        neither if nothing was. After a `ToolCall`, go on with `respond`.
+        """
+        if not content.strip():
+            raise ContextError("the message is empty")
+        asked = [*self._messages, {"role": "user", "content": content}]
+        return self._answer(asked, seed)
+
+    def respond(
+        self, results: Sequence[ToolResult], *, seed: int | None = None
+    ) -> Generator[Event, None, None]:
+        """Go on in the same model turn with the results of its tool calls, in their order.
+
+        Raises:
+            SessionError: the last answer did not ask for as many.
+        """
+        calls = self._messages[-1].get("tool_calls", []) if self._messages else []
+        if len(calls) != len(results) or not calls:
+            raise SessionError(f"{len(results)} results for {len(calls)} tool calls")
+        told = [
+            {
+                "role": "tool",
+                "name": result.name,
+                "tool_call_id": call["id"],
+                "content": result.content,
+            }
+            for call, result in zip(calls, results, strict=True)
+        ]
+        asked = [*self._messages, *told]
+        return self._answer(asked, seed)
+
+    def retry(self, *, seed: int | None = None) -> Generator[Event, None, None]:
+        """Answer the last message once more; nothing of it is encoded again.
+
+        Raises:
+            SessionError: there is no message yet.
+        """
+        asked = self._messages[: self._last_question() + 1]
+        return self._answer(asked, seed)
+
+    def undo(self) -> str:
+        """Forget the last message and its answer; gives the message.
+
+        Raises:
+            SessionError: there is none.
+        """
+        at = self._last_question()
+        content = str(self._messages[at]["content"])
+        del self._messages[at:]
+        return content
+
+    def reset(self) -> None:
+        """Forget the conversation, not the system message."""
+        del self._messages[bool(self.system) :]
+        self._context.clear()
+
+    def save(self, path: Path) -> None:
+        """Write messages and cache to one file, at once.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        extra = {"messages": self._messages, "tools": self._tools, "thinking": self._thinking}
+        self._context.save(path, extra)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        model: DiffusionGemma,
+        tokenizer: Tokenizer,
+    ) -> "ChatSession":
+        """Go on where a saved session stopped, with default settings.
+
+        Raises:
+            SessionError: there is no such file, it is damaged or no session, or another model's.
+        """
+        context, extra = Context.load(path, model)
+        if not isinstance(extra, dict) or not isinstance(extra.get("messages"), list):
+            raise SessionError(f"{path} is a prompt cache, not a session")
+        session = cls(
+            model,
+            tokenizer,
+            tools=extra.get("tools", []),
+            enable_thinking=extra.get("thinking", False),
+        )
+        session._context = context
+        session._messages = extra["messages"]
+        return session
+
+    def _last_question(self) -> int:
+        for i in reversed(range(len(self._messages))):
+            if self._messages[i]["role"] == "user":
+                return i
+        raise SessionError("there is no message yet")
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Declaration] | None = None,
+        thinking: bool | None = None,
+    ) -> str:
+        return self._tokenizer.render_chat(
+            messages,
+            enable_thinking=self._thinking if thinking is None else thinking,
+            tools=(self._tools if tools is None else tools) or None,
+        )
+
+    def _answer(
+        self,
+        asked: list[Message],
+        seed: int | None,
+    ) -> Generator[Event, None, None]:
+        events = stream_generate(
+            self._model,
+            self._tokenizer,
+            self._tokenizer.encode(self._render(asked)),
+            max_tokens=self.max_tokens,
+            steps=self.steps,
+            seed=seed,
+            sampler=self.sampler,
+            context=self._context,
+            guards=self.guards,
+            shrink=self.shrink,
+        )
+        return self._record(asked, events)
+
+    def _record(
+        self, asked: list[Message], events: Generator[Event, None, None]
+    ) -> Generator[Event, None, None]:
+        text = thought = ""
+        calls: list[dict[str, Any]] = []
+        ended = False
+        try:
+            for event in events:
+                if isinstance(event, Text):
+                    text += event.text
+                elif isinstance(event, Thought):
+                    thought += event.text
+                elif isinstance(event, ToolCall):
+                    function = {"name": event.name, "arguments": event.arguments}
+                    known = sum(len(message.get("tool_calls", [])) for message in asked)
+                    identity = f"call_{known + len(calls)}"
+                    calls.append({"id": identity, "type": "function", "function": function})
+                elif isinstance(event, Done):
+                    ended = True
+                    self._messages = [*asked, _assistant(text, thought, calls)]
+                yield event
+        finally:
+            events.close()
+            if text and not ended:
+                self._messages = [*asked, _assistant(text, thought, calls)]
+
+
+_HELLO: Message = {"role": "user", "content": "Hello"}
+
+
+def _assistant(text: str, thought: str, calls: list[dict[str, Any]]) -> Message:
+    """An answer as templates want it; they drop thoughts once the user speaks again."""
+    message: Message = {"role": "assistant", "content": text}
+    if thought:
+        message["reasoning"] = thought.strip("\n")
+    if calls:
+        message["tool_calls"] = calls
+    return message
