@@ -1,10 +1,13 @@
-"""A model that knows nothing: random weights in MLX, for properties that hold for any model."""
+"""Models that know nothing: random weights, or canvases that are written down beforehand."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_diffgemma import DiffusionGemma, GenerationConfig
-from mlx_diffgemma.model import Config, LayerConfig
+from mlx_diffgemma.model import Config, LayerCache, LayerConfig
 
 
 def untrained(
@@ -14,14 +17,51 @@ def untrained(
     seed: int = 3,
     eos: tuple[int, ...] = (1, 6),
     context: int = 4096,
-) -> DiffusionGemma:
-    """One full layer of width 32; 64 tokens and 48 steps are the checkpoint's defaults."""
-    layers = (LayerConfig(16, 1, None, 1e4, 8),)
+    windows: tuple[int | None, ...] = (None,),
+    kind: type[DiffusionGemma] = DiffusionGemma,
+) -> Any:
+    """Layers of width 32, one full layer by default; 64 tokens and 48 steps are its settings."""
+    layers = tuple(LayerConfig(16, 1, window, 1e4, 8) for window in windows)
     config = Config(vocab_size, 32, 32, 16, 2, 2, 1, 1e-6, 30.0, context, canvas, layers)
     generation = GenerationConfig(max_new_tokens=64, eos_token_ids=eos)
-    model = DiffusionGemma(config, generation)
-    keys = iter(mx.random.split(mx.random.key(seed), 99))
+    model = kind(config, generation)
+    keys = iter(mx.random.split(mx.random.key(seed), 999))
     model.update(
         tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)) * 0.5, model.parameters())
     )
     return model
+
+
+class Scripted(DiffusionGemma):
+    """Writes the canvases of `script` in turn, each until it is stable.
+
+    None in a canvas is a position where all tokens are equally likely, so that it never converges.
+    `banned` collects the tokens that its answer was not allowed to hold at the front.
+    """
+
+    script: Sequence[Sequence[int | None]]
+
+    def begin(self, *script: Sequence[int | None]) -> None:
+        self.script = script
+        self._next = 0
+        self.beliefs: list[mx.array] = []
+
+    def __call__(
+        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
+    ) -> mx.array:
+        if belief is None:
+            self._now = self.script[self._next]
+            self._next += 1
+        length, vocabulary = canvas.shape[1], self.config.vocab_size
+        ids = [*self._now, *[0] * length][:length]
+        wanted = mx.array([0 if token is None else token for token in ids])
+        sure = mx.array([0.0 if token is None else 30.0 for token in ids])
+        return ((mx.arange(vocabulary) == wanted[:, None]) * sure[:, None])[None]
+
+    def soft_embedding(self, logits: mx.array) -> mx.array:
+        self.beliefs.append(mx.softmax(logits, axis=-1))
+        return super().soft_embedding(logits)
+
+
+def scripted(vocab_size: int = 768, canvas: int = 64, eos: tuple[int, ...] = (1, 6)) -> Scripted:
+    return untrained(vocab_size, canvas, eos=eos, kind=Scripted)

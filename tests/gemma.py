@@ -1,0 +1,14 @@
+"""The small model's tokenizer with a template that knows thinking and tools."""
+
+from pathlib import Path
+
+from mlx_diffgemma import Tokenizer
+from mlx_diffgemma.loading import EMBEDDED
+
+TEMPLATE = Path(__file__).parent / "data" / "gemma_chat_template.jinja"
+
+
+def gemma_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer.from_directory(EMBEDDED)
+    tokenizer._template_source = TEMPLATE.read_text()
+    return tokenizer

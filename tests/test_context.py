@@ -1,0 +1,147 @@
+"""A context that is gone on with is one that was encoded from scratch, and costs what is new."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import untrained
+
+from mlx_diffgemma import Context, DiffusionGemma, SessionError
+from mlx_diffgemma import context as module
+from mlx_diffgemma.context import fingerprint
+
+MODEL = untrained(20, 8, windows=(6, None, 9))
+CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def logits(model: DiffusionGemma, context: Context) -> np.ndarray[Any, Any]:
+    return np.array(model(CANVAS, context.cache))
+
+
+def fresh(model: DiffusionGemma, tokens: list[int]) -> np.ndarray[Any, Any]:
+    context = Context(model)
+    assert context.read(tokens) == len(tokens)
+    return logits(model, context)
+
+
+Prompts = st.lists(
+    st.tuples(st.integers(0, 40), st.lists(st.integers(0, 19), max_size=25)), max_size=6
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(Prompts, st.integers(1, 30))
+def test_any_sequence_of_prompts_gives_the_logits_of_the_last_one_alone(
+    edits: list[tuple[int, list[int]]], worth: int
+) -> None:
+    """Each prompt keeps a part of the one before and goes on differently."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WORTH_A_MARK", worth)
+        context, tokens = Context(MODEL), [7]
+        for kept, more in edits:
+            tokens = [7, *tokens[1:kept], *more]
+            saved = context.shared(tokens)
+            assert context.read(tokens) == len(tokens) - saved
+            assert context.tokens == tuple(tokens)
+    context.read(tokens)
+    np.testing.assert_allclose(logits(MODEL, context), fresh(MODEL, tokens), rtol=2e-4, atol=2e-4)
+
+
+def test_only_what_is_new_is_encoded() -> None:
+    context = Context(MODEL)
+    document = [i % 20 for i in range(400)]
+    assert context.read([*document, 1, 2]) == 402
+    assert context.read([*document, 1, 2, 3, 4]) == 2
+    assert context.read([*document, 1, 2]) == 0  # back to a mark
+    # No mark stands where the document ends: the second question pays for it, the third does not.
+    assert context.read([*document, 5, 6, 7]) == 403
+    assert context.read([*document, 8]) == 1
+    assert context.read([9]) == 1
+
+
+def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(MODEL)
+    for count in range(20, 200, 20):
+        context.read([1] * count)
+    # Keys and values, two sliding layers that keep 5 and 8 tokens of 16 numbers.
+    mark = 2 * (5 + 8) * 16 * 4
+    full = 2 * 180 * 16 * 4
+    assert context.nbytes == full + mark + 9 * mark
+    monkeypatch.setattr(module, "MARK_BYTES", 3 * mark)
+    context.read([1] * 200)
+    assert context.nbytes == full + 2 * 20 * 16 * 4 + mark + 3 * mark
+    assert context.read([1] * 160 + [2]) == 1
+    assert context.read([1] * 20) == 20  # that mark is gone
+
+
+def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers used to hold the new tokens and some not."""
+    context = Context(MODEL)
+    context.read([1, 2, 3])
+
+    def interrupted(model: DiffusionGemma, tokens: Any, cache: Any, chunk: int) -> None:
+        cache[0].length += 2
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            context.read([1, 2, 3, 4, 5])
+    assert len(context) == 0
+    context.read([1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(logits(MODEL, context), fresh(MODEL, [1, 2, 3, 4, 5]))
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1] * 30, [1] * 30 + [2] * 9], []])
+def test_save_and_load(prompts: list[list[int]], tmp_path: Path) -> None:
+    context = Context(MODEL)
+    for prompt in prompts:
+        context.read(prompt)
+    context.extend([4, 4])
+    file = tmp_path / "chat"
+    context.save(file, {"said": "ähem"})
+    assert [path.name for path in tmp_path.iterdir()] == ["chat"]
+    again, extra = Context.load(file, MODEL)
+    assert extra == {"said": "ähem"}
+    assert again.tokens == context.tokens
+    np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, context))
+    for prompt in [*reversed(prompts), [5, 6]]:
+        assert again.read(prompt) == context.read(prompt)
+        np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, context))
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "chat"
+    context = Context(MODEL)
+    context.read([1, 2, 3])
+    context.save(file)
+    other = untrained(20, 8, windows=(6, None, 9), seed=4)
+    with pytest.raises(SessionError, match="another model"):
+        Context.load(file, other)
+    with pytest.raises(SessionError, match="not a file"):
+        Context.load(tmp_path / "nothing", MODEL)
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(2)})
+    with pytest.raises(SessionError, match="not a context"):
+        Context.load(tmp_path / "weights.safetensors", MODEL)
+    whole = file.read_bytes()
+    for size in (0, 5, 200, len(whole) - 8):
+        file.write_bytes(whole[:size])
+        with pytest.raises(SessionError, match="damaged"):
+            Context.load(file, MODEL)
+    with pytest.raises(SessionError, match="cannot be written"):
+        context.save(tmp_path / "no" / "such" / "folder")
+    with pytest.raises(SessionError, match="cannot be written"):
+        context.save(Path("/dev/full/x"))
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    same = untrained(20, 8, windows=(6, None, 9))
+    assert fingerprint(same) == fingerprint(MODEL)
+    same.model.decoder.layers[2].mlp.down_proj.weight = mx.zeros(
+        same.model.decoder.layers[2].mlp.down_proj.weight.shape
+    )
+    assert fingerprint(same) != fingerprint(MODEL)
