@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from .display import NOTICES, Screen, summary
+from .display import Screen, summary, told
 from .errors import Error
 from .generation import Done, Draft, Event, Notice
 from .session import ChatSession, ToolResult
@@ -179,7 +179,7 @@ class Chat:
                         case BadToolCall():
                             screen.note(f"[a tool call that cannot be read: {event.problem}]")
                         case Notice():
-                            screen.note(f"[{NOTICES[event.guard]}]")
+                            screen.note(told(event))
                         case Done():
                             self._last, ended = event, True
                     if interrupts.stopped:

@@ -124,7 +124,7 @@ def generate(
     from rich.console import Console
 
     from .context import Context
-    from .display import NOTICES, Screen, progress, summary
+    from .display import Screen, progress, summary, told
     from .generation import Done, Draft, Notice, stream_generate
     from .loading import load
     from .turns import BadToolCall, Text, Thought, ToolCall
@@ -176,7 +176,7 @@ def generate(
                 case BadToolCall() if not quiet:
                     screen.note(f"[a tool call that cannot be read: {event.problem}]")
                 case Notice() if not quiet:
-                    screen.note(f"[{NOTICES[event.guard]}]")
+                    screen.note(told(event))
                 case Done():
                     done = event
         if as_json:

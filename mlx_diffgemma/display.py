@@ -10,21 +10,28 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text as Styled
 
-from .generation import Done, Draft
+from .generation import Done, Draft, Notice
 from .guards import Guard
 
 # Colours of accepted tokens by entropy, in nats: the first whose bound is not exceeded.
 COLOURS = ((0.1, "green"), (1.0, "yellow"), (float("inf"), "red"))
 NOTICES: dict[Guard, str] = {
-    "empty": "the answer would have been empty: trying again",
+    "empty": "the answer would have been empty",
     "not_converged": "the canvas did not converge",
     "repetition": "the answer went round in circles: stopped",
     "thinking_budget": "enough thought: now the answer",
 }
+KEPT = "only what is certain is kept (--guards none keeps all)"
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 # Terminals that know it draw what stands between at once; others ignore it.
 BEGIN_FRAME, END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
 ERASE_BELOW = "\x1b[J"
+
+
+def told(notice: Notice) -> str:
+    """One line on what a guard did."""
+    end = "tried again" if notice.again else KEPT if notice.guard == "not_converged" else ""
+    return f"[{NOTICES[notice.guard]}{': ' * bool(end)}{end}]"
 
 
 def can_draw(console: Console) -> bool:

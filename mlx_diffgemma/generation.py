@@ -65,9 +65,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Notice:
-    """A guard has stepped in; see `guards.py`."""
+    """A guard has stepped in, see `guards.py`; `again` where the canvas is tried once more."""
 
     guard: Guard
+    again: bool
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def stream_generate(
         return Start(draws.tokens((1, min(model.config.canvas_length, left))))
 
     judge: Judge = trust
-    if guards is not OFF:
+    if guards != OFF:
         if config.max_denoising_steps < model.generation.max_denoising_steps:
             guards = replace(guards, not_converged=False)
         judge = _judge(tokenizer, ids, config, guards)
@@ -332,13 +333,13 @@ def _events(
                 passes += 1
                 yield draft_of(tokenizer, item, canvases, config, reader)
             elif isinstance(item, Again):
-                yield Notice(item.guard)
+                yield Notice(item.guard, again=True)
             else:
                 canvases += 1
                 generated += len(item.tokens)
                 yield from reader.feed(item.tokens, last=item.finish_reason is not None)
                 if item.guard is not None:
-                    yield Notice(item.guard)
+                    yield Notice(item.guard, again=False)
                 if item.finish_reason is not None:
                     break
         yield Done(

@@ -132,7 +132,7 @@ def judge_by(
                 return Again("not_converged")
             tokens = certain_part(min(attempts, key=doubt), sentences)
             return Take(tokens, "not_converged", "not_converged")
-        if thinking is not None and guards is not OFF:
+        if thinking is not None:
             cut = _thought_too_long(guards, generated, now.tokens, thinking, ends)
             if cut is not None:
                 return Take((*now.tokens[:cut], thinking.closes), guard="thinking_budget")

@@ -36,7 +36,7 @@ class Scripted(DiffusionGemma):
     """Writes the canvases of `script` in turn, each until it is stable.
 
     None in a canvas is a position where all tokens are equally likely, so that it never converges.
-    `banned` collects the tokens that its answer was not allowed to hold at the front.
+    `_beliefs` collects what it was given for self-conditioning.
     """
 
     script: Sequence[Sequence[int | None]]
@@ -44,7 +44,7 @@ class Scripted(DiffusionGemma):
     def begin(self, *script: Sequence[int | None]) -> None:
         self.script = script
         self._next = 0
-        self.beliefs: list[mx.array] = []
+        self._beliefs: list[mx.array] = []
 
     def __call__(
         self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
@@ -59,9 +59,10 @@ class Scripted(DiffusionGemma):
         return ((mx.arange(vocabulary) == wanted[:, None]) * sure[:, None])[None]
 
     def soft_embedding(self, logits: mx.array) -> mx.array:
-        self.beliefs.append(mx.softmax(logits, axis=-1))
+        self._beliefs.append(mx.softmax(logits, axis=-1))
         return super().soft_embedding(logits)
 
 
-def scripted(vocab_size: int = 768, canvas: int = 64, eos: tuple[int, ...] = (1, 6)) -> Scripted:
-    return untrained(vocab_size, canvas, eos=eos, kind=Scripted)
+def scripted() -> Scripted:
+    """For the small model's vocabulary and canvas."""
+    return untrained(768, 64, kind=Scripted)

@@ -180,7 +180,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_chat_in_a_pipe() -> None:
     done = run(
-        "chat", "-m", SUDOKU, "--seed", "0", stdin="hello\n/reset\n/dance\n\n/quit\nunread\n"
+        "chat", "-m", SUDOKU, "--guards", "none", stdin="hello\n/reset\n/dance\n\n/quit\nunread\n"
     )
     assert done.returncode == 0
     assert "Started over." in done.stderr
@@ -291,3 +291,26 @@ def test_mistakes_in_schemas_templates_and_labels_are_one_sentence(tmp_path: Pat
         assert done.returncode == 1, arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_cache_is_read_and_kept(tmp_path: Path) -> None:
+    file = str(tmp_path / "cache")
+    flags = ["-m", SUDOKU, "--seed", "0", "--prompt-cache", file]
+    first, second = (run("generate", *flags, PUZZLE) for _ in range(2))
+    assert first.stdout == second.stdout == ANSWER + "\n"
+    assert "47 prompt tokens in" in first.stderr
+    assert "47 prompt tokens (47 of them cached)" in second.stderr
+    assert json.loads(run("generate", *flags, "--json", PUZZLE).stdout)["cached_tokens"] == 47
+    done = run("generate", "--prompt-cache", file, "hello")
+    assert done.returncode == 1
+    assert "saved with another model" in done.stderr
+
+
+def test_guards_are_off_unless_asked_for() -> None:
+    """The reference has none, and `generate` answers as it does."""
+    flags = ["-m", SUDOKU, "--seed", "3", "--steps", "48", "--max-tokens", "30"]
+    plain = run("generate", *flags, "1111")
+    assert "[" not in plain.stderr
+    assert run("generate", *flags, "--guards", "nothing", "1111").returncode == 2
+    watched = run("generate", *flags, "--guards", "all", "--shrink", "1111")
+    assert watched.returncode == 0, watched.stderr

@@ -1,0 +1,28 @@
+"""`mlx-diffgemma` with a model that writes a script, for terminals: PYTHONPATH=tests python this.
+
+SCRIPT is a JSON list of answers; the last goes on for ever. DELAY is seconds a denoising step.
+"""
+
+import json
+import os
+import time
+from typing import Any
+
+from gemma import gemma_tokenizer
+from random_model import Scripted, untrained
+
+from mlx_diffgemma import cli, loading
+
+
+class Slow(Scripted):
+    def __call__(self, *given: Any) -> Any:
+        time.sleep(float(os.environ.get("DELAY", "0")))
+        return super().__call__(*given)
+
+
+tokenizer = gemma_tokenizer()
+model = untrained(768, 64, kind=Slow)
+answers = json.loads(os.environ["SCRIPT"])
+model.begin(*([*tokenizer.encode(answer), 6][:64] for answer in answers + answers[-1:] * 99))
+loading.load = lambda *given, **settings: (model, tokenizer)
+cli.main()

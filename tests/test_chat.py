@@ -1,0 +1,312 @@
+"""The chat as somebody types it, at a pseudo-terminal whose screen is looked at."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+HERE = Path(__file__).parent
+SUDOKU = str(HERE / "data" / "sudoku6")
+TOOLS = """
+def weather(city: str, days: int = 1) -> str:
+    '''Say how the weather is.
+
+    Args:
+        city: where
+        days: for how long
+    '''
+    if city == "Nowhere":
+        raise ValueError("no such city")
+    return f"{days} days of rain in {city}"
+
+
+def _hidden() -> None: ...
+"""
+
+
+class Terminal:
+    """A chat at a terminal of 24 rows of 80 columns."""
+
+    def __init__(self, *arguments: str, script: list[str] | None = None, **environment: str):
+        command = ["-m", "mlx_diffgemma"]
+        if script is not None:
+            environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
+            command = [str(HERE / "scripted_chat.py")]
+        self.child = pexpect.spawn(
+            sys.executable,
+            [*command, "chat", *arguments],
+            env={**os.environ, "TERM": "xterm-256color", **environment},
+            dimensions=(24, 80),
+            timeout=60,
+        )
+        self.child.delaybeforesend = None
+        self._screen = pyte.HistoryScreen(80, 24, history=1000)
+        self._stream = pyte.ByteStream(self._screen)
+        self.wait("\n>$")
+
+    def lines(self) -> list[str]:
+        """All that the terminal shows and has scrolled away, without empty lines at the end."""
+        above = ["".join(row[i].data for i in range(80)) for row in self._screen.history.top]
+        rows = [row.rstrip() for row in [*above, *self._screen.display]]
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+    def wait(self, pattern: str) -> re.Match[str]:
+        """Until the screen shows a pattern."""
+        ends = time.monotonic() + 15
+        while time.monotonic() < ends:
+            try:
+                self._stream.feed(self.child.read_nonblocking(1 << 16, timeout=0.05))
+            except (pexpect.TIMEOUT, pexpect.EOF):
+                if found := re.search(pattern, "\n".join(self.lines())):
+                    return found
+        raise AssertionError(f"{pattern!r} is not on the screen:\n" + "\n".join(self.lines()[-30:]))
+
+    def type(self, line: str, pattern: str = r"\n>$") -> list[str]:
+        """Type a line, wait for the next prompt; the lines between."""
+        before = len(self.lines())
+        self.child.sendline(line)
+        self.wait(re.escape(line.splitlines()[0][:20]))
+        self.wait(pattern)
+        return self.lines()[before:-1] if pattern.endswith(">$") else self.lines()[before:]
+
+    def leaves(self) -> int | None:
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return
+
+
+def test_a_session_with_all_commands(tmp_path: Path) -> None:
+    file = tmp_path / "my talk"
+    chat = Terminal("--seed", "0", script=["One.", "Two.", "Three.", "Four.", "Five."])
+    assert "/help" in "\n".join(chat.lines())
+    answer, *stats = chat.type("hello")
+    assert answer == "One."
+    assert "15 prompt tokens in" in "".join(stats)
+    stats = " ".join(chat.type("and more")[1:])
+    cached = re.search(r"(\d+) prompt tokens \((\d+) of them cached\)", stats)
+    assert cached
+    assert int(cached[2]) == 15
+    assert chat.type("/retry")[0] == "Three."
+    assert chat.type("/undo") == ["Forgotten: and more"]
+    assert chat.type("/edit something else")[0] == "Four."
+    chat.child.send("/edit\n")
+    chat.wait("> something else$")
+    assert "Five." in chat.type(" entirely")
+    assert chat.type("/system Be brief.") == ["System message: Be brief."]
+    assert chat.type("/steps 7") == ["Most steps a canvas: 7"]
+    assert chat.type("/steps x") == ["/steps takes a number from 1."]
+    assert chat.type("/seed 5") == ["Seed: 5"]
+    assert chat.type("/seed") == ["Seed: drawn for each answer"]
+    assert "tokens per forward pass" in "".join(chat.type("/stats"))
+    assert "not supported" in chat.type("/image cat.png")[0]
+    assert len(chat.type("/help")) > 10
+    assert chat.type("/dance") == ["/dance is not a command; /help lists them."]
+    assert chat.type(f'/save "{file}"') == [f"Saved to {file}."]
+    assert chat.type("/reset") == ["Started over."]
+    assert chat.type("/undo") == ["error: there is no message yet"]
+    assert chat.type(f"/load {tmp_path}/nothing")[0].startswith("error: ")
+    assert chat.type(f"/load {file}")[0].startswith("3 messages, ")
+    assert chat.type("/undo") == ["Forgotten: something else entirely"]
+    assert "Five." in chat.type('"""two\nlines"""')
+    assert "Five." in chat.type("also\\\nthis")
+    assert chat.type("/undo") == ["Forgotten: also", "this"]
+    chat.child.send("/quit\n")
+    assert chat.leaves() == 0
+    # The next one knows what was typed, and goes on with the file.
+    again = Terminal("--session", str(file), script=["Again."])
+    assert "Going on with 3 messages" in "\n".join(again.lines())
+    again.child.send("\x1b[A")
+    again.wait("> /quit$")
+    again.child.send("\x15")
+    assert again.type("hi")[0] == "Again."
+    again.child.send("\x04")
+    assert again.leaves() == 0
+    assert file.stat().st_size > 1000
+
+
+def test_the_canvas_leaves_nothing_behind() -> None:
+    """A second canvas used to begin in the row where the text before ended, and erased it."""
+    long = "wide \u8a9e words and so much more to say here that it needs two canvases. "
+    chat = Terminal("--guards", "none", "--max-tokens", "90", script=["a\nb", long * 2, "d"])
+    assert chat.type("hello")[:2] == ["a", "b"]
+    lines = chat.type("and")
+    assert lines[0].startswith("wide ")
+    assert not any("accepted" in line for line in chat.lines())
+    # pyte fills the second half of a wide character with nothing, so count what is there.
+    answer = "".join(lines[: next(i for i, line in enumerate(lines) if "prompt" in line)])
+    assert answer.count("\u8a9e") == 2
+    assert answer.endswith("d")
+    assert long.replace(" ", "") in answer.replace(" ", "")
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_is_committed() -> None:
+    settings = ["--max-tokens", "4000", "--guards", "none"]
+    chat = Terminal(*settings, script=["word after word " * 20], DELAY="0.05")
+    chat.child.sendline("talk")
+    chat.wait("canvas [3-9], step")
+    chat.child.sendintr()
+    chat.wait("Stopped; /retry")
+    chat.wait("\n>$")
+    assert any("word after word" in line for line in chat.lines())
+    assert "Forgotten: talk" in chat.type("/undo")
+    # At the prompt, the first says how to leave and the second leaves.
+    chat.child.sendintr()
+    chat.wait("Ctrl-C again")
+    chat.child.sendintr()
+    assert chat.leaves() == 0
+
+
+def test_a_second_ctrl_c_leaves(tmp_path: Path) -> None:
+    """The session on disk is still written."""
+    file = tmp_path / "talk"
+    settings = ["--max-tokens", "4000", "--guards", "none", "--session", str(file)]
+    chat = Terminal(*settings, script=["word after word " * 20], DELAY="0.7")
+    chat.child.sendline("talk")
+    chat.wait("canvas 2, step")
+    chat.child.sendintr()
+    time.sleep(0.1)
+    chat.child.sendintr()
+    assert chat.leaves() == 130
+    again = Terminal("--session", str(file), script=["x"])
+    assert "Going on with 2 messages" in "\n".join(again.lines())
+    assert any("word after word" in line for line in chat.lines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [(["--no-live"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})],
+)
+def test_plain_terminals_get_plain_text(arguments: list[str], environment: dict[str, str]) -> None:
+    chat = Terminal(*arguments, script=["One."], **environment)
+    chat.child.logfile_read = log = open(os.devnull, "wb")  # noqa: SIM115
+    before = len(chat.lines())
+    chat.child.sendline("hello")
+    raw = b""
+    while b"finished" not in raw:
+        raw += chat.child.read_nonblocking(4096, timeout=10)
+    log.close()
+    assert before
+    assert b"step 1/48" not in raw
+    assert b"\x1b[J" not in raw
+    assert b"One." in raw
+
+
+def test_thinking_is_folded_and_shown_on_request() -> None:
+    script = ["<|channel>thought\nIs it cold?<channel|>Yes."]
+    chat = Terminal("--thinking", script=script)
+    lines = chat.type("well?")
+    assert lines[:2] == ["Yes.", "[thought: 11 characters, /thought shows them]"]
+    assert chat.type("/thought") == ["Is it cold?"]
+    assert chat.type("/thinking off") == ["Thinking is off."]
+    assert chat.type("/thinking maybe") == ["/thinking takes on or off."]
+
+
+def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
+    file = tmp_path / "tools.py"
+    file.write_text(TOOLS)
+    call = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:2}<tool_call|>'
+    fails = '<|tool_call>call:weather{city:<|"|>Nowhere<|"|>}<tool_call|>'
+    chat = Terminal("--tools", str(file), script=[call, "Rain.", call, "Pity.", fails, "Hm.", "x"])
+    chat.child.sendline("how is it?")
+    chat.wait(r'Call weather\(city="Oslo", days=2\)\? \[y/N\]$')
+    lines = chat.type("y")
+    assert '[weather(city="Oslo", days=2) = 2 days of rain in Oslo]' in lines
+    assert "Rain." in lines
+    assert not any("tool_call" in line for line in chat.lines())
+    chat.child.sendline("and now?")
+    chat.wait(r"\[y/N\]$")
+    lines = chat.type("n")
+    assert "[not called]" in lines
+    assert "Pity." in lines
+    chat.child.sendline("there?")
+    chat.wait(r"\[y/N\]$")
+    assert "ValueError: no such city" in "".join(chat.type("y"))
+
+
+def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text('[{"name": "weather", "parameters": {"type": "object", "properties": {}}}]')
+    call = "<|tool_call>call:weather{}<tool_call|>"
+    chat = Terminal("--tools", str(file), script=[call, "Fine."])
+    chat.child.sendline("how is it?")
+    chat.wait("What does it give\\?$")
+    assert "Fine." in chat.type("sunny")
+    file = tmp_path / "tools.py"
+    file.write_text(TOOLS)
+    endless = ['<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>']
+    chat = Terminal("--tools", str(file), "--yes", script=endless)
+    assert chat.type("how is it?")[-1] == "Stopped: 16 rounds of tool calls for one answer."
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0")
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1")
+    for arguments, message in (
+        (["--tools", str(tmp_path / "none.py")], "cannot be read"),
+        (["--tools", str(broken)], "ZeroDivisionError"),
+        (["--tools", str(empty)], "declares no function"),
+        (["--guards", "all,of,them"], "--guards takes"),
+        (["--thinking"], "knows no thinking"),
+        (["--session", str(broken)], "damaged, or no saved context"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_diffgemma", "chat", *arguments],
+            input="hello\n",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (1, 2), arguments
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs a terminal that rewraps its lines")
+def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
+    """Frames used to be erased by the rows they had when they were drawn."""
+
+    def tmux(*arguments: str) -> str:
+        command = ["tmux", "-L", f"test{os.getpid()}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    script = json.dumps(["word after word " * 20])
+    run = f"PYTHONPATH={HERE} SCRIPT='{script}' DELAY=0.05 {sys.executable} {HERE}/scripted_chat.py"
+    size = ["-x", "100", "-y", "30"]
+    run += " chat --guards none --max-tokens 256"
+    tmux("-f", "/dev/null", "new-session", "-d", *size, run)
+    try:
+        for _ in range(200):
+            if "/quit leaves" in tmux("capture-pane", "-p"):
+                break
+            time.sleep(0.1)
+        tmux("send-keys", "talk", "Enter")
+        for width in (60, 40, 90, 30, 70):
+            time.sleep(0.15)
+            tmux("resize-window", "-x", str(width), "-y", "30")
+        for _ in range(200):
+            if "finished: length" in tmux("capture-pane", "-p", "-J", "-S", "-100"):
+                break
+            time.sleep(0.1)
+        seen = tmux("capture-pane", "-p", "-J", "-S", "-100")
+        assert "finished: length" in seen
+        assert "accepted" not in seen
+        assert re.search("/quit leaves.\n> talk\nword after", seen), seen  # nor too much erased
+    finally:
+        tmux("kill-server")
