@@ -27,6 +27,8 @@ def load(
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
+    On a Mac this raises the process's limit of wired memory, so that weights are not paged out.
+
     Args:
         path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
             is the small demonstration model that ships with the package.
@@ -38,6 +40,7 @@ def load(
         CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
             not what the config says; the message is one sentence.
     """
+    keep_in_memory()
     directory = EMBEDDED
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
@@ -48,6 +51,12 @@ def load(
         return model, Tokenizer.from_directory(directory)
     except TokenizerError as error:
         raise CheckpointError(str(error)) from None
+
+
+def keep_in_memory() -> None:
+    """Let Metal wire as much memory as it recommends; elsewhere there is nothing to do."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma:

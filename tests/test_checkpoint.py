@@ -21,6 +21,7 @@ from mlx_diffgemma.checkpoint import (
     read_tensors,
     resolve,
 )
+from mlx_diffgemma.loading import keep_in_memory
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 NORM = "model.decoder.norm.weight"
@@ -271,3 +272,15 @@ def test_read_tensors_joins_shards(tmp_path: Path) -> None:
         read_tensors(tmp_path)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.ones((5,))})
     assert {n: t.shape for n, t in read_tensors(tmp_path).items()} == {"a": (5,)}
+
+
+def test_weights_are_wired_where_metal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal is not here, so what is asked of it is looked at."""
+    asked: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", asked.append)
+    keep_in_memory()
+    assert asked == []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 7 << 30})
+    keep_in_memory()
+    assert asked == [7 << 30]
