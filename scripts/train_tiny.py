@@ -147,14 +147,18 @@ class Encoded:
 
 
 def batches(
-    tokenizer: Tokenizer, sources: Sources, seed: int, held_out: bool
+    tokenizer: Tokenizer,
+    sources: Sources,
+    seed: int,
+    held_out: bool,
+    other_shares: dict[str, float] | None = None,
 ) -> Iterator[tuple[str, list[Encoded]]]:
     """Batches of one task and one prompt length, tasks by share: no padding, no masks."""
     rng = random.Random(seed)
     tasks = streams(rng, held_out, sources)
     waiting: dict[tuple[str, int], list[Encoded]] = defaultdict(list)
     names = list(tasks)
-    shares = [share for share, _ in tasks.values()]
+    shares = [(other_shares or {}).get(name, share) for name, (share, _) in tasks.items()]
     while True:
         task = rng.choices(names, shares)[0]
         while True:
@@ -409,6 +413,9 @@ def write_held_out(sources: Sources, path: Path, each: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="data, state and export go here")
+    parser.add_argument(
+        "--shares", default="", help="a later run's curriculum: typo=0.4,json-pinned=0.08"
+    )
     parser.add_argument("--start", type=Path, default=SUDOKU, help="trained weights to begin with")
     parser.add_argument("--minutes", type=float, default=90, help="training time over all runs")
     parser.add_argument("--seed", type=int, default=0)
@@ -445,7 +452,9 @@ def main() -> None:
         step, spent = state["step"], state["spent"]
         print(f"resumed at step {step}, {spent / 60:.1f} minutes", flush=True)
     rng = random.Random(arguments.seed + step)
-    training = batches(tokenizer, sources, arguments.seed + 1000 + step, held_out=False)
+    given = dict(part.split("=") for part in arguments.shares.split(",") if part)
+    shares = {name: float(share) for name, share in given.items()}
+    training = batches(tokenizer, sources, arguments.seed + 1000 + step, False, shares)
     testing = batches(tokenizer, sources, 7, held_out=True)
     fixed = [next(testing) for _ in range(24)]
     averages: dict[str, float] = {}
