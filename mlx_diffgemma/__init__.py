@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import batch_generate, stream_batch
     from .canvas import CanvasError
     from .checkpoint import CheckpointError
     from .choosing import ChooseError, choose
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
     from .editing import EditError, EditResult, edit, stream_edit
     from .errors import Error
     from .filling import FillResult, TemplateError, fill, stream_fill
-    from .generation import ContextError, Done, Draft, Event, Notice, generate, stream_generate
+    from .generation import (
+        ContextError,
+        Done,
+        Draft,
+        Event,
+        Notice,
+        Request,
+        generate,
+        stream_generate,
+    )
     from .guards import Guards
     from .loading import load
     from .model import DiffusionGemma
@@ -51,6 +61,7 @@ _HOME = {
     "GenerationConfig": "config",
     "Guards": "guards",
     "Notice": "generation",
+    "Request": "generation",
     "SchemaError": "schema",
     "SeededDraws": "sampler",
     "SessionError": "context",
@@ -62,11 +73,13 @@ _HOME = {
     "TokenizerError": "tokenizer",
     "ToolCall": "turns",
     "ToolResult": "session",
+    "batch_generate": "batch",
     "choose": "choosing",
     "edit": "editing",
     "fill": "filling",
     "generate": "generation",
     "load": "loading",
+    "stream_batch": "batch",
     "stream_edit": "editing",
     "stream_fill": "filling",
     "stream_generate": "generation",
@@ -94,6 +107,7 @@ __all__ = [
     "GenerationConfig",
     "Guards",
     "Notice",
+    "Request",
     "SchemaError",
     "SeededDraws",
     "SessionError",
@@ -105,11 +119,13 @@ __all__ = [
     "TokenizerError",
     "ToolCall",
     "ToolResult",
+    "batch_generate",
     "choose",
     "edit",
     "fill",
     "generate",
     "load",
+    "stream_batch",
     "stream_edit",
     "stream_fill",
     "stream_generate",

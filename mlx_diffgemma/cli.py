@@ -107,12 +107,37 @@ def generate(
         Path | None,
         typer.Option(help="Keep what was read in this file; the next run pays for the rest."),
     ] = None,
+    batch: Annotated[
+        Path | None, typer.Option(help="Answer all prompts of this file, a JSON object a line.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --batch: answers go here; run again to go on.")
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="With --batch: prompts that are answered side by side.")
+    ] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer one prompt."""
+    """Answer one prompt, or with --batch the prompts of a file."""
+    if batch is not None:
+        if prompt != "-" or prompt_cache is not None or show:
+            fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
+        settings = {
+            "system": system,
+            "max_tokens": max_tokens,
+            "steps": steps,
+            "seed": seed,
+            "sampler": choose_sampler(sampler, threshold),
+            "schema": schema,
+            "enable_thinking": thinking,
+            "guards": read_guards(guards, thinking_budget),
+            "shrink": shrink,
+        }
+        generate_batch(batch, output, max_batch, model, revision, dtype, quiet, settings)
+        return
     prompt = from_argument(prompt, "the prompt")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -192,6 +217,58 @@ def generate(
             screen.note(summary(done))
     if prompt_cache is not None:
         context.save(prompt_cache)
+
+
+def generate_batch(
+    file: Path,
+    output: Path | None,
+    max_batch: int,
+    model: str | None,
+    revision: str | None,
+    dtype: DTypeName | None,
+    quiet: bool,
+    settings: dict[str, Any],
+) -> None:
+    """Answer the prompts of a file, side by side; what `output` holds already is skipped."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .batch import stream_batch
+    from .batchfile import Answers, append, finished, read_requests
+    from .loading import load
+
+    if settings["schema"] is not None:
+        from .schema import parse_schema, read_schema
+
+        settings["schema"] = read_schema(settings["schema"])
+        parse_schema(settings["schema"])
+    requests, ids = read_requests(file, settings)
+    done = finished(output) if output is not None else set()
+    left = [i for i in range(len(requests)) if i not in done]
+    if not quiet:
+        introduce(model)
+        if done:
+            say(f"{len(done)} of {len(requests)} are answered already.")
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    answers = Answers(ids)
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        out = stack.enter_context(append(output)) if output is not None else sys.stdout
+        progress = stack.enter_context(
+            Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
+        )
+        task = progress.add_task("answering", total=len(requests), completed=len(done))
+        events = stream_batch(loaded, tokenizer, (requests[i] for i in left), max_batch=max_batch)
+        for number, event in events:
+            if (line := answers.take(left[number], event)) is not None:
+                print(line, file=out, flush=True)
+                progress.advance(task)
+    if not quiet:
+        say(f"{len(left) - answers.failed} answered, {answers.failed} failed")
+    if answers.failed:
+        raise SystemExit(1)
 
 
 @app.command()

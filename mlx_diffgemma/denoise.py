@@ -1,18 +1,26 @@
 """The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
 
-Chat, filling, editing and batches differ in where a canvas starts: `Start`.
+Chat, filling, editing and batches differ in where a canvas starts: `Start`. The loop does not call
+the decoder; it yields a `Pass` and is sent the hidden states. So `drive` runs one loop, and
+`batch.py` runs many and decodes their passes together.
 """
 
 from collections import deque
 from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
 from . import sampler as rules
 from .config import GenerationConfig
-from .model import DiffusionGemma, LayerCache
+from .model import DiffusionGemma, LayerCache, Pass
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# Yields items and passes; a pass is answered with its hidden states, an item with None.
+Run = Generator[Item | Pass, mx.array | None, Result]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,19 @@ class Start:
     first_step: int = 1
 
 
+def drive(model: DiffusionGemma, run: Run[Item, object]) -> Generator[Item, None, None]:
+    """Decode what a run asks for, and yield the rest: a run becomes an ordinary generator."""
+    answer: mx.array | None = None
+    with closing(run), suppress(StopIteration):
+        while True:
+            item = run.send(answer)
+            answer = None
+            if isinstance(item, Pass):
+                answer = model.decode([item])[0]
+            else:
+                yield item
+
+
 def denoise(
     model: DiffusionGemma,
     cache: list[LayerCache],
@@ -82,6 +103,17 @@ def denoise(
     The cache is only read; a context of one row serves all canvases. The last snapshot has
     `converged` set in all rows, or its step is `config.max_denoising_steps`.
     """
+    return drive(model, refine(model, cache, config, draws, start))
+
+
+def refine(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    config: GenerationConfig,
+    draws: rules.Draws,
+    start: Start | None = None,
+) -> Run[Snapshot, Snapshot]:
+    """As `denoise`, but somebody else decodes; returns the last snapshot."""
     steps = config.max_denoising_steps
     if start is None:
         start = Start(draws.tokens((1, model.config.canvas_length)))
@@ -93,7 +125,9 @@ def denoise(
     last: Snapshot | None = None
     for step in range(start.first_step, steps + 1):
         heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
-        logits = model(canvas, cache, belief) / heat
+        hidden = yield Pass(canvas, cache, belief)
+        assert hidden is not None
+        logits = model.logits(hidden) / heat
         if start.constraint is not None:
             logits = start.constraint.mask(logits)
         if fixed is not None:
@@ -122,7 +156,9 @@ def denoise(
         mx.eval(last.canvas, last.argmax, last.accepted, last.entropy, last.converged)
         yield last
         if last.converged.all().item():
-            return
+            break
+    assert last is not None  # first_step is not behind the last
+    return last
 
 
 def _hold(last: Snapshot, now: Snapshot) -> Snapshot:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 
 from .config import GenerationConfig
 from .context import PREFILL_CHUNK, Context
-from .denoise import Constraint, Snapshot, Start, denoise
+from .denoise import Constraint, Run, Snapshot, Start, drive, refine
 from .errors import Error
 from .guards import (
     OFF,
@@ -27,7 +28,7 @@ from .guards import (
     judge_by,
     trust,
 )
-from .model import DiffusionGemma
+from .model import DiffusionGemma, Pass
 from .sampler import Draws, Sampler, SeededDraws
 from .tokenizer import Message, Tokenizer
 from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
@@ -162,6 +163,21 @@ def generate_tokens(
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
     """
+    run = write_tokens(model, prompt, config, draws, prefill_chunk, starts, context, judge)
+    return drive(model, run)
+
+
+def write_tokens(
+    model: DiffusionGemma,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    draws: Draws,
+    prefill_chunk: int,
+    starts: Starts,
+    context: Context | None,
+    judge: Judge,
+) -> Run[Encoded | Snapshot | Again | Committed, None]:
+    """As `generate_tokens`, but somebody else decodes."""
     room = room_behind(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
@@ -176,8 +192,7 @@ def generate_tokens(
             if forbidden is not None:
                 start = start or Start(draws.tokens((1, length)))
                 start = replace(start, constraint=forbidden)
-            for snapshot in denoise(model, context.cache, config, draws, start):
-                yield snapshot
+            snapshot = yield from refine(model, context.cache, config, draws, start)
             attempts.append(_candidate(snapshot, config, budget))
             verdict = judge(generated, attempts)
             if isinstance(verdict, Take):
@@ -213,6 +228,44 @@ def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Can
     return Candidate(tuple(tokens[:kept]), tuple(entropies[:kept]), converged)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model.
+
+    Attributes:
+        prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`) that the template
+            renders, or token ids, which are taken as they are.
+        max_tokens: budget over all canvases; None asks the checkpoint, as it does below.
+        steps: most denoising steps a canvas.
+        seed: makes the output repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`.
+        draws: takes the place of `seed`, to replay a run.
+        start: what the first canvas starts from, see `canvas.py`; None is noise.
+        schema: a JSON Schema that the answer follows, see `schema.py`; not together with `start`.
+        prefill_chunk: tokens of the prompt encoded at once; bounds memory, not the result.
+        enable_thinking: ask for thoughts before the answer.
+        context: what the model has read before; of the prompt only what is new is encoded.
+        guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
+            as in the reference. A schema's answer needs none.
+        shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
+            model was trained on.
+    """
+
+    prompt: str | Sequence[Message] | Sequence[int]
+    max_tokens: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    sampler: Sampler | None = None
+    draws: Draws | None = None
+    enable_thinking: bool = False
+    prefill_chunk: int = PREFILL_CHUNK
+    start: Start | None = None
+    schema: "Schema | None" = None
+    context: Context | None = None
+    guards: Guards = OFF
+    shrink: bool = False
+
+
 def stream_generate(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
@@ -236,21 +289,7 @@ def stream_generate(
     What a canvas adds is `Text`; from models that think or call tools also `Thought`, `ToolCall`
     and `BadToolCall`. Closing the iterator stops at once and frees the cache.
 
-    Args:
-        prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`) that the template
-            renders, or token ids, which are taken as they are.
-        max_tokens: budget over all canvases; None asks the checkpoint, as it does below.
-        steps: most denoising steps a canvas.
-        seed: makes the output repeatable; None draws one.
-        sampler: `EntropyBound` or `ConfidenceThreshold`.
-        draws: takes the place of `seed`, to replay a run.
-        start: what the first canvas starts from, see `canvas.py`; None is noise.
-        schema: a JSON Schema that the answer follows, see `schema.py`; not together with `start`.
-        context: what the model has read before; of the prompt only what is new is encoded.
-        guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
-            as in the reference. A schema's answer needs none.
-        shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
-            model was trained on.
+    The arguments are those of `Request`.
 
     Raises:
         ContextError: the prompt is empty or does not fit, before any computation.
@@ -258,33 +297,65 @@ def stream_generate(
         SettingError: a setting out of range.
         SchemaError: the schema is not supported, or no document is short enough.
     """
-    config = model.generation.override(
-        max_new_tokens=max_tokens, max_denoising_steps=steps, sampler=sampler
+    request = Request(
+        prompt,
+        max_tokens=max_tokens,
+        steps=steps,
+        seed=seed,
+        sampler=sampler,
+        draws=draws,
+        enable_thinking=enable_thinking,
+        prefill_chunk=prefill_chunk,
+        start=start,
+        schema=schema,
+        context=context,
+        guards=guards,
+        shrink=shrink,
     )
-    ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
-    draws = draws or fresh_draws(model, seed)
-    if schema is not None:
-        from .schema import schema_starts, validated
+    return drive(model, write_events(model, tokenizer, request))
 
-        follow = schema_starts(model, tokenizer, schema, len(ids), config, draws)
-        run = generate_tokens(model, ids, config, draws, prefill_chunk, follow, context)
-        return validated(schema, _events(tokenizer, ids, config, run))
 
-    def starts(generated: Sequence[int]) -> Start | None:
-        if start is not None and not generated:
-            return start
-        if not shrink:
-            return None
-        left = config.max_new_tokens - len(generated)
-        return Start(draws.tokens((1, min(model.config.canvas_length, left))))
+def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) -> Run[Event, None]:
+    """As `stream_generate`, but somebody else decodes: see `batch.py`."""
+    config = model.generation.override(
+        max_new_tokens=request.max_tokens,
+        max_denoising_steps=request.steps,
+        sampler=request.sampler,
+    )
+    ids = encode_prompt(tokenizer, request.prompt, enable_thinking=request.enable_thinking)
+    draws = request.draws or fresh_draws(model, request.seed)
+    guards = request.guards
+    check: Callable[[str], None] = lambda text: None  # noqa: E731
+    if request.schema is not None:
+        from .schema import schema_starts, validate
 
-    judge: Judge = trust
-    if guards != OFF:
-        if config.max_denoising_steps < model.generation.max_denoising_steps:
-            guards = replace(guards, not_converged=False)
-        judge = _judge(tokenizer, ids, config, guards)
-    run = generate_tokens(model, ids, config, draws, prefill_chunk, starts, context, judge)
-    return _events(tokenizer, ids, config, run)
+        starts = schema_starts(model, tokenizer, request.schema, len(ids), config, draws)
+        check = partial(validate, request.schema)
+        guards = OFF
+    else:
+        starts = partial(_start, model, request, config, draws)
+    if config.max_denoising_steps < model.generation.max_denoising_steps:
+        guards = replace(guards, not_converged=False)
+    judge = trust if guards == OFF else _judge(tokenizer, ids, config, guards)
+    chunk, context = request.prefill_chunk, request.context
+    run = write_tokens(model, ids, config, draws, chunk, starts, context, judge)
+    return _events(tokenizer, ids, config, run, check)
+
+
+def _start(
+    model: DiffusionGemma,
+    request: Request,
+    config: GenerationConfig,
+    draws: Draws,
+    generated: Sequence[int],
+) -> Start | None:
+    """Where a canvas starts that no schema rules."""
+    if request.start is not None and not generated:
+        return request.start
+    if not request.shrink:
+        return None
+    left = config.max_new_tokens - len(generated)
+    return Start(draws.tokens((1, min(model.config.canvas_length, left))))
 
 
 def _judge(
@@ -315,18 +386,27 @@ def _events(
     tokenizer: Tokenizer,
     prompt: list[int],
     config: GenerationConfig,
-    run: Generator[Encoded | Snapshot | Again | Committed, None, None],
-) -> Generator[Event, None, None]:
+    run: Run[Encoded | Snapshot | Again | Committed, None],
+    check: Callable[[str], None],
+) -> Run[Event, None]:
+    """Tokens as text; `check` gets the whole of it before the last event."""
     mx.reset_peak_memory()
     prompt_seconds = seconds = 0.0
     reader = TurnReader(tokenizer, prompt)
     generated = canvases = passes = encoded = 0
+    text = ""
+    answer: mx.array | None = None
     try:
         while True:
             # Only time spent computing counts, not what the consumer does between events.
             resumed = time.perf_counter()
-            item = next(run)
+            item = run.send(answer)
+            answer = None
+            if isinstance(item, Pass):
+                answer = yield item
             seconds += time.perf_counter() - resumed
+            if isinstance(item, Pass):
+                continue
             if isinstance(item, Encoded):
                 prompt_seconds, encoded = seconds, item.tokens
             elif isinstance(item, Snapshot):
@@ -337,11 +417,14 @@ def _events(
             else:
                 canvases += 1
                 generated += len(item.tokens)
-                yield from reader.feed(item.tokens, last=item.finish_reason is not None)
+                for part in reader.feed(item.tokens, last=item.finish_reason is not None):
+                    text += part.text if isinstance(part, Text) else ""
+                    yield part
                 if item.guard is not None:
                     yield Notice(item.guard, again=False)
                 if item.finish_reason is not None:
                     break
+        check(text)
         yield Done(
             finish_reason=item.finish_reason,
             prompt_tokens=len(prompt),

@@ -6,8 +6,9 @@ the decoder with no mask, its own scalars and a cache that is only read.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -246,6 +247,16 @@ class LayerCache:
         return (ahead >= 0) & (ahead < self.window)
 
 
+@dataclass(frozen=True)
+class View:
+    """What the first `rows` rows not yet served attend to: their mask, place and cache verb."""
+
+    rows: int
+    mask: Mask
+    offset: int
+    verb: CacheVerb
+
+
 def rms_norm(x: mx.array, eps: float) -> mx.array:
     """Root-mean-square norm over the last axis, without a scale."""
     return mx.fast.rms_norm(x, None, eps)
@@ -288,20 +299,32 @@ class Attention(nn.Module):
             freqs=self._wavelengths,
         )
 
-    def __call__(self, x: mx.array, mask: Mask, offset: int, verb: CacheVerb) -> mx.array:
+    def __call__(self, x: mx.array, views: Sequence[View]) -> mx.array:
         batch, length, _ = x.shape
 
         def heads(projected: mx.array) -> mx.array:
             return projected.reshape(batch, length, -1, self.layer.head_dim)
 
-        queries = self.q_norm(heads(self.q_proj(x)))
+        queries = self.q_norm(heads(self.q_proj(x))).swapaxes(1, 2)
         raw_keys = heads(self.k_proj(x))
         raw_values = raw_keys if self.layer.window is None else heads(self.v_proj(x))
-        queries = self._rope(queries.swapaxes(1, 2), offset)
-        keys = self._rope(self.k_norm(raw_keys).swapaxes(1, 2), offset)
-        keys, values = verb(keys, rms_norm(raw_values, self.eps).swapaxes(1, 2))
-        seen = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        keys = self.k_norm(raw_keys).swapaxes(1, 2)
+        values = rms_norm(raw_values, self.eps).swapaxes(1, 2)
+        if len(views) == 1:
+            seen = self._attend(queries, keys, values, views[0])
+        else:
+            # Contexts differ in length: rows of each attend by themselves, without padding.
+            ends = list(accumulate(view.rows for view in views))[:-1]
+            parts = zip(*(mx.split(a, ends) for a in (queries, keys, values)), views, strict=True)
+            seen = mx.concatenate([self._attend(*part) for part in parts])
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
+        queries, keys = self._rope(queries, view.offset), self._rope(keys, view.offset)
+        keys, values = view.verb(keys, values)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=1.0, mask=view.mask
+        )
 
 
 class GatedMLP(nn.Module):
@@ -422,10 +445,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
         self.layer_scalar = mx.ones((1,))
 
-    def __call__(
-        self, x: mx.array, mask: Mask, offset: int, verb: CacheVerb, scalar: mx.array
-    ) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), mask, offset, verb)
+    def __call__(self, x: mx.array, views: Sequence[View], scalar: mx.array) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), views)
         x = x + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
@@ -472,6 +493,18 @@ class Backbone(nn.Module):
         self.encoder = {"language_model": {"layers": scalars}}
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What a denoising step wants decoded: canvases (B, L) behind one context.
+
+    `belief` (B, L, hidden) is the `soft_embedding` of the step before; None at the first.
+    """
+
+    canvas: mx.array
+    cache: list[LayerCache]
+    belief: mx.array | None = None
+
+
 class DiffusionGemma(nn.Module):
     """The text model: `encode` writes a prompt to the cache, a call denoises a canvas."""
 
@@ -502,21 +535,35 @@ class DiffusionGemma(nn.Module):
         scalars = self.model.encoder["language_model"]["layers"]
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             mask = layer.encoder_mask(tokens.shape[1])
-            x = block(x, mask, layer.length, layer.append, own["layer_scalar"])
+            view = View(tokens.shape[0], mask, layer.length, layer.append)
+            x = block(x, [view], own["layer_scalar"])
         return self.model.decoder.norm(x)
 
-    def decode(
-        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None
-    ) -> mx.array:
-        """Hidden states (B, L, hidden) of a canvas (B, L) that follows the cached tokens.
+    def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
+        """Hidden states (B, L, hidden) of each pass's canvases; all have the same L.
 
-        Every canvas row sees the whole canvas and, of the cache, all that is held: in a sliding
-        layer the last `window - 1` tokens.
+        Every canvas position sees the whole canvas and, of its cache, all that is held: in a
+        sliding layer the last `window - 1` tokens. Passes do not see each other.
         """
+        canvas, belief = passes[0].canvas, passes[0].belief
+        if len(passes) > 1:
+            canvas = mx.concatenate([each.canvas for each in passes])
+            if known := [each.belief for each in passes if each.belief is not None]:
+                # No belief is one of zeros: norm and MLP leave them zero.
+                shape = (*canvas.shape[1:], self.config.hidden_size)
+                none = (mx.zeros((len(p.canvas), *shape), known[0].dtype) for p in passes)
+                belief = mx.concatenate(
+                    [z if p.belief is None else p.belief for p, z in zip(passes, none, strict=True)]
+                )
         x = self.model.decoder.self_conditioning(self.embed(canvas), belief)
-        for block, layer in zip(self.model.decoder.layers, cache, strict=True):
-            x = block(x, None, layer.length, layer.read, block.layer_scalar)
-        return self.model.decoder.norm(x)
+        for i, block in enumerate(self.model.decoder.layers):
+            layers = [(len(each.canvas), each.cache[i]) for each in passes]
+            views = [View(rows, None, layer.length, layer.read) for rows, layer in layers]
+            x = block(x, views, block.layer_scalar)
+        x = self.model.decoder.norm(x)
+        if len(passes) == 1:
+            return [x]
+        return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., hidden) -> float32 (..., vocabulary), softly capped by tanh."""
@@ -550,7 +597,7 @@ class DiffusionGemma(nn.Module):
         self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
     ) -> mx.array:
         """One denoising pass: canvas (B, L) -> float32 logits (B, L, vocabulary)."""
-        return self.logits(self.decode(canvas, cache, belief))
+        return self.logits(self.decode([Pass(canvas, cache, belief)])[0])
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -9,7 +9,7 @@ and $ref to $defs or definitions that do not contain themselves. Anything else i
 """
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -30,11 +30,10 @@ from .canvas import planned_start
 from .config import GenerationConfig
 from .denoise import Start
 from .errors import Error
-from .generation import Done, Event, Starts
+from .generation import Starts
 from .model import DiffusionGemma
 from .sampler import Draws
 from .tokenizer import Tokenizer
-from .turns import Text
 from .vocabulary import Vocabulary
 
 Schema = Mapping[str, Any] | bool
@@ -130,17 +129,6 @@ def schema_starts(
         return planned_start([plan], vocabulary, draws)
 
     return start
-
-
-def validated(schema: Schema, events: Iterator[Event]) -> Generator[Event, None, None]:
-    """Events, whose whole text is checked before the last one is passed on."""
-    text = ""
-    for event in events:
-        if isinstance(event, Text):
-            text += event.text
-        elif isinstance(event, Done):
-            validate(schema, text)
-        yield event
 
 
 def validate(schema: Schema, document: str) -> None:

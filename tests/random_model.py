@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_diffgemma import DiffusionGemma, GenerationConfig
-from mlx_diffgemma.model import Config, LayerCache, LayerConfig
+from mlx_diffgemma.model import Config, LayerConfig, Pass
 
 
 def untrained(
@@ -46,17 +46,18 @@ class Scripted(DiffusionGemma):
         self._next = 0
         self._beliefs: list[mx.array] = []
 
-    def __call__(
-        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
-    ) -> mx.array:
-        if belief is None:
+    def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
+        """Of each position the wanted token and how sure it is."""
+        (asked,) = passes
+        if asked.belief is None:
             self._now = self.script[self._next]
             self._next += 1
-        length, vocabulary = canvas.shape[1], self.config.vocab_size
+        length = asked.canvas.shape[1]
         ids = [*self._now, *[0] * length][:length]
-        wanted = mx.array([0 if token is None else token for token in ids])
-        sure = mx.array([0.0 if token is None else 30.0 for token in ids])
-        return ((mx.arange(vocabulary) == wanted[:, None]) * sure[:, None])[None]
+        return [mx.array([[[t or 0, 0.0 if t is None else 30.0] for t in ids]])]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return (mx.arange(self.config.vocab_size) == hidden[..., :1]) * hidden[..., 1:]
 
     def soft_embedding(self, logits: mx.array) -> mx.array:
         self._beliefs.append(mx.softmax(logits, axis=-1))

@@ -15,9 +15,9 @@ from mlx_diffgemma import cli, loading
 
 
 class Slow(Scripted):
-    def __call__(self, *given: Any) -> Any:
+    def decode(self, *given: Any) -> Any:
         time.sleep(float(os.environ.get("DELAY", "0")))
-        return super().__call__(*given)
+        return super().decode(*given)
 
 
 tokenizer = gemma_tokenizer()

@@ -1,0 +1,148 @@
+"""Many requests at once: their denoising steps are decoded together, all else stays their own.
+
+Each request keeps its prompt, draws, settings and schedule, so it answers as it would alone. One
+may join or leave between any two steps.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+
+import mlx.core as mx
+
+from .denoise import Run
+from .errors import Error
+from .generation import Event, Request, write_events
+from .model import DiffusionGemma, Pass
+from .tokenizer import Tokenizer
+from .turns import Text
+
+# Requests that `batch_generate` lets in at once.
+MAX_BATCH = 8
+
+
+class Batch:
+    """Requests on their way. `step` moves all of them on by one denoising step.
+
+    For one thread, the one that loaded the model.
+    """
+
+    def __init__(self, model: DiffusionGemma, tokenizer: Tokenizer):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._runs: dict[int, Run[Event, None]] = {}
+        self._hidden: dict[int, mx.array | None] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, request: Request) -> int:
+        """Let a request in; gives its number.
+
+        Raises:
+            Error: as `stream_generate` does before any computation, but for its ContextError, which
+                the first `step` reports.
+        """
+        key = self._count
+        self._runs[key] = write_events(self._model, self._tokenizer, request)
+        self._hidden[key] = None
+        self._count += 1
+        return key
+
+    def remove(self, key: int) -> None:
+        """Stop a request and free what it holds; nothing happens if it has ended."""
+        run = self._runs.pop(key, None)
+        self._hidden.pop(key, None)
+        if run is not None:
+            run.close()
+
+    def close(self) -> None:
+        """Stop all."""
+        for key in list(self._runs):
+            self.remove(key)
+
+    def step(self) -> Generator[tuple[int, Event | Error], None, None]:
+        """Events of one step, of all requests, with their numbers.
+
+        A request ends with its `Done` or an error. Stopping in the middle loses events.
+        """
+        passes: dict[int, Pass] = {}
+        for key in list(self._runs):
+            run, answer = self._runs.get(key), self._hidden.get(key)
+            while run is not None and key in self._runs:  # whoever takes an event may remove it
+                try:
+                    item = run.send(answer)
+                except StopIteration:
+                    self.remove(key)
+                    break
+                except Error as error:
+                    self.remove(key)
+                    yield key, error
+                    break
+                answer = None
+                if isinstance(item, Pass):
+                    passes[key] = item
+                    break
+                yield key, item
+            self._hidden[key] = None
+        self._decode({key: asked for key, asked in passes.items() if key in self._runs})
+        self._hidden = {key: self._hidden.get(key) for key in self._runs}
+
+    def _decode(self, passes: dict[int, Pass]) -> None:
+        """Hidden states of all passes; canvases of one length go through the model together."""
+        lengths = {asked.canvas.shape[1] for asked in passes.values()}
+        for length in lengths:
+            keys = [key for key, asked in passes.items() if asked.canvas.shape[1] == length]
+            hidden = self._model.decode([passes[key] for key in keys])
+            self._hidden |= dict(zip(keys, hidden, strict=True))
+
+
+def stream_batch(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Iterable[Request],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> Generator[tuple[int, Event | Error], None, None]:
+    """Answer requests, up to `max_batch` side by side: (index of the request, event).
+
+    A request ends with its `Done`, or with the error that it alone would have raised. The next one
+    is taken from `requests` as soon as there is room.
+    """
+    batch = Batch(model, tokenizer)
+    waiting = enumerate(requests)
+    numbers: dict[int, int] = {}
+    try:
+        while True:
+            while len(batch) < max_batch and (found := next(waiting, None)) is not None:
+                try:
+                    numbers[batch.add(found[1])] = found[0]
+                except Error as error:
+                    yield found[0], error
+            if not len(batch):
+                return
+            for key, event in batch.step():
+                yield numbers[key], event
+    finally:
+        batch.close()
+
+
+def batch_generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request | str],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> list[str]:
+    """The answers to requests, or to prompts with the checkpoint's settings, in their order.
+
+    Raises:
+        Error: the first that a request meets; the others' answers are lost with it.
+    """
+    asked = [Request(each) if isinstance(each, str) else each for each in requests]
+    answers = [""] * len(asked)
+    for i, event in stream_batch(model, tokenizer, asked, max_batch=max_batch):
+        if isinstance(event, Error):
+            raise event
+        if isinstance(event, Text):
+            answers[i] += event.text
+    return answers
