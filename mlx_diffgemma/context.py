@@ -142,6 +142,14 @@ class Context:
             layer.restore(mark)
         del self._tokens[length:]
 
+    def fork(self) -> "Context":
+        """A context of its own that has read the same; arrays are shared until they change."""
+        other = Context(self._model)
+        other._tokens, other._marks = list(self._tokens), list(self._marks)
+        for mine, its in zip(self.cache, other.cache, strict=True):
+            its.length, its.keys, its.values = mine.length, mine.keys, mine.values
+        return other
+
     def save(self, path: Path, extra: object = None) -> None:
         """Write one safetensors file, at once: a full disk or a kill leaves the old one.
 
@@ -225,6 +233,35 @@ class Context:
         except (KeyError, ValueError, RuntimeError) as error:
             raise SessionError(f"{path} is damaged: {error}") from None
         return context, extra
+
+
+class Contexts:
+    """What was read for earlier requests, the latest first, within a number of bytes."""
+
+    def __init__(self, model: DiffusionGemma, most_bytes: int):
+        self._model = model
+        self._most = most_bytes
+        self._kept: list[Context] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all; what two of them share counts twice."""
+        return sum(context.nbytes for context in self._kept)
+
+    def take(self, tokens: Sequence[int]) -> Context:
+        """A context for a new prompt: the one that has read most of it, or an empty one."""
+        best = max(self._kept, key=lambda context: context.shared(tokens), default=None)
+        if best is None or not best.shared(tokens):
+            return Context(self._model)
+        return best.fork()
+
+    def give(self, context: Context) -> None:
+        """Keep a context that is no longer used; the ones that it goes on from are dropped."""
+        read = context.tokens
+        self._kept = [c for c in self._kept if c.tokens != read[: len(c)]]
+        self._kept.insert(0, context)
+        while self._kept and self.nbytes > self._most:
+            self._kept.pop()
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -30,7 +30,7 @@ from .guards import (
 )
 from .model import DiffusionGemma, Pass
 from .sampler import Draws, Sampler, SeededDraws
-from .tokenizer import Message, Tokenizer
+from .tokenizer import Declaration, Message, Tokenizer
 from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 
 if TYPE_CHECKING:
@@ -247,6 +247,8 @@ class Request:
         context: what the model has read before; of the prompt only what is new is encoded.
         guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
             as in the reference. A schema's answer needs none.
+        tools: function declarations in JSON Schema, for templates that know them.
+        stop: strings before which the text ends.
         shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
             model was trained on.
     """
@@ -264,6 +266,8 @@ class Request:
     context: Context | None = None
     guards: Guards = OFF
     shrink: bool = False
+    tools: Sequence[Declaration] = ()
+    stop: Sequence[str] = ()
 
 
 def stream_generate(
@@ -322,7 +326,12 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
         max_denoising_steps=request.steps,
         sampler=request.sampler,
     )
-    ids = encode_prompt(tokenizer, request.prompt, enable_thinking=request.enable_thinking)
+    ids = encode_prompt(
+        tokenizer,
+        request.prompt,
+        enable_thinking=request.enable_thinking,
+        tools=request.tools,
+    )
     draws = request.draws or fresh_draws(model, request.seed)
     guards = request.guards
     check: Callable[[str], None] = lambda text: None  # noqa: E731
@@ -339,7 +348,7 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
     judge = trust if guards == OFF else _judge(tokenizer, ids, config, guards)
     chunk, context = request.prefill_chunk, request.context
     run = write_tokens(model, ids, config, draws, chunk, starts, context, judge)
-    return _events(tokenizer, ids, config, run, check)
+    return _events(tokenizer, ids, config, run, check, request.stop)
 
 
 def _start(
@@ -388,13 +397,15 @@ def _events(
     config: GenerationConfig,
     run: Run[Encoded | Snapshot | Again | Committed, None],
     check: Callable[[str], None],
+    stop: Sequence[str],
 ) -> Run[Event, None]:
-    """Tokens as text; `check` gets the whole of it before the last event."""
+    """Tokens as text, up to a stop string; `check` gets the whole of it before the last event."""
     mx.reset_peak_memory()
     prompt_seconds = seconds = 0.0
     reader = TurnReader(tokenizer, prompt)
     generated = canvases = passes = encoded = 0
     text = ""
+    stopper = Stopper(stop)
     answer: mx.array | None = None
     try:
         while True:
@@ -417,16 +428,25 @@ def _events(
             else:
                 canvases += 1
                 generated += len(item.tokens)
-                for part in reader.feed(item.tokens, last=item.finish_reason is not None):
-                    text += part.text if isinstance(part, Text) else ""
-                    yield part
+                reason = item.finish_reason
+                for part in reader.feed(item.tokens, last=reason is not None):
+                    if isinstance(part, Text):
+                        text += part.text
+                        part = Text(stopper.feed(part.text))
+                    if not isinstance(part, Text) or part.text:
+                        yield part
+                    if stopper.hit:
+                        reason = "stop"
+                        break
                 if item.guard is not None:
                     yield Notice(item.guard, again=False)
-                if item.finish_reason is not None:
+                if reason is not None:
                     break
+        if rest := stopper.rest():
+            yield Text(rest)
         check(text)
         yield Done(
-            finish_reason=item.finish_reason,
+            finish_reason=reason,
             prompt_tokens=len(prompt),
             cached_tokens=len(prompt) - encoded,
             generated_tokens=generated,
@@ -468,6 +488,37 @@ def draft_of(
     )
 
 
+class Stopper:
+    """Text up to the first of some stop strings; what may become one waits."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """What can be shown now that this text has come."""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self.hit = bool(found)
+        end = len(self._held) if not found else min(found)
+        if not found:
+            waits = (
+                n
+                for stop in self._stop
+                for n in range(len(stop) - 1, 0, -1)
+                if self._held.endswith(stop[:n])
+            )
+            end -= max(waits, default=0)
+        shown, self._held = self._held[:end], "" if found else self._held[end:]
+        return shown
+
+    def rest(self) -> str:
+        """What waited in vain."""
+        shown, self._held = self._held, ""
+        return shown
+
+
 def fresh_draws(model: DiffusionGemma, seed: int | None) -> SeededDraws:
     """Draws from a seed, or from one that the system draws."""
     if seed is None:
@@ -480,6 +531,7 @@ def encode_prompt(
     prompt: str | Sequence[Message] | Sequence[int],
     *,
     enable_thinking: bool = False,
+    tools: Sequence[Declaration] = (),
 ) -> list[int]:
     """Ids of a prompt: a string is one user message; ids pass through."""
     if isinstance(prompt, str):
@@ -490,7 +542,8 @@ def encode_prompt(
     if len(ids) == len(prompt):
         return ids
     messages = [part for part in prompt if not isinstance(part, int)]
-    return tokenizer.encode(tokenizer.render_chat(messages, enable_thinking=enable_thinking))
+    text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
+    return tokenizer.encode(text)
 
 
 def generate(

@@ -310,7 +310,27 @@ class _Reader:
             raise SchemaError(f"{where} allows nothing")
         return Choice(tuple(dict.fromkeys(_dumps(value) for value in valid)))
 
+    def _open_object(self) -> Pattern:
+        """Any object, whose values are nested at most two deep."""
+        string = Sequence((_Spelled('"'), _Inside(0, None), _Spelled('"')))
+        name = Sequence((_Spelled('"'), _Inside(1, None), _Spelled('":')))
+        words = (_Spelled("true"), _Spelled("false"), _Spelled("null"))
+        value: Pattern = Choice((string, self._any_number(), *words))
+
+        def several(item: Pattern, opening: str, closing: str) -> Pattern:
+            more = Repeat(Sequence((_Spelled(","), item)), 0, None)
+            inside = Choice((Sequence((item, more)), _Spelled("")))
+            return Sequence((_Spelled(opening), inside, _Spelled(closing)))
+
+        for _ in range(2):
+            found = several(Sequence((name, value)), "{", "}")
+            value = Choice((value, found, several(value, "[", "]")))
+        return found
+
     def _object(self, rules: dict[str, Any], where: str, kind: str) -> Pattern:
+        told = rules.get("properties") or rules.get("required")
+        if not told and rules.get("additionalProperties", True) is True:
+            return self._open_object()
         properties: dict[str, Schema] = rules.get("properties", {})
         required = set(rules.get("required", []))
         if not isinstance(rules.get("additionalProperties", True), bool):

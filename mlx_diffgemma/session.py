@@ -10,10 +10,8 @@ from .generation import ContextError, Done, Event, stream_generate
 from .guards import Guards
 from .model import DiffusionGemma
 from .sampler import Sampler
-from .tokenizer import Message, Tokenizer
+from .tokenizer import Declaration, Message, Tokenizer
 from .turns import Text, Thought, ToolCall
-
-Declaration = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from .errors import Error
 
 Message = dict[str, Any]
+Declaration = dict[str, Any]  # of a function, as the openai client sends it
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 
 
@@ -123,7 +124,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         enable_thinking: bool = False,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Declaration] | None = None,
     ) -> str:
         """The chat as the text that the model was trained on.
 
