@@ -509,6 +509,67 @@ def choose(
 
 
 @app.command()
+def serve(
+    *,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MLX_DIFFGEMMA_API_KEY", help="Key that clients have to send."),
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may ask. Can be given again.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered side by side.")] = 4,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a request may take.")] = 600,
+    cache_gb: Annotated[
+        float, typer.Option(min=0, help="Memory for what was read for earlier requests.")
+    ] = 1,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 4,
+) -> None:
+    """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
+    from functools import partial
+
+    try:
+        import uvicorn
+
+        from .server import make_app
+    except ImportError as error:
+        fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
+    from .loading import load
+    from .worker import Worker
+
+    introduce(model)
+    worker = Worker(
+        partial(load, model, revision=revision, dtype=dtype),
+        max_batch=max_batch,
+        max_queue=max_queue,
+        timeout=timeout,
+        cache_bytes=int(cache_gb * 1e9),
+    )
+    worker.start()
+    loopback = host in ("127.0.0.1", "localhost", "::1")
+    if not loopback and api_key is None:
+        say("Anybody who reaches this machine can ask; --api-key changes that.")
+    served = make_app(
+        worker,
+        name=model or "diffgemma-small",
+        api_key=api_key,
+        cors=cors or (),
+        loopback=loopback,
+        most_bytes=int(max_body_mb * 1e6),
+    )
+    try:
+        uvicorn.run(served, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+    finally:
+        worker.stop()
+
+
+@app.command()
 def demo(
     *,
     delay: Annotated[float, typer.Option(min=0, help="Seconds a step stays on screen.")] = 0.4,

@@ -287,6 +287,8 @@ def stream_generate(
     context: Context | None = None,
     guards: Guards = OFF,
     shrink: bool = False,
+    tools: Sequence[Declaration] = (),
+    stop: Sequence[str] = (),
 ) -> Generator[Event, None, None]:
     """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
 
@@ -315,6 +317,8 @@ def stream_generate(
         context=context,
         guards=guards,
         shrink=shrink,
+        tools=tools,
+        stop=stop,
     )
     return drive(model, write_events(model, tokenizer, request))
 

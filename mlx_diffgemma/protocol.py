@@ -1,0 +1,318 @@
+"""OpenAI's requests and answers, checked and translated. Nothing of HTTP and nothing of threads."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from .generation import Done, Draft, Request
+from .guards import Guards
+from .schema import parse_schema
+from .turns import BadToolCall, Text, Thought, ToolCall
+
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
+Positive = Annotated[int, Field(ge=1, le=1 << 20)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+NotBlank = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Body(BaseModel):
+    """What is not named here is reported as ignored, never dropped in silence."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Sampling(Body):
+    """What the answering routes have in common."""
+
+    model: str | None = None
+    max_tokens: Positive | None = None
+    seed: NonNegative | None = None
+    steps: Steps | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    stream_drafts: bool | None = None
+
+
+class FunctionCall(Body):
+    name: NotBlank
+    arguments: str | dict[str, Any] = "{}"
+
+
+class MessageToolCall(Body):
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCall
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    reasoning_content: str | None = None
+
+
+class FunctionDeclaration(Body):
+    name: NotBlank
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolDeclaration(Body):
+    type: Literal["function"]
+    function: FunctionDeclaration
+
+
+class JsonSchema(Body):
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatBody(Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    tools: list[ToolDeclaration] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: Positive | None = None
+
+
+class CompletionBody(Sampling):
+    prompt: NotBlank | list[NotBlank]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+
+
+class FillBody(Body):
+    template: NotBlank
+    prompt: str | None = None
+    steps: Steps | None = None
+    seed: NonNegative | None = None
+    stream_drafts: bool | None = None
+
+
+class ChooseBody(Body):
+    prompt: NotBlank
+    labels: dict[str, list[str]] | list[str]
+    template: str | None = None
+    isolated: bool = False
+    seed: NonNegative = 0
+    draws: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+# Values that say nothing: clients send them without meaning anything by it.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "temperature": (1,),
+    "top_p": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "user": ("",),
+    "parallel_tool_calls": (True,),
+}
+
+
+class Refused(Exception):
+    """An answer with an error status, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """What clients of OpenAI expect of an error."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def ignored(body: Body) -> list[str]:
+    """Parameters that were sent and mean nothing here."""
+    extra = body.model_extra or {}
+    return sorted(
+        name
+        for name, value in extra.items()
+        if value is not None and value not in _NEUTRAL.get(name, ())
+    )
+
+
+def messages_of(body: ChatBody) -> list[dict[str, Any]]:
+    """The chat as templates want it.
+
+    Raises:
+        Refused: content that is not text, or tool arguments that are no JSON object.
+    """
+    found: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for message in body.messages:
+        content = message.content
+        if isinstance(content, list):
+            if any(part.type != "text" or part.text is None for part in content):
+                raise Refused(400, "only text content is supported, no images, audio or files")
+            content = "".join(part.text or "" for part in content)
+        role = "system" if message.role == "developer" else message.role
+        made: dict[str, Any] = {"role": role, "content": content or ""}
+        if message.reasoning_content:
+            made["reasoning"] = message.reasoning_content
+        if message.tool_calls:
+            made["tool_calls"] = calls = []
+            for i, call in enumerate(message.tool_calls):
+                arguments = call.function.arguments
+                if isinstance(arguments, str):
+                    with suppress(ValueError):
+                        arguments = json.loads(arguments or "{}")
+                if not isinstance(arguments, dict):
+                    raise Refused(400, f"the arguments of {call.function.name} are no JSON object")
+                identity = call.id or f"call_{len(found)}_{i}"
+                names[identity] = call.function.name
+                function = {"name": call.function.name, "arguments": arguments}
+                calls.append({"id": identity, "type": "function", "function": function})
+        if role == "tool":
+            made["tool_call_id"] = message.tool_call_id
+            made["name"] = message.name or names.get(message.tool_call_id or "", "tool")
+        found.append(made)
+    return found
+
+
+def chat_requests(body: ChatBody) -> list[Request]:
+    """One request for each of `n` answers.
+
+    Raises:
+        Refused: a combination that is not supported.
+        SchemaError: a schema that is not.
+    """
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    if body.tool_choice == "none":
+        tools = []
+    elif body.tool_choice not in (None, "auto"):
+        raise Refused(400, "tool_choice may be none or auto: calls cannot be forced")
+    schema: dict[str, Any] | None = None
+    if body.response_format is not None and body.response_format.type == "json_object":
+        schema = {"type": "object"}
+    elif body.response_format is not None and body.response_format.type == "json_schema":
+        named = body.response_format.json_schema
+        if named is None or named.schema_ is None:
+            raise Refused(400, "response_format json_schema needs json_schema.schema")
+        schema = named.schema_
+    if schema is not None:
+        parse_schema(schema)
+    thinking = body.enable_thinking
+    if thinking is None:
+        thinking = body.reasoning_effort not in (None, "none", "minimal")
+    request = Request(
+        messages_of(body),
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        steps=body.steps,
+        enable_thinking=thinking and schema is None,
+        schema=schema,
+        guards=Guards(thinking_budget=body.thinking_budget),
+        tools=tools,
+        stop=stops(body.stop),
+    )
+    return several(request, body.n or 1, body.seed)
+
+
+def several(request: Request, count: int, seed: int | None) -> list[Request]:
+    """The same request with other seeds."""
+    seeds = [None if seed is None else seed + i for i in range(count)]
+    return [replace(request, seed=each) for each in seeds]
+
+
+def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings as a tuple."""
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+class Choice:
+    """One of the answers, put together from its events."""
+
+    def __init__(self) -> None:
+        self.text = self.thought = ""
+        self.calls: list[dict[str, Any]] = []
+        self.done: Done | None = None
+        self.doubt = 0.0
+
+    def take(self, event: object) -> dict[str, Any]:
+        """What the event adds, as a chat's delta; empty if nothing."""
+        match event:
+            case Text():
+                self.text += event.text
+                return {"content": event.text}
+            case Thought():
+                self.thought += event.text
+                return {"reasoning_content": event.text}
+            case ToolCall():
+                call = {
+                    "id": f"call_{uuid.uuid4().hex[:12]}",
+                    "type": "function",
+                    "function": {
+                        "name": event.name,
+                        "arguments": json.dumps(event.arguments, ensure_ascii=False),
+                    },
+                }
+                self.calls.append(call)
+                return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
+            case BadToolCall():  # the client sees what the model wrote
+                self.text += event.text
+                return {"content": event.text}
+            case Draft():
+                self.doubt = sum(event.entropies) / len(event.entropies)
+            case Done():
+                self.done = event
+        return {}
+
+    @property
+    def reason(self) -> str:
+        """In OpenAI's words."""
+        assert self.done is not None
+        if self.calls:
+            return "tool_calls"
+        return {"stop": "stop", "length": "length"}.get(self.done.finish_reason, "stop")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What OpenAI has no words for."""
+        assert self.done is not None
+        return {
+            "finish": self.done.finish_reason,
+            "denoising_steps": self.done.denoising_steps,
+            "canvases": self.done.canvases,
+            "mean_entropy": self.doubt,
+        }
+
+
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Tokens of all answers; the prompt counts once."""
+    done = [choice.done for choice in choices if choice.done is not None]
+    prompt = done[0].prompt_tokens if done else 0
+    written = sum(each.generated_tokens for each in done)
+    cached = done[0].cached_tokens if done else 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

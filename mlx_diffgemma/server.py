@@ -1,0 +1,547 @@
+"""The HTTP server: OpenAI's routes and our own, over one `Worker`. Needs the extra `server`."""
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from fastapi import FastAPI
+from fastapi import Request as Http
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
+
+from .choosing import choose
+from .errors import Error
+from .filling import FillResult, parse_template, stream_fill
+from .generation import ContextError, Done, Draft, Request
+from .guards import Guards
+from .protocol import (
+    Body,
+    ChatBody,
+    Choice,
+    ChooseBody,
+    CompletionBody,
+    FillBody,
+    Refused,
+    Sampling,
+    chat_requests,
+    error_body,
+    ignored,
+    several,
+    stops,
+    usage_of,
+)
+from .worker import Busy, Job, Ticket, Timeout, Worker
+
+PAGE = Path(__file__).parent / "data" / "page.html"
+# Seconds that a refused client is asked to wait.
+RETRY_AFTER = 2
+
+
+class Limits:
+    """ASGI: the size of bodies, the Host header where only this machine may ask, the API key."""
+
+    def __init__(self, app: ASGIApp, *, most_bytes: int, api_key: str | None, loopback: bool):
+        self._app = app
+        self._most = most_bytes
+        self._key = api_key
+        self._loopback = loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._loopback and not _is_loopback(headers.get(b"host", b"")):
+            # A page elsewhere may point its own name at this machine and ask through the browser.
+            await _refuse(403, "this server answers only to localhost")(scope, receive, send)
+            return
+        open_path = scope["path"] in ("/", "/health")
+        if self._key is not None and not open_path and scope["method"] != "OPTIONS":
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._key.encode()):
+                await _refuse(401, "a valid API key is needed")(scope, receive, send)
+                return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._most:
+            await _refuse(413, f"bodies may have {self._most} bytes")(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> AsgiMessage:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                raise HTTPException(413, f"bodies may have {self._most} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
+def _is_loopback(host: bytes) -> bool:
+    name = host.decode("latin-1").rsplit(":", 1)[0] if not host.endswith(b"]") else host.decode()
+    return name in ("localhost", "127.0.0.1", "[::1]")
+
+
+def _refuse(status: int, message: str) -> Response:
+    return JSONResponse(error_body(status, message), status)
+
+
+class Stream:
+    """Events of several pieces of work, on their way from the worker's thread to a handler."""
+
+    def __init__(self, worker: Worker, works: Sequence[Request | Job]):
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, object]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self._open = len(works)
+        try:
+            for i, work in enumerate(works):
+                self._tickets.append(worker.submit(work, self._listener(i)))
+        except Busy:
+            self.close()
+            raise Refused(429, "the server is busy, try again soon", "queue_full") from None
+
+    def _listener(self, index: int) -> Callable[[object], None]:
+        def listen(event: object) -> None:
+            with suppress(RuntimeError):  # the loop has gone
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return listen
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        for ticket in self._tickets:
+            self._worker.cancel(ticket)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, object]]:
+        while self._open:
+            index, event = await self._events.get()
+            if event is None:
+                self._open -= 1
+            elif isinstance(event, Timeout):
+                raise Refused(504, str(event), "timeout")
+            elif isinstance(event, ContextError):
+                raise Refused(400, str(event), "context_length_exceeded")
+            elif isinstance(event, Error):
+                raise Refused(400, str(event))
+            elif isinstance(event, Exception):
+                raise Refused(500, "a defect of the server")
+            else:
+                yield index, event
+
+
+async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
+    """All events, unless the client goes away: then the work stops."""
+
+    async def collect() -> list[tuple[int, object]]:
+        # Drafts are for those who watch; only the last of each tells how sure the model was.
+        found: list[tuple[int, object]] = []
+        last: dict[int, Draft] = {}
+        async for index, event in stream:
+            if isinstance(event, Draft):
+                last[index] = event
+            else:
+                found.append((index, event))
+        return [*found, *last.items()]
+
+    async def gone() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.1)
+
+    work, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Refused(499, "the client has gone")
+        return work.result()
+    finally:
+        stream.close()
+        for task in (work, watch):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def draft_event(index: int, draft: Draft) -> str:
+    """A step as a server-sent event of its own type."""
+    facts = {
+        "index": index,
+        "canvas": draft.canvas,
+        "step": draft.step,
+        "steps": draft.steps,
+        "text": draft.text,
+        "accepted": sum(draft.accepted),
+        "length": len(draft.accepted),
+    }
+    return f"event: draft\ndata: {json.dumps(facts, ensure_ascii=False)}\n\n"
+
+
+def sse(value: object) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def make_app(
+    worker: Worker,
+    *,
+    name: str,
+    api_key: str | None = None,
+    cors: Sequence[str] = (),
+    loopback: bool = True,
+    most_bytes: int = 4 << 20,
+) -> FastAPI:
+    """The application; the worker runs from its start to its end.
+
+    Args:
+        worker: not yet started.
+        name: the model's, as `/v1/models` lists it.
+        api_key: what clients have to send, if anything.
+        cors: origins whose pages may ask.
+        loopback: answer only to requests for this machine's own names.
+        most_bytes: of a request's body.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="mlx-diffgemma", lifespan=lifespan)
+    app.add_middleware(Limits, most_bytes=most_bytes, api_key=api_key, loopback=loopback)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+        )
+    responses: dict[int | str, dict[str, Any]] = {
+        code: {"description": text}
+        for code, text in (
+            (400, "refused"),
+            (401, "no key"),
+            (403, "another host"),
+            (413, "too large"),
+            (429, "busy"),
+            (504, "too slow"),
+        )
+    }
+    started = int(time.time())
+
+    @app.exception_handler(Refused)
+    async def refused(http: Http, error: Refused) -> Response:
+        headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
+        body = error_body(error.status, error.message, error.code)
+        return JSONResponse(body, error.status, headers)
+
+    @app.exception_handler(Error)
+    async def expected(http: Http, error: Error) -> Response:
+        return JSONResponse(error_body(400, str(error)), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: Http, error: HTTPException) -> Response:
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: Http, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse(error_body(400, f"{where}: {first['msg']}".lstrip(": ")), 400)
+
+    def answer_headers(body: Body) -> dict[str, str]:
+        names = ",".join(name for name in ignored(body) if name.isascii() and name.isprintable())
+        return {"X-Ignored-Parameters": names} if names else {}
+
+    async def streamed(
+        body: Sampling, stream: Stream, choices: list[Choice], chunk: Callable[..., dict[str, Any]]
+    ) -> Response:
+        """Server-sent events; an error before the first of them still has its own status."""
+        events = stream.__aiter__()
+        try:
+            first = await anext(events)
+        except BaseException:
+            stream.close()
+            raise
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                for i in range(len(choices)):
+                    if head := chunk(i, None, None):
+                        yield sse(head)
+                item: tuple[int, object] | None = first
+                while item is not None:
+                    index, event = item
+                    delta = choices[index].take(event)
+                    if isinstance(event, Draft) and body.stream_drafts:
+                        yield draft_event(index, event)
+                    elif isinstance(event, Done):
+                        yield sse(chunk(index, {}, choices[index].reason))
+                    elif delta:
+                        yield sse(chunk(index, delta, None))
+                    item = await anext(events, None)
+                if (body.stream_options or {}).get("include_usage"):
+                    yield sse({**chunk(0, {}, None), "choices": [], "usage": usage_of(choices)})
+                yield "data: [DONE]\n\n"
+            except Refused as error:
+                yield sse(error_body(error.status, error.message, error.code))
+            finally:
+                stream.close()
+
+        headers = {"Cache-Control": "no-store", **answer_headers(body)}
+        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+    @app.post("/v1/chat/completions", responses=responses)
+    async def chat(http: Http, body: ChatBody) -> Response:
+        requests = chat_requests(body)
+        identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        common = {"id": identity, "created": created, "model": name}
+        choices = [Choice() for _ in requests]
+        stream = Stream(worker, requests)
+        if body.stream:
+
+            def chunk(
+                index: int, delta: dict[str, Any] | None, reason: str | None
+            ) -> dict[str, Any]:
+                shown = {"role": "assistant", "content": ""} if delta is None else delta
+                choice = {"index": index, "delta": shown, "finish_reason": reason}
+                if reason is not None:
+                    choice["diffusion"] = choices[index].facts
+                return {**common, "object": "chat.completion.chunk", "choices": [choice]}
+
+            return await streamed(body, stream, choices, chunk)
+        for index, event in await gathered(http, stream):
+            choices[index].take(event)
+        told = []
+        for i, choice in enumerate(choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+            if choice.thought:
+                message["reasoning_content"] = choice.thought
+            if choice.calls:
+                message["tool_calls"] = choice.calls
+                message["content"] = choice.text or None
+            told.append(
+                {
+                    "index": i,
+                    "message": message,
+                    "finish_reason": choice.reason,
+                    "diffusion": choice.facts,
+                }
+            )
+        answer = {**common, "object": "chat.completion", "choices": told}
+        return JSONResponse({**answer, "usage": usage_of(choices)}, headers=answer_headers(body))
+
+    @app.post("/v1/completions", responses=responses)
+    async def complete(http: Http, body: CompletionBody) -> Response:
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        identity, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        common = {"id": identity, "created": created, "model": name, "object": "text_completion"}
+        if body.suffix:
+            return await infill(http, body, prompts, common)
+        best_of = max(body.best_of or 1, body.n or 1)
+        if body.stream and best_of > (body.n or 1):
+            raise Refused(400, "best_of does not go with stream")
+        bos = worker.tokenizer.token_id("<bos>")
+        requests = []
+        for prompt in prompts:
+            ids = worker.tokenizer.encode(prompt)
+            request = Request(
+                ids if bos is None else [bos, *ids],
+                max_tokens=body.max_tokens,
+                steps=body.steps,
+                guards=Guards(),
+                stop=stops(body.stop),
+            )
+            requests += several(request, best_of, body.seed)
+        choices = [Choice() for _ in requests]
+        stream = Stream(worker, requests)
+        if body.stream:
+
+            def chunk(
+                index: int, delta: dict[str, Any] | None, reason: str | None
+            ) -> dict[str, Any]:
+                if delta is None and not body.echo:
+                    return {}
+                text = prompts[index // best_of] if delta is None else delta.get("content", "")
+                choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+                return {**common, "choices": [choice]}
+
+            return await streamed(body, stream, choices, chunk)
+        for index, event in await gathered(http, stream):
+            choices[index].take(event)
+        told: list[dict[str, Any]] = []
+        for i, prompt in enumerate(prompts):
+            tried = choices[i * best_of : (i + 1) * best_of]
+            kept = tried if best_of == (body.n or 1) else sorted(tried, key=lambda c: c.doubt)
+            for choice in kept[: body.n or 1]:
+                text = (prompt if body.echo else "") + choice.text
+                told.append(
+                    {
+                        "index": len(told),
+                        "text": text,
+                        "finish_reason": choice.reason,
+                        "logprobs": None,
+                        "diffusion": choice.facts,
+                    }
+                )
+        answer = {**common, "choices": told, "usage": usage_of(choices)}
+        return JSONResponse(answer, headers=answer_headers(body))
+
+    async def infill(
+        http: Http, body: CompletionBody, prompts: list[str], common: dict[str, Any]
+    ) -> Response:
+        """What stands between a prompt and a suffix."""
+        if len(prompts) > 1 or (body.n or 1) > 1:
+            raise Refused(400, "a suffix goes with one prompt and one answer")
+        hole = f"{{{{middle:{body.max_tokens}}}}}" if body.max_tokens else "{{middle}}"
+        template = escaped(prompts[0]) + hole + escaped(body.suffix or "")
+        result = await filled(http, template, None, body.steps, body.seed)
+        text = str(result.values["middle"])
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        tokens = len(worker.tokenizer.encode(text))
+        prompt_tokens = len(worker.tokenizer.encode(prompts[0] + (body.suffix or "")))
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": prompt_tokens + tokens,
+        }
+        answer = {**common, "choices": [choice], "usage": usage}
+        if not body.stream:
+            return JSONResponse(answer, headers=answer_headers(body))
+
+        async def lines() -> AsyncIterator[str]:
+            yield sse({**common, "choices": [choice]})
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
+    async def filled(
+        http: Http, template: str, prompt: str | None, steps: int | None, seed: int | None
+    ) -> FillResult:
+        parse_template(template)
+
+        def job(model: Any, tokenizer: Any) -> Any:
+            return stream_fill(model, tokenizer, template, prompt=prompt, steps=steps, seed=seed)
+
+        for _, event in await gathered(http, Stream(worker, [job])):
+            if isinstance(event, FillResult):
+                return event
+        raise Refused(503, "the server is shutting down")
+
+    @app.post("/v1/fill", responses=responses)
+    async def fill(http: Http, body: FillBody) -> Response:
+        if not body.stream_drafts:
+            result = await filled(http, body.template, body.prompt, body.steps, body.seed)
+            return JSONResponse(fill_facts(result), headers=answer_headers(body))
+        parse_template(body.template)
+
+        def job(model: Any, tokenizer: Any) -> Any:
+            return stream_fill(
+                model,
+                tokenizer,
+                body.template,
+                prompt=body.prompt,
+                steps=body.steps,
+                seed=body.seed,
+            )
+
+        stream = Stream(worker, [job])
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                async for _, event in stream:
+                    if isinstance(event, Draft):
+                        yield draft_event(0, event)
+                    elif isinstance(event, FillResult):
+                        yield sse(fill_facts(event))
+                yield "data: [DONE]\n\n"
+            except Refused as error:
+                yield sse(error_body(error.status, error.message, error.code))
+            finally:
+                stream.close()
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
+    @app.post("/v1/choose", responses=responses)
+    async def choosing(http: Http, body: ChooseBody) -> Response:
+        slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
+
+        def job(model: Any, tokenizer: Any) -> Any:
+            yield choose(
+                model,
+                tokenizer,
+                body.prompt,
+                slots,
+                template=body.template,
+                isolated=body.isolated,
+                seed=body.seed,
+                draws=body.draws,
+            )
+
+        for _, event in await gathered(http, Stream(worker, [job])):
+            return JSONResponse({"probabilities": event}, headers=answer_headers(body))
+        raise Refused(503, "the server is shutting down")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        facts = {"context_length": worker.model_facts["context"]}
+        facts["canvas_length"] = worker.model_facts["canvas"]
+        model = {"id": name, "object": "model", "created": started, "owned_by": "local", **facts}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        state = {"status": "ok" if worker.alive else "stopping"}
+        return JSONResponse(state, 200 if worker.alive else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> str:
+        gauges = {
+            "requests_waiting": worker.waiting,
+            "requests_running": worker.running,
+            "memory_active_bytes": mx.get_active_memory(),
+            "memory_peak_bytes": mx.get_peak_memory(),
+        }
+        lines = []
+        counters = {f"{key}_total": value for key, value in asdict(worker.counters).items()}
+        for kind, values in (("counter", counters), ("gauge", gauges)):
+            for key, value in values.items():
+                lines += [f"# TYPE diffgemma_{key} {kind}", f"diffgemma_{key} {value}"]
+        return "\n".join(lines) + "\n"
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE, media_type="text/html")
+
+    return app
+
+
+def escaped(text: str) -> str:
+    """Text whose braces are no holes of a template."""
+    return text.replace("{{", r"\{{")
+
+
+def fill_facts(result: FillResult) -> dict[str, Any]:
+    """A filled template as JSON."""
+    return {
+        "text": result.text,
+        "values": result.values,
+        "denoising_steps": result.steps,
+        "notes": list(result.notes),
+    }
