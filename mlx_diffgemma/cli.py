@@ -532,6 +532,7 @@ def serve(
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 4,
 ) -> None:
     """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
+    from copy import deepcopy
     from functools import partial
 
     try:
@@ -563,8 +564,10 @@ def serve(
         loopback=loopback,
         most_bytes=int(max_body_mb * 1e6),
     )
+    log = deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     try:
-        uvicorn.run(served, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+        uvicorn.run(served, host=host, port=port, log_config=log, timeout_graceful_shutdown=10)
     finally:
         worker.stop()
 

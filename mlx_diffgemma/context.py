@@ -21,6 +21,8 @@ PREFILL_CHUNK = 2048
 MARK_BYTES = 1 << 30
 # Tokens that a new mark has to save from being encoded again; fewer are not worth its memory.
 WORTH_A_MARK = 256
+# Contexts of earlier prompts kept at most: each is compared with every new prompt.
+MOST_CONTEXTS = 64
 FORMAT = "mlx-diffgemma context 1"
 
 
@@ -260,6 +262,7 @@ class Contexts:
         read = context.tokens
         self._kept = [c for c in self._kept if c.tokens != read[: len(c)]]
         self._kept.insert(0, context)
+        del self._kept[MOST_CONTEXTS:]
         while self._kept and self.nbytes > self._most:
             self._kept.pop()
 

@@ -33,6 +33,7 @@ class Snapshot:
         argmax: the model's best token at each position; what is committed at the end.
         accepted: positions whose token on the canvas is not noise.
         entropy: nats, of the temperature-scaled distribution; 0 where pinned.
+        probability: of `argmax` under that distribution.
         converged: (B,) the stop rule has held; such a row no longer changes.
     """
 
@@ -41,6 +42,7 @@ class Snapshot:
     argmax: mx.array
     accepted: mx.array
     entropy: mx.array
+    probability: mx.array
     converged: mx.array
 
 
@@ -151,9 +153,10 @@ def refine(
             argmax = choose(rules.pin(logits, fixed, canvas))
             stop = stop | fixed.all(axis=-1)
         history.append(argmax)
-        now = Snapshot(step, canvas, argmax, accepted, entropy, stop)
+        probability = rules.probability(logits, argmax)
+        now = Snapshot(step, canvas, argmax, accepted, entropy, probability, stop)
         last = now if last is None else _hold(last, now)
-        mx.eval(last.canvas, last.argmax, last.accepted, last.entropy, last.converged)
+        mx.eval(vars(last))
         yield last
         if last.converged.all().item():
             break
@@ -170,5 +173,6 @@ def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
         argmax=mx.where(rows, last.argmax, now.argmax),
         accepted=mx.where(rows, last.accepted, now.accepted),
         entropy=mx.where(rows, last.entropy, now.entropy),
+        probability=mx.where(rows, last.probability, now.probability),
         converged=last.converged | now.converged,
     )

@@ -48,9 +48,9 @@ class ContextError(Error):
 class Draft:
     """One denoising step: the canvas as it stands.
 
-    `tokens` (the model's best at each position), `accepted` and `entropies` (nats) have one entry
-    per canvas position; the answer ends before token `end`. `visible` are the tokens for the user,
-    not those of thoughts, tool calls and markers; `text` is their text.
+    `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
+    (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
+    tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
     """
 
     canvas: int
@@ -59,6 +59,7 @@ class Draft:
     tokens: tuple[int, ...]
     accepted: tuple[bool, ...]
     entropies: tuple[float, ...]
+    probabilities: tuple[float, ...]
     end: int
     visible: tuple[bool, ...]
     text: str
@@ -249,6 +250,7 @@ class Request:
             as in the reference. A schema's answer needs none.
         tools: function declarations in JSON Schema, for templates that know them.
         stop: strings before which the text ends.
+        opening: what the answer begins with; special tokens are recognised.
         shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
             model was trained on.
     """
@@ -268,6 +270,7 @@ class Request:
     shrink: bool = False
     tools: Sequence[Declaration] = ()
     stop: Sequence[str] = ()
+    opening: str = ""
 
 
 def stream_generate(
@@ -289,6 +292,7 @@ def stream_generate(
     shrink: bool = False,
     tools: Sequence[Declaration] = (),
     stop: Sequence[str] = (),
+    opening: str = "",
 ) -> Generator[Event, None, None]:
     """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
 
@@ -319,6 +323,7 @@ def stream_generate(
         shrink=shrink,
         tools=tools,
         stop=stop,
+        opening=opening,
     )
     return drive(model, write_events(model, tokenizer, request))
 
@@ -346,7 +351,10 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
         check = partial(validate, request.schema)
         guards = OFF
     else:
-        starts = partial(_start, model, request, config, draws)
+        opening = tokenizer.encode(request.opening)
+        if len(opening) >= model.config.canvas_length:
+            raise ContextError(f"the opening has {len(opening)} tokens, more than a canvas holds")
+        starts = partial(_start, model, request, config, draws, opening)
     if config.max_denoising_steps < model.generation.max_denoising_steps:
         guards = replace(guards, not_converged=False)
     judge = trust if guards == OFF else _judge(tokenizer, ids, config, guards)
@@ -360,15 +368,22 @@ def _start(
     request: Request,
     config: GenerationConfig,
     draws: Draws,
+    opening: list[int],
     generated: Sequence[int],
 ) -> Start | None:
     """Where a canvas starts that no schema rules."""
     if request.start is not None and not generated:
         return request.start
-    if not request.shrink:
-        return None
-    left = config.max_new_tokens - len(generated)
-    return Start(draws.tokens((1, min(model.config.canvas_length, left))))
+    length = model.config.canvas_length
+    if request.shrink:
+        left = config.max_new_tokens - len(generated)
+        length = max(min(length, left), len(opening) + 1)
+    if opening and not generated:
+        given = [*opening, *[0] * (length - len(opening))]
+        pinned = mx.arange(length)[None] < len(opening)
+        noise = draws.tokens((1, length))
+        return Start(mx.where(pinned, mx.array([given], dtype=mx.int32), noise), pinned)
+    return Start(draws.tokens((1, length))) if request.shrink else None
 
 
 def _judge(
@@ -486,6 +501,7 @@ def draft_of(
         tokens=tuple(tokens),
         accepted=tuple(np.array(snapshot.accepted[0]).tolist()),
         entropies=tuple(np.array(snapshot.entropy[0]).tolist()),
+        probabilities=tuple(np.array(snapshot.probability[0]).tolist()),
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),

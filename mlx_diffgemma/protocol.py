@@ -1,8 +1,9 @@
 """OpenAI's requests and answers, checked and translated. Nothing of HTTP and nothing of threads."""
 
 import json
+import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     stream_drafts: bool | None = None
+    opening: str | None = None
 
 
 class FunctionCall(Body):
@@ -89,6 +91,7 @@ class ResponseFormat(Body):
 class ChatBody(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
     tools: list[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
@@ -128,7 +131,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "user": ("",),
     "parallel_tool_calls": (True,),
@@ -205,10 +207,11 @@ def chat_requests(body: ChatBody) -> list[Request]:
         SchemaError: a schema that is not.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    opening = body.opening or ""
     if body.tool_choice == "none":
         tools = []
     elif body.tool_choice not in (None, "auto"):
-        raise Refused(400, "tool_choice may be none or auto: calls cannot be forced")
+        opening = "<|tool_call>call:" + _named_tool(body.tool_choice, tools)
     schema: dict[str, Any] | None = None
     if body.response_format is not None and body.response_format.type == "json_object":
         schema = {"type": "object"}
@@ -231,8 +234,27 @@ def chat_requests(body: ChatBody) -> list[Request]:
         guards=Guards(thinking_budget=body.thinking_budget),
         tools=tools,
         stop=stops(body.stop),
+        opening="" if schema is not None else opening,
     )
     return several(request, body.n or 1, body.seed)
+
+
+def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
+    """How a call begins that has to be made.
+
+    Raises:
+        Refused: there is no such tool.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    if not names:
+        raise Refused(400, "tool_choice asks for a call, and there are no tools")
+    if choice == "required":
+        return names[0] + "{" if len(names) == 1 else ""
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name not in names:
+        raise Refused(400, f"tool_choice asks for {name}, which is not among the tools")
+    return f"{name}{{"
 
 
 def several(request: Request, count: int, seed: int | None) -> list[Request]:
@@ -247,19 +269,26 @@ def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class Choice:
-    """One of the answers, put together from its events."""
+    """One of the answers, put together from its events.
 
-    def __init__(self) -> None:
+    `pieces` gives the text of tokens, and asks for their log-probabilities; None does not.
+    """
+
+    def __init__(self, pieces: Callable[[Sequence[int]], list[str]] | None = None) -> None:
+        self._pieces = pieces
         self.text = self.thought = ""
         self.calls: list[dict[str, Any]] = []
         self.done: Done | None = None
         self.doubt = 0.0
+        self.logprobs: list[dict[str, Any]] = []
+        self._draft: Draft | None = None
 
     def take(self, event: object) -> dict[str, Any]:
         """What the event adds, as a chat's delta; empty if nothing."""
         match event:
             case Text():
                 self.text += event.text
+                self._weigh(event.text)
                 return {"content": event.text}
             case Thought():
                 self.thought += event.text
@@ -280,9 +309,26 @@ class Choice:
                 return {"content": event.text}
             case Draft():
                 self.doubt = sum(event.entropies) / len(event.entropies)
+                self._draft = event
             case Done():
                 self.done = event
         return {}
+
+    def _weigh(self, text: str) -> None:
+        """Log-probabilities of the tokens that make up a text, from the step it was taken from."""
+        if self._pieces is None or self._draft is None:
+            return
+        draft, self._draft = self._draft, None
+        shown = [i for i in range(draft.end) if draft.visible[i]]
+        pieces = self._pieces([draft.tokens[i] for i in shown])
+        length = 0
+        for i, piece in zip(shown, pieces, strict=True):
+            if length >= len(text):  # a budget or a stop string has cut the rest
+                break
+            length += len(piece)
+            logprob = math.log(max(draft.probabilities[i], 1e-30))
+            facts = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+            self.logprobs.append({**facts, "top_logprobs": []})
 
     @property
     def reason(self) -> str:

@@ -48,7 +48,7 @@ from .protocol import (
     stops,
     usage_of,
 )
-from .worker import Busy, Job, Ticket, Timeout, Worker
+from .worker import Busy, Job, Stopped, Ticket, Timeout, Worker
 
 PAGE = Path(__file__).parent / "data" / "page.html"
 # Seconds that a refused client is asked to wait.
@@ -140,6 +140,8 @@ class Stream:
                 self._open -= 1
             elif isinstance(event, Timeout):
                 raise Refused(504, str(event), "timeout")
+            elif isinstance(event, Stopped):
+                raise Refused(503, str(event), "stopping")
             elif isinstance(event, ContextError):
                 raise Refused(400, str(event), "context_length_exceeded")
             elif isinstance(event, Error):
@@ -154,15 +156,17 @@ async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
     """All events, unless the client goes away: then the work stops."""
 
     async def collect() -> list[tuple[int, object]]:
-        # Drafts are for those who watch; only the last of each tells how sure the model was.
+        # Drafts are for those who watch; only the last of a canvas tells how sure the model was.
         found: list[tuple[int, object]] = []
         last: dict[int, Draft] = {}
         async for index, event in stream:
             if isinstance(event, Draft):
                 last[index] = event
-            else:
-                found.append((index, event))
-        return [*found, *last.items()]
+                continue
+            if index in last:
+                found.append((index, last.pop(index)))
+            found.append((index, event))
+        return found
 
     async def gone() -> None:
         while not await http.is_disconnected():
@@ -174,6 +178,8 @@ async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
         if not work.done():
             raise Refused(499, "the client has gone")
         return work.result()
+    except asyncio.CancelledError:  # the time that a shutdown grants is over
+        raise Refused(503, "the server is shutting down", "stopping") from None
     finally:
         stream.close()
         for task in (work, watch):
@@ -239,6 +245,7 @@ def make_app(
             (403, "another host"),
             (413, "too large"),
             (429, "busy"),
+            (503, "stopping"),
             (504, "too slow"),
         )
     }
@@ -312,7 +319,8 @@ def make_app(
         requests = chat_requests(body)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         common = {"id": identity, "created": created, "model": name}
-        choices = [Choice() for _ in requests]
+        pieces = worker.tokenizer.pieces if body.logprobs else None
+        choices = [Choice(pieces) for _ in requests]
         stream = Stream(worker, requests)
         if body.stream:
 
@@ -321,6 +329,9 @@ def make_app(
             ) -> dict[str, Any]:
                 shown = {"role": "assistant", "content": ""} if delta is None else delta
                 choice = {"index": index, "delta": shown, "finish_reason": reason}
+                if body.logprobs and "content" in shown and delta is not None:
+                    choice["logprobs"] = {"content": choices[index].logprobs}
+                    choices[index].logprobs = []
                 if reason is not None:
                     choice["diffusion"] = choices[index].facts
                 return {**common, "object": "chat.completion.chunk", "choices": [choice]}
@@ -341,6 +352,7 @@ def make_app(
                     "index": i,
                     "message": message,
                     "finish_reason": choice.reason,
+                    "logprobs": {"content": choice.logprobs} if body.logprobs else None,
                     "diffusion": choice.facts,
                 }
             )

@@ -25,6 +25,10 @@ class Busy(Exception):
     """The queue is full."""
 
 
+class Stopped(Error):
+    """The server ends before the request does."""
+
+
 class Timeout(Error):
     """A request took longer than it may."""
 
@@ -167,7 +171,7 @@ class Worker:
             self._advance_jobs()
             self._drop(batch)
         for running in [*self._running.values(), *self._jobs]:
-            running.ticket.listen(Timeout("the server is shutting down"))
+            running.ticket.listen(Stopped("the server is shutting down"))
             running.ticket.listen(None)
         batch.close()
         for running in self._jobs:
@@ -175,7 +179,7 @@ class Worker:
                 running.generator.close()
         while not self._waiting.empty():
             if (ticket := self._waiting.get()) is not None:
-                ticket.listen(Timeout("the server is shutting down"))
+                ticket.listen(Stopped("the server is shutting down"))
                 ticket.listen(None)
 
     def _admit(self, batch: Batch, contexts: Contexts) -> None:

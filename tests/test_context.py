@@ -12,7 +12,7 @@ from random_model import untrained
 
 from mlx_diffgemma import Context, DiffusionGemma, SessionError
 from mlx_diffgemma import context as module
-from mlx_diffgemma.context import fingerprint
+from mlx_diffgemma.context import Contexts, fingerprint
 
 MODEL = untrained(20, 8, windows=(6, None, 9))
 CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -145,3 +145,28 @@ def test_a_fingerprint_tells_weights_apart() -> None:
         same.model.decoder.layers[2].mlp.down_proj.weight.shape
     )
     assert fingerprint(same) != fingerprint(MODEL)
+
+
+def test_contexts_of_earlier_prompts_are_kept_within_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = Contexts(MODEL, 1 << 20)
+    first = kept.take([1] * 300)
+    assert first.read([1] * 300) == 300
+    kept.give(first)
+    # Two at once may go on from it, and neither changes it for the other.
+    one, two = kept.take([1] * 300 + [2]), kept.take([1] * 300 + [3])
+    assert (one.read([1] * 300 + [2]), two.read([1] * 300 + [3, 4])) == (1, 2)
+    np.testing.assert_allclose(
+        logits(MODEL, two), fresh(MODEL, [1] * 300 + [3, 4]), rtol=2e-4, atol=2e-4
+    )
+    kept.give(one)
+    kept.give(two)
+    assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 301
+    assert len(kept.take([9])) == 0
+    monkeypatch.setattr(module, "MOST_CONTEXTS", 1)
+    kept.give(kept.take([9]))
+    assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 0
+    none = Contexts(MODEL, 0)
+    none.give(first)
+    assert none.nbytes == 0

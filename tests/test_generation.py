@@ -27,7 +27,7 @@ from mlx_diffgemma import (
 from mlx_diffgemma.canvas import CanvasError, fill_start
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.generation import Committed, generate_tokens
+from mlx_diffgemma.generation import Committed, Stopper, generate_tokens
 from mlx_diffgemma.model import LayerCache
 from mlx_diffgemma.vocabulary import Vocabulary
 
@@ -268,3 +268,39 @@ def test_prompt_forms_agree(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     ids = tokenizer.encode(tokenizer.render_chat(chat))
     answers: Iterator[str] = (generate(model, tokenizer, p, seed=3) for p in (text, chat, ids))
     assert len(set(answers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "parts", "shown"),
+    [
+        (["END"], ["ab", "cE", "ND", "x"], "abc"),
+        (["END"], ["ab", "cE", "N", "x"], "abcENx"),
+        (["b", "abc"], ["xa", "bc"], "x"),
+        (["aab"], ["aa", "aa", "b"], "aa"),
+        (["", "q"], ["abc"], "abc"),
+    ],
+)
+def test_text_ends_at_a_stop_string_wherever_canvases_cut_it(
+    stop: list[str], parts: list[str], shown: str
+) -> None:
+    stopper = Stopper(stop)
+    text = ""
+    for part in parts:
+        text += stopper.feed(part)
+        assert shown.startswith(text)  # nothing is shown that would have to be taken back
+        if stopper.hit:
+            break
+    assert text + stopper.rest() == shown
+
+
+def test_an_answer_begins_with_its_opening(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    text = generate_text(loaded, opening="12.\n", max_tokens=9, steps=3)
+    assert text.startswith("12.\n")
+    with pytest.raises(ContextError, match="more than a canvas"):
+        generate_text(loaded, opening="1" * 64)
+    assert generate_text(loaded, stop=["\n"]) == generate_text(loaded).split("\n")[0]
+
+
+def generate_text(loaded: tuple[DiffusionGemma, Tokenizer], **settings: Any) -> str:
+    events = stream_generate(*loaded, rows(PUZZLES[0][0]), seed=0, **settings)
+    return "".join(event.text for event in events if isinstance(event, Text))

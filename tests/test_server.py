@@ -1,0 +1,491 @@
+"""The server as a process, asked by the clients that exist and by some that misbehave."""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
+
+
+class Server:
+    """A running server; `url` is its address."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str):
+        self.process = process
+        self.url = url
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60, **settings
+        )
+
+    def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **settings)
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^diffgemma_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def memory(self) -> int:
+        """Bytes of the process that are in memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_diffgemma", "serve", "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stderr
+    said: list[str] = []
+    for line in process.stderr:
+        said.append(line)
+        if found := re.search(r"running on (http://\S+)", line):
+            break
+    else:
+        raise AssertionError("".join(said))
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    try:
+        yield Server(process, found[1])
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Server]:
+    """The small model with default settings."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sudoku() -> Iterator[Server]:
+    with serving("-m", str(SUDOKU), "--max-batch", "8") as server:
+        yield server
+
+
+def puzzle(i: int) -> str:
+    cells = PUZZLES[i % len(PUZZLES)][0]
+    return "\n".join(cells[j : j + 6] for j in range(0, 36, 6))
+
+
+def given_hold(i: int, answer: str) -> bool:
+    """Whether an answer may be for this puzzle: six rows, with its clues where they were."""
+    cells = PUZZLES[i % len(PUZZLES)][0]
+    found = answer.replace("\n", "")
+    return len(found) == 36 and all(a in (b, ".") for a, b in zip(cells, found, strict=True))
+
+
+def test_the_openai_client_chats(small: Server) -> None:
+    client = small.client()
+    ask: dict[str, Any] = {
+        "model": "any",
+        "messages": [{"role": "user", "content": "hello"}],
+        "seed": 0,
+    }
+    whole = client.chat.completions.create(**ask)
+    text = whole.choices[0].message.content
+    assert text
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    stream = client.chat.completions.create(
+        **ask, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    parts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(parts) == text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}  # type: ignore[union-attr]
+    )
+    assert client.models.list().data[0].id == "diffgemma-small"
+    drafted = client.chat.completions.create(**ask, stream=True, extra_body={"stream_drafts": True})
+    chosen = [c.choices[0].delta.content or "" for c in drafted if getattr(c, "choices", None)]
+    assert "".join(chosen) == text
+
+
+def test_settings_of_a_chat(small: Server) -> None:
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "seed": 0}
+    full = small.post("/v1/chat/completions", ask).json()["choices"][0]["message"]["content"]
+    cut = small.post("/v1/chat/completions", {**ask, "stop": [full[5:8], "zzz"]}).json()
+    assert cut["choices"][0]["message"]["content"] == full[:5]
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    few = small.post("/v1/chat/completions", {**ask, "max_completion_tokens": 4}).json()
+    assert few["usage"]["completion_tokens"] == 4
+    assert few["choices"][0]["finish_reason"] == "length"
+    several = small.post("/v1/chat/completions", {**ask, "n": 3}).json()["choices"]
+    assert [c["index"] for c in several] == [0, 1, 2]
+    assert several[0]["message"]["content"] == full
+    parts = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    same = small.post("/v1/chat/completions", {"messages": [parts], "seed": 0}).json()
+    assert same["choices"][0]["message"]["content"] == full
+    reply = small.post("/v1/chat/completions", {**ask, "top_p": 0.5, "presence_penalty": 0})
+    assert reply.headers["x-ignored-parameters"] == "top_p"
+
+
+def test_logprobs_are_of_the_tokens_of_the_text(small: Server) -> None:
+    ask: Any = {"model": "x", "messages": [{"role": "user", "content": "hello"}], "seed": 0}
+    done = small.client().chat.completions.create(**ask, logprobs=True, stop=".")
+    known = done.choices[0].logprobs
+    assert known
+    assert known.content
+    assert "".join(each.token for each in known.content) == done.choices[0].message.content
+    assert all(each.logprob <= 1e-6 for each in known.content)
+    assert known.content[0].logprob > -1
+    stream = small.client().chat.completions.create(**ask, logprobs=True, stop=".", stream=True)
+    parts = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
+    assert [e for part in parts for e in part.content or []] == known.content
+
+
+def test_an_answer_with_a_given_opening(small: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "opening": "Well, ", "seed": 0}
+    answer = small.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert answer["content"].startswith("Well, ")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
+def test_a_tool_call_that_has_to_be_made(small: Server, choice: Any) -> None:
+    """The small model knows no tools, so only the forced beginning is there for sure."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    body = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [tool],
+        "tool_choice": choice,
+        "seed": 0,
+    }
+    said = small.post("/v1/chat/completions", body).json()["choices"][0]
+    calls = said["message"].get("tool_calls")
+    if calls:
+        assert said["finish_reason"] == "tool_calls"
+        assert calls[0]["function"]["name"] == "now"
+        assert isinstance(json.loads(calls[0]["function"]["arguments"]), dict)
+    else:
+        assert said["message"]["content"].startswith("call:now{")
+    body["tool_choice"] = {"type": "function", "function": {"name": "later"}}
+    assert small.post("/v1/chat/completions", body).status_code == 400
+
+
+def test_guaranteed_json(small: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"item": {"enum": ["pears", "books"]}, "count": {"type": "integer"}},
+        "required": ["item", "count"],
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for prompt in ("Record: 12 pears at 345 to Anna", "nonsense"):
+        done = small.client().chat.completions.create(
+            model="x", messages=[{"role": "user", "content": prompt}], response_format=form
+        )
+        answer = json.loads(done.choices[0].message.content or "")
+        assert answer["item"] in ("pears", "books")
+        assert isinstance(answer["count"], int)
+    done = small.client().chat.completions.create(
+        model="x",
+        messages=[{"role": "user", "content": "Record: Anna Berg"}],
+        response_format={"type": "json_object"},
+    )
+    assert isinstance(json.loads(done.choices[0].message.content or ""), dict)
+
+
+def test_completions_and_infilling(small: Server) -> None:
+    client = small.client()
+    done = client.completions.create(model="x", prompt="hello", max_tokens=5, seed=0, echo=True)
+    assert done.choices[0].text.startswith("hello")
+    assert done.usage
+    assert done.usage.completion_tokens <= 5
+    filled = client.completions.create(
+        model="x", prompt="The old house ", suffix=" near the river.", max_tokens=6, seed=0
+    )
+    assert filled.choices[0].text
+    best = client.completions.create(model="x", prompt=["a", "b"], best_of=3, n=1, max_tokens=8)
+    assert [c.index for c in best.choices] == [0, 1]
+    stream = client.completions.create(
+        model="x", prompt="hello", stream=True, max_tokens=5, seed=0, echo=True
+    )
+    assert "".join(c.choices[0].text for c in stream if c.choices) == done.choices[0].text
+
+
+def test_filling_and_choosing(small: Server) -> None:
+    body = {"template": '{"item":"{{item:pears|books}}"}', "prompt": "Record: 3 pears", "seed": 0}
+    filled = small.post("/v1/fill", body).json()
+    assert filled["text"] == f'{{"item":"{filled["values"]["item"]}"}}'
+    drafts = small.post("/v1/fill", {**body, "stream_drafts": True}).text
+    assert drafts.count("event: draft") >= 1
+    assert json.dumps(filled["values"])[1:-1] in drafts
+    chances = small.post("/v1/choose", {"prompt": "Record: 3 pears", "labels": ["yes", "no"]})
+    assert sum(chances.json()["probabilities"]["label"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
+        ("chat/completions", {"messages": [{"role": "cat", "content": "x"}]}, 400, "role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "1" * 9000}]}, 400, "fit"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "no images",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"},
+            400,
+            "there are no tools",
+        ),
+        ("completions", {"prompt": ""}, 400, "prompt"),
+        ("fill", {"template": "no holes"}, 400, "hole"),
+        ("fill", {"template": "{{a}} {{a}}"}, 400, "two holes"),
+        ("choose", {"prompt": "x", "labels": ["a"]}, 400, "two labels"),
+        ("nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_mistakes_are_told_in_openais_form(
+    small: Server, path: str, body: object, status: int, said: str
+) -> None:
+    reply = small.post(f"/v1/{path}", body)
+    assert reply.status_code == status
+    assert said in reply.json()["error"]["message"]
+    messages: Any = [{"role": "user", "content": "1" * 9000}]
+    with pytest.raises(openai.BadRequestError, match="fit into the context"):
+        small.client().chat.completions.create(model="x", messages=messages, stream=True)
+
+
+def test_each_of_many_clients_gets_its_own_answer(sudoku: Server) -> None:
+    """Eight at once; `scripts/stress_server.py` does it for a minute."""
+    client = sudoku.client()
+
+    def ask(i: int) -> str:
+        done = client.chat.completions.create(
+            model="x", messages=[{"role": "user", "content": puzzle(i)}], seed=i
+        )
+        return done.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(24)))
+    assert sum(given_hold(i, answer) for i, answer in enumerate(together)) >= 22
+    assert [ask(i) for i in (0, 11, 23)] == [together[i] for i in (0, 11, 23)]
+
+
+def test_a_client_that_goes_away_frees_its_place(sudoku: Server) -> None:
+    """Streaming or not: the answer used to be written to its end for nobody."""
+    for stream in (True, False):
+        before = sudoku.metric("cancelled_total")
+        body = json.dumps(
+            {
+                "messages": [{"role": "user", "content": "1" * 900}],
+                "max_tokens": 3000,
+                "stream": stream,
+            }
+        ).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(sudoku.url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(head.encode() + body)
+            while not sudoku.metric("requests_running"):
+                time.sleep(0.01)
+        ends = time.monotonic() + 10
+        while sudoku.metric("requests_running") and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert sudoku.metric("requests_running") == 0
+        assert sudoku.metric("cancelled_total") == before + 1
+
+
+def test_the_prefix_of_another_request_is_not_read_again(sudoku: Server) -> None:
+    messages = [{"role": "user", "content": "123.\n" * 100}]
+    first, second = (
+        sudoku.post("/v1/chat/completions", {"messages": messages, "max_tokens": 3, "steps": 1})
+        for _ in range(2)
+    )
+    assert first.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    usage = second.json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
+
+
+def test_hostile_requests_leave_it_healthy(sudoku: Server) -> None:
+    """Malformed, mistyped, oversized, badly encoded, cut off: 200 of them in random order."""
+    rng = random.Random(5)
+    port = int(sudoku.url.rsplit(":", 1)[1])
+    good = {"messages": [{"role": "user", "content": puzzle(0)}], "seed": 0, "stream": True}
+    wanted = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
+
+    def raw(body: bytes, cut: float = 1.0) -> bytes:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as made:
+            made.sendall(head.encode() + body[: int(len(body) * cut)])
+            if cut < 1:
+                return b""
+            return made.recv(200)
+
+    def hostile(kind: int) -> None:
+        body = json.dumps(good).encode()
+        if kind == 0:  # goes away somewhere in the answer
+            with httpx.stream(
+                "POST", f"{sudoku.url}/v1/chat/completions", json=good, timeout=60
+            ) as reply:
+                for _ in zip(range(rng.randrange(3)), reply.iter_lines(), strict=False):
+                    pass
+        elif kind == 1:
+            assert b" 400 " in raw(body[: rng.randrange(len(body) - 1)])
+        elif kind == 2:
+            wrong = {
+                **good,
+                rng.choice(["seed", "n", "stream", "messages"]): rng.choice([[], "x", {}]),
+            }
+            assert b" 400 " in raw(json.dumps(wrong).encode())
+        elif kind == 3:
+            assert b" 400 " in raw(b'{"messages": "\xff\xfe\xc3"}')
+        elif kind == 4:
+            assert sudoku.post("/v1/fill", {"template": "x" * 5_000_000}).status_code == 413
+        elif kind == 5:
+            raw(body, cut=rng.random())
+        elif kind == 6:
+            deep = b'{"messages": ' + b"[" * 30_000
+            assert b" 400 " in raw(deep)
+        else:
+            huge = {**good, "seed": 10**30, "max_tokens": -1}
+            assert b" 400 " in raw(json.dumps(huge).encode())
+
+    def some(count: int) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(hostile, [rng.randrange(8) for _ in range(count)]))
+
+    some(50)  # buffers and caches find their size
+    memory, active = sudoku.memory(), sudoku.metric("memory_active_bytes")
+    some(150)
+    assert httpx.get(f"{sudoku.url}/health").json() == {"status": "ok"}
+    ends = time.monotonic() + 10
+    while sudoku.metric("requests_running") and time.monotonic() < ends:
+        time.sleep(0.05)
+    answer = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
+    assert answer[0]["message"] == wanted[0]["message"]
+    assert sudoku.memory() < memory + 30e6
+    assert sudoku.metric("memory_active_bytes") < active + 10e6
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    with serving("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1") as server:
+        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 2000}
+        with ThreadPoolExecutor(4) as pool:
+            replies = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(4)]
+            while sum(reply.done() for reply in replies) < 2:
+                time.sleep(0.01)
+            refused = next(reply.result() for reply in replies if reply.done())
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) > 0
+            # Asked to stop, it tells those who wait and ends.
+            server.process.terminate()
+            assert server.process.wait(30) in (0, -15)
+            codes = [reply.result().status_code for reply in replies]
+            assert codes.count(429) == 2
+            assert set(codes) <= {200, 429, 503}
+
+
+def test_slow_requests_end() -> None:
+    with serving("-m", str(SUDOKU), "--timeout", "1") as server:
+        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 3000}
+        reply = server.post("/v1/chat/completions", body)
+        assert reply.status_code == 504
+        assert "longer than 1 seconds" in reply.json()["error"]["message"]
+        stream = server.post("/v1/chat/completions", {**body, "stream": True})
+        assert "longer than 1 seconds" in stream.text
+
+
+def test_who_may_ask() -> None:
+    with serving("--api-key", "s3cret", "--cors", "https://a.example") as server:
+        url = f"{server.url}/v1/models"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": "Bearer s3cre"}).status_code == 401
+        key = {"Authorization": "Bearer s3cret"}
+        assert httpx.get(url, headers=key).status_code == 200
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        # A page that points its own name at this machine.
+        assert httpx.get(url, headers={**key, "Host": "evil.example"}).status_code == 403
+        assert httpx.get(url, headers={**key, "Host": "localhost:1"}).status_code == 200
+        preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        allowed = httpx.options(url, headers=preflight)
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        other = httpx.options(url, headers={**preflight, "Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_schemathesis_finds_no_crash(small: Server) -> None:
+    """Requests made from the OpenAPI document, and around it."""
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "schemathesis"),
+            "run",
+            f"{small.url}/openapi.json",
+            "--checks=not_a_server_error",
+            "--max-examples=3",
+            "--phases=coverage,fuzzing",
+            "--request-timeout=60",
+            "--seed=1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_chats_and_shows_drafts(small: Server) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "console", lambda said: problems.append(said.text) if said.type == "error" else None
+        )
+        page.goto(small.url)
+        page.evaluate(
+            """() => new MutationObserver(() => {
+                const text = document.getElementById("progress").textContent;
+                (window.seen ??= []).push(text);
+            }).observe(document.getElementById("progress"), {childList: true, subtree: true})"""
+        )
+        page.fill("#message", "hello <b>&amp;")
+        page.keyboard.press("Enter")
+        expect(page.locator(".user")).to_have_text("hello <b>&amp;")
+        expect(page.locator("#send")).to_be_enabled(timeout=60_000)
+        page.fill("#message", "hello")
+        page.click("#send")
+        expect(page.locator("#send")).to_be_enabled(timeout=60_000)
+        assert page.locator(".model").last.inner_text().strip()
+        assert any("step 1/48" in text for text in page.evaluate("window.seen"))
+        assert page.locator(".draft").count() == 0
+        assert problems == []
+        browser.close()
