@@ -216,3 +216,15 @@ def test_a_budget_too_small_is_refused_before_computing() -> None:
     huge = {"type": "array", "maxItems": 10**6, "items": {"type": "integer"}}
     with pytest.raises(SchemaError, match="too large"):
         stream_generate(RANDOM, TOKENIZER, "x", schema=huge)
+
+
+def test_an_object_of_which_nothing_is_said_may_hold_anything() -> None:
+    """`{"type": "object"}` used to mean the empty object, so JSON mode never said a thing."""
+    found = [
+        json.loads(generate(RANDOM, TOKENIZER, "x", schema={"type": "object"}, seed=i, steps=2))
+        for i in range(8)
+    ]
+    assert all(isinstance(value, dict) for value in found)
+    assert any(found)
+    empty = {"type": "object", "additionalProperties": False}
+    assert generate(RANDOM, TOKENIZER, "x", schema=empty, seed=0, steps=2) == "{}"
