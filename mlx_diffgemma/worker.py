@@ -1,5 +1,6 @@
 """The thread that owns MLX in a server: it loads, generates and frees, and nobody else does."""
 
+import logging
 import queue
 import threading
 import time
@@ -19,6 +20,9 @@ from .tokenizer import Tokenizer
 Listener = Callable[[object], None]
 # Work that is no request for an answer (filling, choosing): it yields events, one a denoising step.
 Job = Callable[[DiffusionGemma, Tokenizer], Generator[object, None, None]]
+
+
+_log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class Busy(Exception):
@@ -283,5 +287,7 @@ class Worker:
             self.counters.answered += 1
         else:
             self.counters.failed += 1
+            if not isinstance(error, Error):
+                _log.error("a defect", exc_info=error)
             ticket.listen(error)
         ticket.listen(None)

@@ -39,7 +39,7 @@ class Terminal:
         command = ["-m", "mlx_diffgemma"]
         if script is not None:
             environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
-            command = [str(HERE / "scripted_chat.py")]
+            command = [str(HERE / "scripted_cli.py")]
         self.child = pexpect.spawn(
             sys.executable,
             [*command, "chat", *arguments],
@@ -287,7 +287,7 @@ def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     script = json.dumps(["word after word " * 20])
-    run = f"PYTHONPATH={HERE} SCRIPT='{script}' DELAY=0.05 {sys.executable} {HERE}/scripted_chat.py"
+    run = f"PYTHONPATH={HERE} SCRIPT='{script}' DELAY=0.05 {sys.executable} {HERE}/scripted_cli.py"
     size = ["-x", "100", "-y", "30"]
     run += " chat --guards none --max-tokens 256"
     tmux("-f", "/dev/null", "new-session", "-d", *size, run)

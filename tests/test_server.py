@@ -20,7 +20,8 @@ import httpx
 import openai
 import pytest
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+HERE = Path(__file__).parent
+SUDOKU = HERE / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
 
 
@@ -50,9 +51,16 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: str, **environment: str) -> Iterator[Server]:
+def serving(
+    *arguments: str, script: list[str] | None = None, **environment: str
+) -> Iterator[Server]:
+    """A server, with a model that writes a script if there is one."""
+    command = ["-m", "mlx_diffgemma"]
+    if script is not None:
+        command = [str(HERE / "scripted_cli.py")]
+        environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_diffgemma", "serve", "--port", "0", *arguments],
+        [sys.executable, *command, "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -186,6 +194,52 @@ def test_a_tool_call_that_has_to_be_made(small: Server, choice: Any) -> None:
         assert said["message"]["content"].startswith("call:now{")
     body["tool_choice"] = {"type": "function", "function": {"name": "later"}}
     assert small.post("/v1/chat/completions", body).status_code == 400
+
+
+def test_tools_and_thoughts_through_the_openai_client() -> None:
+    call = '<|channel>thought\nlook<channel|>Wait.<|tool_call>call:weather{city:<|"|>Oslo<|"|>}'
+    script = [call + "<tool_call|>", "cold<channel|>It is 3 degrees."] * 2
+    tools: Any = [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            },
+        }
+    ]
+    with serving(script=script) as server:
+        client = server.client()
+        for stream in (False, True):
+            messages: Any = [{"role": "user", "content": "How is Oslo?"}]
+            ask: Any = {"model": "x", "tools": tools, "extra_body": {"enable_thinking": True}}
+            if stream:
+                chunks = list(client.chat.completions.create(**ask, messages=messages, stream=True))
+                deltas = [c.choices[0].delta for c in chunks if c.choices]
+                (asked,) = [d.tool_calls[0] for d in deltas if d.tool_calls]
+                thought = "".join(getattr(d, "reasoning_content", "") for d in deltas)
+                said = "".join(d.content or "" for d in deltas)
+                reason = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
+            else:
+                choice = client.chat.completions.create(**ask, messages=messages).choices[0]
+                message: Any = choice.message
+                (asked,), thought = message.tool_calls, message.reasoning_content
+                said, reason = message.content, choice.finish_reason
+            assert (thought.strip(), said, reason) == ("look", "Wait.", "tool_calls")
+            assert (asked.function.name, json.loads(asked.function.arguments)) == (
+                "weather",
+                {"city": "Oslo"},
+            )
+            function = {"name": "weather", "arguments": asked.function.arguments}
+            calls = [{"id": asked.id, "type": "function", "function": function}]
+            messages += [
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "tool_call_id": asked.id, "content": "3 C"},
+            ]
+            done: Any = client.chat.completions.create(**ask, messages=messages).choices[0]
+            assert done.message.content == "It is 3 degrees."
+            assert done.message.reasoning_content == "cold"
+            assert done.finish_reason == "stop"
 
 
 def test_guaranteed_json(small: Server) -> None:

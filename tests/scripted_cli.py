@@ -1,0 +1,33 @@
+"""`mlx-diffgemma` with a model that writes a script: PYTHONPATH=tests python scripted_cli.py serve
+
+SCRIPT is a JSON list of answers; the last goes on for ever. DELAY is seconds a denoising step.
+"""
+
+import json
+import os
+import time
+from typing import Any
+
+from gemma import gemma_tokenizer
+from random_model import Scripted, untrained
+
+from mlx_diffgemma import cli, loading
+
+
+class Slow(Scripted):
+    def decode(self, *given: Any) -> Any:
+        time.sleep(float(os.environ.get("DELAY", "0")))
+        return super().decode(*given)
+
+
+def load(*given: Any, **settings: Any) -> Any:
+    """Where it is called: MLX's streams belong to a thread."""
+    tokenizer = gemma_tokenizer()
+    model = untrained(768, 64, kind=Slow)
+    answers = json.loads(os.environ["SCRIPT"])
+    model.begin(*([*tokenizer.encode(answer), 6][:64] for answer in answers + answers[-1:] * 99))
+    return model, tokenizer
+
+
+loading.load = load
+cli.main()
