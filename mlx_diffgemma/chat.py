@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .display import Screen, summary, told
 from .errors import Error
-from .generation import Done, Draft, Event, Notice
+from .generation import Done, Draft, Event, Notice, Reading
 from .session import ChatSession, ToolResult
 from .tokenizer import Tokenizer
 from .tools import Tool
@@ -170,6 +170,8 @@ class Chat:
                     match event:
                         case Draft() if screen.live:
                             screen.draft(event, self._tokenizer.pieces(event.tokens))
+                        case Reading():
+                            screen.reading(event.done, event.total)
                         case Text():
                             screen.text(event.text)
                         case Thought():

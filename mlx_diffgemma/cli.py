@@ -150,7 +150,7 @@ def generate(
 
     from .context import Context
     from .display import Screen, progress, summary, told
-    from .generation import Done, Draft, Notice, stream_generate
+    from .generation import Done, Draft, Notice, Reading, stream_generate
     from .loading import load
     from .turns import BadToolCall, Text, Thought, ToolCall
 
@@ -190,6 +190,8 @@ def generate(
                     screen.draft(event, tokenizer.pieces(event.tokens))
                 case Draft() if show and not quiet:
                     say(f"{progress(event)} | {event.text!r}")
+                case Reading() if not quiet:
+                    screen.reading(event.done, event.total)
                 case Text():
                     answer += event.text
                     if not as_json:

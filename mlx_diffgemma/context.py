@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -94,7 +94,16 @@ class Context:
         return self._reusable(_common(self._tokens, tokens))
 
     def read(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> int:
-        """Make the context hold exactly `tokens`, mark its end, and say how many were encoded.
+        """Make the context hold exactly `tokens`, mark its end, and say how many were encoded."""
+        new = len(tokens) - self.shared(tokens)
+        for _ in self.reading(tokens, chunk):
+            pass
+        return new
+
+    def reading(
+        self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
+    ) -> Generator[int, None, None]:
+        """As `read`, with a pause after each chunk: how many tokens are held by now.
 
         Where the tokens depart from what was held a mark is left, if it saves enough: the next
         prompt may begin in the same way.
@@ -103,12 +112,11 @@ class Context:
         kept = self._reusable(agreed)
         departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
         self._restore(kept)
-        if departs:
-            self.extend(tokens[kept:agreed], chunk)
+        for goal in [agreed] * departs + [len(tokens)]:
+            while len(self) < goal:
+                self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)
+                yield len(self)
             self.mark()
-        self.extend(tokens[len(self) :], chunk)
-        self.mark()
-        return len(tokens) - kept
 
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
         """Encode more tokens. Interrupted, the context is empty: layers must not disagree."""

@@ -133,6 +133,11 @@ class Screen:
         seconds = time.perf_counter() - self._started
         self._frame.draw(Styled(self._held) + draw(draft, pieces, seconds))
 
+    def reading(self, done: int, total: int) -> None:
+        """Draw how far a long prompt has been read."""
+        if self._frame is not None:
+            self._frame.draw(Styled(f"read {done} of {total} tokens", style="cyan"))
+
     def text(self, text: str) -> None:
         """Print text that is final."""
         if self._frame is None or not self._shared:

@@ -45,6 +45,14 @@ class ContextError(Error):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A long prompt is being encoded: `done` of `total` tokens so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Draft:
     """One denoising step: the canvas as it stands.
 
@@ -96,7 +104,7 @@ class Done:
     peak_memory: int
 
 
-Event = Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
+Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def generate_tokens(
     starts: Starts = from_noise,
     context: Context | None = None,
     judge: Judge = trust,
-) -> Generator[Encoded | Snapshot | Again | Committed, None, None]:
+) -> Generator[Reading | Encoded | Snapshot | Again | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
 
     `starts` says where each canvas starts, `judge` what becomes of it. The last canvas is not
@@ -177,13 +185,17 @@ def write_tokens(
     starts: Starts,
     context: Context | None,
     judge: Judge,
-) -> Run[Encoded | Snapshot | Again | Committed, None]:
+) -> Run[Reading | Encoded | Snapshot | Again | Committed, None]:
     """As `generate_tokens`, but somebody else decodes."""
     room = room_behind(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
     context = Context(model) if context is None else context
-    yield Encoded(context.read(prompt, prefill_chunk))
+    new = len(prompt) - context.shared(prompt)
+    for tokens_read in context.reading(prompt, prefill_chunk):
+        if tokens_read < len(prompt):
+            yield Reading(tokens_read, len(prompt))
+    yield Encoded(new)
     generated: list[int] = []
     while True:
         attempts: list[Candidate] = []
@@ -414,7 +426,7 @@ def _events(
     tokenizer: Tokenizer,
     prompt: list[int],
     config: GenerationConfig,
-    run: Run[Encoded | Snapshot | Again | Committed, None],
+    run: Run[Reading | Encoded | Snapshot | Again | Committed, None],
     check: Callable[[str], None],
     stop: Sequence[str],
 ) -> Run[Event, None]:
@@ -437,7 +449,9 @@ def _events(
             seconds += time.perf_counter() - resumed
             if isinstance(item, Pass):
                 continue
-            if isinstance(item, Encoded):
+            if isinstance(item, Reading):
+                yield item
+            elif isinstance(item, Encoded):
                 prompt_seconds, encoded = seconds, item.tokens
             elif isinstance(item, Snapshot):
                 passes += 1

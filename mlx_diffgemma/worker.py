@@ -228,6 +228,9 @@ class Worker:
                     del self._running[key]
                     self._end(running.ticket, event)
                     continue
+                if running.ticket.cancelled:  # also between two chunks of a long prompt
+                    batch.remove(key)
+                    continue
                 running.ticket.listen(event)
                 if isinstance(event, Done):
                     del self._running[key]

@@ -17,12 +17,14 @@ from mlx_diffgemma import (
     Draft,
     Event,
     Guards,
+    Reading,
     SessionError,
     Text,
     Thought,
     ToolCall,
     ToolResult,
     load,
+    stream_generate,
 )
 from mlx_diffgemma.generation import generate
 from mlx_diffgemma.guards import OFF
@@ -155,6 +157,19 @@ def test_a_message_that_does_not_fit_changes_nothing() -> None:
         next(talk.stream("  "))
     assert (talk.messages, talk.context.tokens) == before
     assert model._next == 1
+
+
+def test_reading_a_long_prompt_can_be_stopped() -> None:
+    """Stopping used to wait until all of it was read; what was read is not lost."""
+    talk, _ = speaking("Fine.", "Fine.")
+    events = stream_generate(
+        talk._model, TOKENIZER, [30] * 1800, context=talk.context, prefill_chunk=500
+    )
+    assert [next(events), next(events)] == [Reading(500, 1800), Reading(1000, 1800)]
+    events.close()
+    assert talk.context.tokens == (30,) * 1000
+    done = done_of(list(stream_generate(talk._model, TOKENIZER, [30] * 1800, context=talk.context)))
+    assert done.cached_tokens == 1000
 
 
 def test_save_and_load_go_on_alike(tmp_path: Path) -> None:
