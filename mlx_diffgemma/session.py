@@ -61,6 +61,7 @@ class ChatSession:
         self._tokenizer = tokenizer
         self._context = Context(model)
         self._messages: list[Message] = []
+        self._unanswered: list[Message] | None = None
         self._tools = list(tools)
         self._thinking = False
         self.guards = guards or Guards()
@@ -140,12 +141,14 @@ class ChatSession:
         return self._answer(asked, seed)
 
     def retry(self, *, seed: int | None = None) -> Generator[Event, None, None]:
-        """Answer the last message once more; nothing of it is encoded again.
+        """Answer the last message once more, also one whose answer was stopped before it began.
+
+        Nothing of it is encoded again.
 
         Raises:
             SessionError: there is no message yet.
         """
-        asked = self._messages[: self._last_question() + 1]
+        asked = self._unanswered or self._messages[: self._last_question() + 1]
         return self._answer(asked, seed)
 
     def undo(self) -> str:
@@ -154,6 +157,7 @@ class ChatSession:
         Raises:
             SessionError: there is none.
         """
+        self._unanswered = None
         at = self._last_question()
         content = str(self._messages[at]["content"])
         del self._messages[at:]
@@ -161,6 +165,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forget the conversation, not the system message."""
+        self._unanswered = None
         del self._messages[bool(self.system) :]
         self._context.clear()
 
@@ -242,6 +247,7 @@ class ChatSession:
         text = thought = ""
         calls: list[dict[str, Any]] = []
         ended = False
+        self._unanswered = None
         try:
             for event in events:
                 if isinstance(event, Text):
@@ -261,6 +267,8 @@ class ChatSession:
             events.close()
             if text and not ended:
                 self._messages = [*asked, _assistant(text, thought, calls)]
+            elif not ended:
+                self._unanswered = asked
 
 
 _HELLO: Message = {"role": "user", "content": "Hello"}

@@ -132,12 +132,16 @@ def test_retry_undo_and_reset() -> None:
 def test_stopping_keeps_what_is_committed() -> None:
     canvas = TOKENIZER.encode("A first canvas without an end. " * 3)[:64]
     model = scripted()
-    model.begin(canvas, ids("rest"), ids("fresh"))
+    model.begin(canvas, canvas)
     talk = ChatSession(model, TOKENIZER, max_tokens=200)
     events = talk.stream("go on")
     assert isinstance(next(events), Draft)
     events.close()
     assert talk.messages == ()  # nothing was committed: as if never asked
+    events = talk.retry()  # this used to answer the message before, or find none
+    next(events)
+    events.close()
+    assert talk.messages == ()
     model.begin(canvas, ids("rest"), ids("fresh"))
     events = talk.stream("go on")
     assert any(isinstance(event, Text) for event in iter(events.__next__, None))
