@@ -47,6 +47,8 @@ class Tokens:
     ids: tuple[int, ...]
 
     def build(self, graph: "Graph", start: int) -> int:
+        if not self.ids:
+            raise PatternError("no token of this vocabulary fits")
         end = graph.state()
         graph.edge(start, graph.token_set(self.ids), end)
         return end

@@ -14,7 +14,7 @@ class Scene:
 
 
 _PUZZLE = "43.52.\n2.143.\n.42.53\n5132.4\n..5...\n...615"
-_TYPOS = "a smal hosue near the river"
+_TYPOS = "a small hosue near the river"
 SCENES = (
     Scene("A Sudoku is solved:", Case("sudoku", _PUZZLE)),
     Scene(

@@ -175,22 +175,25 @@ def _gap(vocabulary: Vocabulary, hole: Hole, spaced: bool, closing: str, room: i
 
 
 def _pieces(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hole]) -> list[_Piece]:
-    """The template in tokens. A space before a hole moves into it: words begin with theirs."""
+    """The template in tokens. A space before a hole moves into it, if words begin with theirs."""
     pieces: list[_Piece] = []
     for i, part in enumerate(parts):
         after = parts[i + 1] if i + 1 < len(parts) else None
         if isinstance(part, Hole):
             before = parts[i - 1] if i else ""
-            spaced = isinstance(before, str) and _lends_space(before, part)
+            spaced = isinstance(before, str) and _lends_space(vocabulary, before, part)
             closing = after[0] if isinstance(after, str) and after[0] in _CLOSING else ""
             pieces.append(_gap(vocabulary, part, spaced, closing, model.config.canvas_length - 1))
             continue
-        text = part[:-1] if isinstance(after, Hole) and _lends_space(part, after) else part
+        lends = isinstance(after, Hole) and _lends_space(vocabulary, part, after)
+        text = part[:-1] if lends else part
         pieces.append(tuple(vocabulary.tokenizer.encode(text)))
     return pieces
 
 
-def _lends_space(text: str, hole: Hole) -> bool:
+def _lends_space(vocabulary: Vocabulary, text: str, hole: Hole) -> bool:
+    if not vocabulary.words_without("").ids:  # of single characters, say: no word has its space
+        return False
     return hole.kind != "int" and len(text) > 1 and text[-1] == " " and not text[-2].isspace()
 
 

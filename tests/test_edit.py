@@ -120,16 +120,16 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 
 def test_a_file_of_this_repository_through_stdin() -> None:
     text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
-    flags = ("-i", "Fix", "--lines", "5", "--seed", "1", "--steps", "6", "--strength", "1")
+    flags = ("-i", "Fix", "--lines", "4", "--seed", "1", "--steps", "6", "--strength", "1")
     done = command("-", *flags, stdin=text)
     assert done.returncode == 0, done.stderr
     if done.stdout:
         assert done.stdout.startswith("--- a/stdin\n+++ b/stdin\n@@ ")
         removed = [x for x in done.stdout.splitlines()[2:] if x.startswith("-")]
-        assert removed == ["-" + text.splitlines()[4]]
+        assert removed == ["-" + text.splitlines()[3]]
     whole = command("-", *flags, "--text", stdin=text)
-    assert whole.stdout.splitlines()[:4] == text.splitlines()[:4]
-    assert whole.stdout.endswith("".join(text.splitlines(keepends=True)[5:]))
+    assert whole.stdout.splitlines()[:3] == text.splitlines()[:3]
+    assert whole.stdout.endswith("".join(text.splitlines(keepends=True)[4:]))
 
 
 def test_in_place_keeps_mode_and_line_ends_and_leaves_nothing_behind(tmp_path: Path) -> None:

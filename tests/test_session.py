@@ -88,7 +88,7 @@ def test_a_cached_session_answers_as_one_encoded_from_scratch() -> None:
 
 def test_the_second_turn_of_a_long_conversation_encodes_only_its_own_tokens() -> None:
     talk, _ = speaking("It is long.", "Yes.", "No.", "Maybe.")
-    first = done_of(list(talk.stream("word " * 1000)))
+    first = done_of(list(talk.stream("word " * 400)))
     assert first.prompt_tokens > 2000
     assert first.cached_tokens == 0
     second = done_of(list(talk.stream("Really?")))
