@@ -12,6 +12,7 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
+from gemma import gemma_tokenizer
 
 HERE = Path(__file__).parent
 SUDOKU = str(HERE / "data" / "sudoku6")
@@ -97,11 +98,12 @@ def test_a_session_with_all_commands(tmp_path: Path) -> None:
     assert "/help" in "\n".join(chat.lines())
     answer, *stats = chat.type("hello")
     assert answer == "One."
-    assert "15 prompt tokens in" in "".join(stats)
+    first = re.match(r"(\d+) prompt tokens in", "".join(stats))
+    assert first
     stats = " ".join(chat.type("and more")[1:])
     cached = re.search(r"(\d+) prompt tokens \((\d+) of them cached\)", stats)
     assert cached
-    assert int(cached[2]) == 15
+    assert cached[2] == first[1]
     assert chat.type("/retry")[0] == "Three."
     assert chat.type("/undo") == ["Forgotten: and more"]
     assert chat.type("/edit something else")[0] == "Four."
@@ -142,17 +144,17 @@ def test_a_session_with_all_commands(tmp_path: Path) -> None:
 
 def test_the_canvas_leaves_nothing_behind() -> None:
     """A second canvas used to begin in the row where the text before ended, and erased it."""
-    long = "wide \u8a9e words and so much more to say here that it needs two canvases. "
-    chat = Terminal("--guards", "none", "--max-tokens", "90", script=["a\nb", long * 2, "d"])
+    long = "wide \u8a9e and so on " * 9
+    chat = Terminal("--guards", "none", "--max-tokens", "90", script=["a\nb", long, "d"])
     assert chat.type("hello")[:2] == ["a", "b"]
     lines = chat.type("and")
-    assert lines[0].startswith("wide ")
     assert not any("accepted" in line for line in chat.lines())
-    # pyte fills the second half of a wide character with nothing, so count what is there.
     answer = "".join(lines[: next(i for i, line in enumerate(lines) if "prompt" in line)])
-    assert answer.count("\u8a9e") == 2
-    assert answer.endswith("d")
-    assert long.replace(" ", "") in answer.replace(" ", "")
+    tokenizer = gemma_tokenizer()
+    wanted = tokenizer.decode(tokenizer.encode(long)[:64]) + "d"
+    # pyte fills the second half of a wide character with nothing.
+    assert "".join(answer.split()) == "".join(wanted.split())
+    assert answer.count("\u8a9e") >= 2
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_is_committed() -> None:
