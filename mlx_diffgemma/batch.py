@@ -29,7 +29,7 @@ class Batch:
         self._model = model
         self._tokenizer = tokenizer
         self._runs: dict[int, Run[Event, None]] = {}
-        self._hidden: dict[int, mx.array | None] = {}
+        self._hidden: dict[int, mx.array] = {}  # answers to passes, until the next step
         self._count = 0
 
     def __len__(self) -> int:
@@ -44,7 +44,6 @@ class Batch:
         """
         key = self._count
         self._runs[key] = write_events(self._model, self._tokenizer, request)
-        self._hidden[key] = None
         self._count += 1
         return key
 
@@ -66,9 +65,9 @@ class Batch:
         A request ends with its `Done` or an error. Stopping in the middle loses events.
         """
         passes: dict[int, Pass] = {}
-        for key in list(self._runs):
-            run, answer = self._runs.get(key), self._hidden.get(key)
-            while run is not None and key in self._runs:  # whoever takes an event may remove it
+        for key, run in list(self._runs.items()):
+            answer = self._hidden.pop(key, None)
+            while key in self._runs:  # whoever takes an event may remove it
                 try:
                     item = run.send(answer)
                 except StopIteration:
@@ -83,9 +82,7 @@ class Batch:
                     passes[key] = item
                     break
                 yield key, item
-            self._hidden[key] = None
         self._decode({key: asked for key, asked in passes.items() if key in self._runs})
-        self._hidden = {key: self._hidden.get(key) for key in self._runs}
 
     def _decode(self, passes: dict[int, Pass]) -> None:
         """Hidden states of all passes; canvases of one length go through the model together."""

@@ -69,7 +69,6 @@ class Chat:
     Args:
         session: the conversation.
         tokenizer: for the text of single tokens while they are drawn.
-        load_session: reads a saved session, for /load.
         seed: of every answer; None draws one. A retry takes the next.
         tools: that the model may call, by name.
         yes: call them without asking.
@@ -80,7 +79,6 @@ class Chat:
         self,
         session: ChatSession,
         tokenizer: Tokenizer,
-        load_session: Callable[[Path], ChatSession],
         *,
         seed: int | None,
         tools: dict[str, Tool],
@@ -89,7 +87,6 @@ class Chat:
     ):
         self.session = session
         self._tokenizer = tokenizer
-        self._load_session = load_session
         self._seed = seed
         self._tries = 0
         self._tools = tools
@@ -282,11 +279,9 @@ class Chat:
         if not rest:
             self._say("/load takes a file name.")
             return
-        found = self._load_session(given_path(rest))
-        found.guards, found.steps = self.session.guards, self.session.steps
-        found.max_tokens, found.sampler = self.session.max_tokens, self.session.sampler
-        self.session = found
-        self._say(f"{len(found.messages)} messages, {len(found.context)} tokens in the cache.")
+        self.session.restore(given_path(rest))
+        held = len(self.session.context)
+        self._say(f"{len(self.session.messages)} messages, {held} tokens in the cache.")
 
     def _image(self, rest: str) -> None:
         self._say("Images are not supported: this runtime reads text only.")

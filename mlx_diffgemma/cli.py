@@ -307,8 +307,6 @@ def chat(
     chosen = choose_sampler(sampler, threshold)
     wanted = read_guards(guards, thinking_budget)
 
-    from functools import partial
-
     from .chat import Chat
     from .loading import load
     from .session import ChatSession
@@ -317,24 +315,29 @@ def chat(
     known = by_name(read_tools(tools)) if tools else {}
     introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
-    reopen = partial(ChatSession.load, model=loaded, tokenizer=tokenizer)
+    talk = ChatSession(
+        loaded,
+        tokenizer,
+        tools=[tool.declaration for tool in known.values()],
+        guards=wanted,
+        max_tokens=max_tokens,
+        steps=steps,
+        sampler=chosen,
+        shrink=shrink,
+    )
     if session is not None and session.exists():
-        talk = reopen(session)
+        talk.restore(session)
         say(f"Going on with {len(talk.messages)} messages of {session}.")
-    else:
-        talk = ChatSession(loaded, tokenizer, tools=[tool.declaration for tool in known.values()])
     if system is not None:
         talk.system = system
     if thinking is not None:
         talk.enable_thinking = thinking
-    talk.guards, talk.max_tokens, talk.steps = wanted, max_tokens, steps
-    talk.sampler, talk.shrink = chosen, shrink
-    conversation = Chat(talk, tokenizer, reopen, seed=seed, tools=known, yes=yes, live=live)
+    conversation = Chat(talk, tokenizer, seed=seed, tools=known, yes=yes, live=live)
     try:
         conversation.run()
     finally:
         if session is not None:
-            conversation.session.save(session)
+            talk.save(session)
 
 
 @app.command()

@@ -260,10 +260,9 @@ class Contexts:
 
     def take(self, tokens: Sequence[int]) -> Context:
         """A context for a new prompt: the one that has read most of it, or an empty one."""
-        best = max(self._kept, key=lambda context: context.shared(tokens), default=None)
-        if best is None or not best.shared(tokens):
-            return Context(self._model)
-        return best.fork()
+        shared = [context.shared(tokens) for context in self._kept]
+        most = max(shared, default=0)
+        return self._kept[shared.index(most)].fork() if most else Context(self._model)
 
     def give(self, context: Context) -> None:
         """Keep a context that is no longer used; the ones that it goes on from are dropped."""

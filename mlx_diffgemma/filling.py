@@ -192,7 +192,7 @@ def _pieces(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hol
 
 
 def _lends_space(vocabulary: Vocabulary, text: str, hole: Hole) -> bool:
-    if not vocabulary.words_without("").ids:  # of single characters, say: no word has its space
+    if not vocabulary.words_begin_with_spaces:
         return False
     return hole.kind != "int" and len(text) > 1 and text[-1] == " " and not text[-2].isspace()
 

@@ -405,8 +405,7 @@ def _judge(
     opens, closes = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
     thinking = None
     if opens is not None and closes is not None:
-        begun = Thinking(opens, closes, False).open_after(prompt)
-        thinking = Thinking(opens, closes, begun)
+        thinking = Thinking(opens, closes, begun=TurnReader(tokenizer, prompt).thinking)
     ends = frozenset(config.eos_token_ids)
 
     def sentences(tokens: Sequence[int]) -> list[int]:

@@ -188,20 +188,31 @@ class ChatSession:
         """Go on where a saved session stopped, with default settings.
 
         Raises:
-            SessionError: there is no such file, it is damaged or no session, or another model's.
+            SessionError: as `restore`.
         """
-        context, extra = Context.load(path, model)
+        session = cls(model, tokenizer)
+        session.restore(path)
+        return session
+
+    def restore(self, path: Path) -> None:
+        """Take over a saved conversation; the settings of this session stay.
+
+        Raises:
+            SessionError: there is no such file, it is damaged or no session, or another model's;
+                this session is as it was.
+        """
+        context, extra = Context.load(path, self._model)
         if not isinstance(extra, dict) or not isinstance(extra.get("messages"), list):
             raise SessionError(f"{path} is a prompt cache, not a session")
-        session = cls(
-            model,
-            tokenizer,
+        saved = ChatSession(  # which refuses what the template does not know
+            self._model,
+            self._tokenizer,
             tools=extra.get("tools", []),
             enable_thinking=extra.get("thinking", False),
         )
-        session._context = context
-        session._messages = extra["messages"]
-        return session
+        self._tools, self._thinking = saved._tools, saved._thinking
+        self._messages, self._unanswered = extra["messages"], None
+        self._context = context
 
     def _last_question(self) -> int:
         for i in reversed(range(len(self._messages))):

@@ -59,6 +59,11 @@ class Vocabulary:
         words = ((i, self._plain[i]) for i in ids)
         return Tokens(tuple(i for i, t in words if len(t) > 1 and t[0] == " " and t[1] != " "))
 
+    @cached_property
+    def words_begin_with_spaces(self) -> bool:
+        """Whether any token does; in a vocabulary of single characters no word has its space."""
+        return bool(self.words_without("").ids)
+
     def character(self, characters: str) -> Tokens:
         """A token that is exactly one of these characters.
 

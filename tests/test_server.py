@@ -489,7 +489,7 @@ def test_who_may_ask() -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_schemathesis_finds_no_crash(small: Server) -> None:
+def test_schemathesis_finds_no_crash(small: Server, tmp_path: Path) -> None:
     """Requests made from the OpenAPI document, and around it."""
     done = subprocess.run(
         [
@@ -505,6 +505,7 @@ def test_schemathesis_finds_no_crash(small: Server) -> None:
         capture_output=True,
         text=True,
         timeout=550,
+        cwd=tmp_path,  # where it leaves a cache
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
