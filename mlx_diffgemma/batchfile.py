@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import Error
+from .files import read_text
 from .generation import Done, Event, Request
 from .turns import Text, Thought, ToolCall
 
@@ -62,13 +63,7 @@ def read_requests(path: Path, settings: dict[str, Any]) -> tuple[list[Request], 
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise BatchError(f"{path} is not UTF-8 text") from None
-    return [line for line in text.split("\n") if line.strip()]
+    return [line for line in read_text(path, BatchError).split("\n") if line.strip()]
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:

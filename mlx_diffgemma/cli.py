@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 
 from .errors import Error
+from .files import read_text, replacing
 
 if TYPE_CHECKING:
     from .guards import Guards
@@ -806,35 +807,14 @@ def from_argument(given: str, what: str, *, holes: bool = False) -> str:
     return given
 
 
-def read_text(path: Path) -> str:
-    """A file's text, or one sentence."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:  # line ends stay as they are
-            return file.read()
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
-    except UnicodeDecodeError:
-        fail(f"{path} is not UTF-8 text")
-
-
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file's text at once: a full disk or a kill leaves the old one."""
+    """Replace a file's text at once, and keep its mode."""
     from shutil import copymode
-    from tempfile import NamedTemporaryFile
 
-    target = path.resolve()  # a link stays a link
     try:
-        with NamedTemporaryFile(
-            "w", dir=target.parent, encoding="utf-8", newline="", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.close()
-                copymode(target, file.name)
-                os.replace(file.name, target)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with replacing(path) as fresh:
+            fresh.write_text(text, encoding="utf-8", newline="")
+            copymode(path, fresh)
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror}")
 

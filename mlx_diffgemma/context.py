@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from .errors import Error
+from .files import replacing
 from .model import DiffusionGemma, LayerCache, LayerMark
 
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
@@ -179,15 +178,8 @@ class Context:
             "extra": json.dumps(extra, ensure_ascii=False),
         }
         try:
-            with NamedTemporaryFile(
-                dir=path.resolve().parent, suffix=".safetensors", delete=False
-            ) as file:
-                try:
-                    mx.save_safetensors(file.name, arrays, metadata)
-                    os.replace(file.name, path.resolve())
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with replacing(path, suffix=".safetensors") as fresh:
+                mx.save_safetensors(str(fresh), arrays, metadata)
         except OSError as error:
             raise SessionError(f"{path} cannot be written: {error.strerror}") from None
         except RuntimeError as error:  # what MLX raises when the disk is full

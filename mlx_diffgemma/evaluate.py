@@ -11,6 +11,7 @@ from pathlib import Path
 from .canvas import fill_start
 from .editing import STRENGTH, edit_start
 from .errors import Error
+from .files import read_text
 from .generation import Done, Event, stream_generate
 from .model import DiffusionGemma
 from .sampler import SeededDraws
@@ -77,10 +78,7 @@ def read_cases(path: Path) -> list[Case]:
         TaskError: naming the line that cannot be used.
     """
     cases = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror}") from None
+    lines = read_text(path, TaskError).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -30,6 +30,7 @@ from .canvas import planned_start
 from .config import GenerationConfig
 from .denoise import Start
 from .errors import Error
+from .files import read_text
 from .generation import Starts
 from .model import DiffusionGemma
 from .sampler import Draws
@@ -70,10 +71,8 @@ def read_schema(path: Path) -> Schema:
         SchemaError: there is no such file, or it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SchemaError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+        return json.loads(read_text(path, SchemaError))
+    except json.JSONDecodeError as error:
         raise SchemaError(f"{path} is not JSON: {error}") from None
 
 

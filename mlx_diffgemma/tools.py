@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import Error
+from .files import read_text
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
 
@@ -51,12 +52,7 @@ def read_tools(path: Path) -> list[Tool]:
     Raises:
         ToolError: the file cannot be read or declares nothing that could be called.
     """
-    try:
-        source = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ToolError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ToolError(f"{path} is not UTF-8 text") from None
+    source = read_text(path, ToolError)
     found = _from_json(path, source) if path.suffix == ".json" else _from_python(path, source)
     if not found:
         raise ToolError(f"{path} declares no function")
