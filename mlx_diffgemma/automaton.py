@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from .errors import Error
-from .sampler import NEVER
+from .sampler import NEVER, Choices
 
 Ids = npt.NDArray[np.int64]
 FAR = 1 << 30  # a distance no canvas has
@@ -271,10 +271,14 @@ class Machine:
     def _members(self) -> list[frozenset[int]]:
         return [frozenset(ids) for ids in self.sets]
 
+    def readable(self, token: int) -> list[bool]:
+        """Of each token set, whether it has the token."""
+        return [token in members for members in self._members]
+
     def advance(self, states: frozenset[int], tokens: Row[int]) -> frozenset[int]:
         """The states that reading tokens can lead to; empty if they are not allowed."""
         for token in tokens:
-            readable = [token in members for members in self._members]
+            readable = self.readable(token)
             states = frozenset(
                 target
                 for source, token_set, target in zip(
@@ -377,6 +381,8 @@ class Plan:
 class Plans:
     """A plan a canvas row, as the denoising loop's constraint."""
 
+    joint: ClassVar[bool] = True
+
     def __init__(self, plans: Row[Plan], vocab_size: int):
         self._plans = list(plans)
         # Few different unions of token sets occur; each position refers to one of them.
@@ -398,26 +404,39 @@ class Plans:
         self._table = mx.array(np.stack(table))
         self._outside = mx.array(np.stack([_outside(mask) for mask in table]))
         self._index = mx.array(index, dtype=mx.int32)
-        self._sets = [[mx.array(ids) for ids in plan.machine.sets] for plan in self._plans]
+        self._sets = [[np.array(ids) for ids in plan.machine.sets] for plan in self._plans]
+        self._widest = max(map(len, self._sets))
 
-    def mask(self, logits: mx.array) -> mx.array:
-        """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
-        return mx.where(self._table[self._index], logits, NEVER)
+    def allowed(self, first: int, count: int, length: int) -> mx.array:
+        """(B, L, count) whether some allowed canvas has the id there."""
+        return self._table[:, first : first + count][self._index]
 
     def noise(self, tokens: mx.array) -> mx.array:
         """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
         return self._outside[self._index, tokens]
 
-    def choose(self, logits: mx.array) -> mx.array:
-        """(B, L) ids of the allowed canvas with the highest sum of logits."""
-        scored = [_score(row, sets) for row, sets in zip(logits, self._sets, strict=True)]
-        mx.eval(scored)
-        canvases = []
-        for plan, (scores, tokens) in zip(self._plans, scored, strict=True):
-            path = plan.best_path(np.array(scores, dtype=np.float64))
-            best = np.array(tokens)
-            canvases.append([int(best[i, k]) for i, k in enumerate(path)])
-        return mx.array(canvases, dtype=mx.int32)
+    def score(self, logits: mx.array, first: int) -> Choices:
+        """The best token of each set of a row's pattern; rows with fewer sets are filled up."""
+        rows = [
+            _score(row, sets, first, self._widest)
+            for row, sets in zip(logits, self._sets, strict=True)
+        ]
+        return Choices(mx.stack([r.scores for r in rows]), mx.stack([r.tokens for r in rows]))
+
+    def choose(self, choices: Choices, fixed: mx.array | None, canvas: mx.array) -> mx.array:
+        """(B, L) ids of the allowed canvas with the highest sum of scores."""
+        mx.eval(choices.scores, choices.tokens, canvas, [] if fixed is None else fixed)
+        scores = np.array(choices.scores, dtype=np.float64)
+        tokens, given = np.array(choices.tokens), np.array(canvas)
+        chosen = np.empty_like(given)
+        held = np.zeros(given.shape, dtype=bool) if fixed is None else np.array(fixed)
+        for b, plan in enumerate(self._plans):
+            for i in np.flatnonzero(held[b]):
+                tokens[b, i] = given[b, i]
+                scores[b, i] = np.where(plan.machine.readable(int(given[b, i])), 0.0, NEVER)
+            path = plan.best_path(scores[b, :, : len(self._sets[b])])
+            chosen[b] = tokens[b, np.arange(len(path)), path]
+        return mx.array(chosen)
 
 
 def _outside(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
@@ -432,21 +451,22 @@ def _outside(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     return np.where(allowed, others[np.searchsorted(others, ids) % len(others)], ids)
 
 
-def _score(logits: mx.array, sets: list[mx.array]) -> tuple[mx.array, mx.array]:
-    """Of (L, V) logits: the best logit in each set and its token, (L, sets) each."""
-    single = [k for k, ids in enumerate(sets) if ids.size == 1]
-    scores: list[mx.array] = [logits[:, :0]] * len(sets)
-    tokens: list[mx.array] = list(scores)
+def _score(logits: mx.array, sets: list[Ids], first: int, widest: int) -> Choices:
+    """Of a block (L, C): the best logit in each set and its token, (L, widest) each."""
+    count = logits.shape[-1]
+    here = [ids[(ids >= first) & (ids < first + count)] - first for ids in sets]
+    scores = [mx.full((len(logits), 1), NEVER)] * widest
+    tokens = [mx.zeros((len(logits), 1), dtype=mx.int32)] * widest
+    single = [k for k, ids in enumerate(here) if len(ids) == 1]
     if single:
-        ids = mx.concatenate([sets[k] for k in single])
-        columns = logits[:, ids]
+        columns = logits[:, mx.array(np.concatenate([here[k] for k in single]))]
         for column, k in enumerate(single):
-            scores[k] = columns[:, column : column + 1]
-            tokens[k] = mx.broadcast_to(sets[k], (logits.shape[0], 1))
-    for k, ids in enumerate(sets):
-        if ids.size > 1:
-            columns = logits[:, ids]
-            winner = mx.argmax(columns, axis=-1, keepdims=True)
-            scores[k] = mx.take_along_axis(columns, winner, axis=-1)
-            tokens[k] = ids[winner]
-    return mx.concatenate(scores, axis=1), mx.concatenate(tokens, axis=1)
+            scores[k] = columns[:, column : column + 1].astype(mx.float32)
+            tokens[k] = tokens[k] + int(here[k][0] + first)
+    for k, ids in enumerate(here):
+        if len(ids) > 1:
+            columns = logits[:, mx.array(ids)]
+            at = mx.argmax(columns, axis=-1, keepdims=True)
+            scores[k] = mx.take_along_axis(columns, at, axis=-1).astype(mx.float32)
+            tokens[k] = mx.array(ids + first).astype(mx.int32)[at]
+    return Choices(mx.concatenate(scores, axis=1), mx.concatenate(tokens, axis=1))

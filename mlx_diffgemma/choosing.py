@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .context import prefill
 from .errors import Error
 from .generation import encode_prompt, room_behind, rows_at_once
-from .model import DiffusionGemma, LayerCache
+from .model import DiffusionGemma, LayerCache, Pass
 from .sampler import SeededDraws
 from .tokenizer import Message, Tokenizer
 from .vocabulary import Vocabulary
@@ -111,9 +111,9 @@ def _read(
         group = rows[first : first + at_once]
         given = mx.array([[token or 0 for token in row.canvas] for row in group], dtype=mx.int32)
         free = mx.array([[token is None for token in row.canvas] for row in group])
-        logits = model(mx.where(free, noise, given), cache)
+        (hidden,) = model.decode([Pass(mx.where(free, noise, given), cache)])
         at = mx.array([row.position for row in group])[:, None, None]
-        chosen = mx.take_along_axis(logits, at, axis=1)[:, 0]
+        chosen = model.logits(mx.take_along_axis(hidden, at, axis=1))[:, 0]
         yield from np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True))
 
 

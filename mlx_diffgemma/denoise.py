@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from . import sampler as rules
 from .config import GenerationConfig
 from .model import DiffusionGemma, LayerCache, Pass
+from .readout import log_probability, read_out
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,19 +48,6 @@ class Snapshot:
     converged: mx.array
 
 
-class Constraint(Protocol):
-    """What tokens a canvas may hold, alone (`mask`) and together (`choose`); and its noise."""
-
-    def mask(self, logits: mx.array) -> mx.array:
-        """(B, L, V) logits, hugely negative for tokens that no allowed canvas has there."""
-
-    def choose(self, logits: mx.array) -> mx.array:
-        """(B, L) ids of the allowed canvas with the highest sum of logits."""
-
-    def noise(self, tokens: mx.array) -> mx.array:
-        """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
-
-
 @dataclass(frozen=True)
 class Start:
     """Where a canvas starts, if not from uniform noise; arrays are (B, L).
@@ -69,14 +58,14 @@ class Start:
             acceptance and self-conditioning, and not at all for the stop rule.
         background: what a position that is not accepted goes back to; None is fresh noise. Editing
             uses the user's own text here, which noise would destroy.
-        constraint: which canvases are allowed; None allows all.
+        constraint: which canvases are allowed.
         first_step: where the schedule is entered, from 1.
     """
 
     canvas: mx.array
     pinned: mx.array | None = None
     background: mx.array | None = None
-    constraint: Constraint | None = None
+    constraint: rules.Constraint = rules.ANYTHING
     first_step: int = 1
 
 
@@ -119,9 +108,8 @@ def refine(
     steps = config.max_denoising_steps
     if start is None:
         start = Start(draws.tokens((1, model.config.canvas_length)))
-    canvas, pinned = start.canvas, start.pinned
+    canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
     fixed = pinned
-    choose = rules.best if start.constraint is None else start.constraint.choose
     history: deque[mx.array] = deque(maxlen=config.stability_threshold)
     belief: mx.array | None = None
     last: Snapshot | None = None
@@ -129,36 +117,43 @@ def refine(
         heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
         hidden = yield Pass(canvas, cache, belief)
         assert hidden is not None
-        logits = model.logits(hidden) / heat
-        if start.constraint is not None:
-            logits = start.constraint.mask(logits)
+        seen = read_out(model, hidden, heat, constraint, draws, belief=step < steps)
+        argmax = constraint.choose(seen.choices, fixed, canvas)
+        if seen.noisy is not None:
+            sampled = constraint.choose(seen.noisy, fixed, canvas)
+        else:
+            assert seen.sampled is not None
+            sampled = seen.sampled if fixed is None else mx.where(fixed, canvas, seen.sampled)
+        entropy, belief = seen.entropy, seen.belief
+        confidence = mx.exp(log_probability(model, hidden, sampled, heat, seen))
         if fixed is not None:
-            logits = rules.pin(logits, fixed, canvas)
-        sampled = choose(logits + draws.gumbel(logits.shape))
-        argmax = choose(logits)
-        entropy = rules.entropy(logits)
-        confidence = rules.probability(logits, sampled)
-        belief = model.soft_embedding(logits)
+            # A pinned position is certain, for self-conditioning too.
+            entropy = mx.where(fixed, 0.0, entropy)
+            confidence = mx.where(fixed, 1.0, confidence)
+            if belief is not None:
+                belief = mx.where(fixed[..., None], model.embed(canvas), belief)
         accepted = config.sampler.accept(entropy, confidence, fixed)
+        was_fixed = fixed
         noise = start.background
         if noise is None:
-            noise = draws.tokens(canvas.shape)
-            noise = noise if start.constraint is None else start.constraint.noise(noise)
+            noise = constraint.noise(draws.tokens(canvas.shape))
         canvas = rules.renoise(accepted, sampled, noise)
         stop = rules.is_stable(argmax, history, config.stability_threshold)
         stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
         if config.sampler.keeps:
             # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted
-            argmax = choose(rules.pin(logits, fixed, canvas))
+            argmax = constraint.choose(seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
         history.append(argmax)
-        probability = rules.probability(logits, argmax)
+        probability = mx.exp(log_probability(model, hidden, argmax, heat, seen))
+        if was_fixed is not None:
+            probability = mx.where(was_fixed, 1.0, probability)
         now = Snapshot(step, canvas, argmax, accepted, entropy, probability, stop)
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last))
         yield last
-        if last.converged.all().item():
+        if np.array(last.converged).all():
             break
     assert last is not None  # first_step is not behind the last
     return last

@@ -34,7 +34,8 @@ from .generation import (
     fresh_draws,
     rows_at_once,
 )
-from .model import DiffusionGemma, LayerCache
+from .model import DiffusionGemma, LayerCache, Pass
+from .readout import log_probability, read_out
 from .sampler import Draws, Sampler
 from .tokenizer import Tokenizer
 from .vocabulary import Vocabulary, integer
@@ -465,10 +466,10 @@ def surprisal(
     at_once = rows_at_once(model)
     found: list[list[float]] = []
     for first in range(0, len(rows), at_once):
-        logits = model(mx.concatenate(rows[first : first + at_once]), cache)
-        tokens = mx.broadcast_to(canvas[..., None], (*logits.shape[:2], 1))
-        chosen = mx.take_along_axis(logits, tokens, axis=-1)[..., 0]
-        found += np.array(mx.logsumexp(logits, axis=-1) - chosen).tolist()
+        (states,) = model.decode([Pass(mx.concatenate(rows[first : first + at_once]), cache)])
+        tokens = mx.broadcast_to(canvas, states.shape[:2])
+        seen = read_out(model, states, 1.0)
+        found += np.array(-log_probability(model, states, tokens, 1.0, seen)).tolist()
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .config import GenerationConfig
 from .context import PREFILL_CHUNK, Context
-from .denoise import Constraint, Run, Snapshot, Start, drive, refine
+from .denoise import Run, Snapshot, Start, drive, refine
 from .errors import Error
 from .guards import (
     OFF,
@@ -29,15 +29,15 @@ from .guards import (
     trust,
 )
 from .model import DiffusionGemma, Pass
-from .sampler import Draws, Sampler, SeededDraws
+from .sampler import Constraint, Draws, Sampler, SeededDraws
 from .tokenizer import Declaration, Message, Tokenizer
 from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 
 if TYPE_CHECKING:
     from .schema import Schema
 
-# Bytes of logits that canvases computed side by side may take; four copies exist at the peak.
-LOGITS_BYTES = 1 << 30
+# Canvas positions computed side by side where a task has many canvases.
+POSITIONS_AT_ONCE = 4096
 
 
 class ContextError(Error):
@@ -125,7 +125,7 @@ class Committed:
 
 def rows_at_once(model: DiffusionGemma) -> int:
     """How many canvases may go through one pass, at least one."""
-    return max(1, LOGITS_BYTES // (4 * model.config.canvas_length * model.config.vocab_size))
+    return max(1, POSITIONS_AT_ONCE // model.config.canvas_length)
 
 
 def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
@@ -233,11 +233,11 @@ def write_tokens(
 
 def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Candidate:
     """The first row of a finished canvas, up to its end token or the budget."""
-    tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
     ends = [i + 1 for i, token in enumerate(tokens) if token in config.eos_token_ids]
     kept = min([*ends[:1], budget, len(tokens)])
-    entropies: list[float] = np.array(snapshot.entropy[0]).tolist()
-    converged = bool(snapshot.converged.item())
+    entropies: list[float] = np.array(snapshot.entropy)[0].tolist()
+    converged = bool(np.array(snapshot.converged)[0])
     return Candidate(tuple(tokens[:kept]), tuple(entropies[:kept]), converged)
 
 
@@ -503,7 +503,7 @@ def draft_of(
     reader: TurnReader | None = None,
 ) -> Draft:
     """The first row of a snapshot as an event; `reader` knows what the turn has come to."""
-    tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
     kinds = (reader or TurnReader(tokenizer)).kinds(tokens)
     visible = tuple(kind == "text" for kind in kinds)
     end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
@@ -512,9 +512,9 @@ def draft_of(
         step=snapshot.step,
         steps=config.max_denoising_steps,
         tokens=tuple(tokens),
-        accepted=tuple(np.array(snapshot.accepted[0]).tolist()),
-        entropies=tuple(np.array(snapshot.entropy[0]).tolist()),
-        probabilities=tuple(np.array(snapshot.probability[0]).tolist()),
+        accepted=tuple(np.array(snapshot.accepted)[0].tolist()),
+        entropies=tuple(np.array(snapshot.entropy)[0].tolist()),
+        probabilities=tuple(np.array(snapshot.probability)[0].tolist()),
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
-from .denoise import Constraint
-from .sampler import NEVER, best
+from .sampler import Anything, Constraint
 
 FinishReason = Literal["stop", "length", "not_converged", "repetition"]
 Guard = Literal["empty", "not_converged", "repetition", "thinking_budget"]
@@ -200,22 +200,14 @@ def repeated_from(tokens: Sequence[int]) -> int | None:
 
 
 @dataclass(frozen=True)
-class ForbidFirst:
+class ForbidFirst(Anything):
     """A constraint: some tokens must not stand at the front of the canvas.
 
-    Masked logits reach sampling, the argmax and self-conditioning alike.
+    They are out for sampling, the argmax and self-conditioning alike.
     """
 
-    tokens: tuple[int, ...]
+    ids: tuple[int, ...]
 
-    def mask(self, logits: mx.array) -> mx.array:
-        banned = mx.zeros((logits.shape[-1],), dtype=mx.bool_)
-        banned[mx.array(self.tokens)] = True
-        first = mx.arange(logits.shape[1])[:, None] == 0
-        return mx.where(first & banned, NEVER, logits)
-
-    def choose(self, logits: mx.array) -> mx.array:
-        return best(logits)
-
-    def noise(self, tokens: mx.array) -> mx.array:
-        return tokens
+    def allowed(self, first: int, count: int, length: int) -> mx.array:
+        banned = mx.array(np.isin(np.arange(first, first + count), self.ids))
+        return ~(banned & (mx.arange(length) == 0)[:, None])

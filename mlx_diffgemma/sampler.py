@@ -1,7 +1,7 @@
 """The rules of sampling, as pure functions: they know neither the model nor the loop.
 
-Entropies are in nats. Positions run along the last axis of (B, L) arrays, the vocabulary along the
-last axis of (B, L, V) arrays.
+Entropies are in nats. Positions run along the last axis of (B, L) arrays, tokens of the vocabulary
+along the last axis of (B, L, C) arrays.
 """
 
 from collections.abc import Sequence
@@ -21,34 +21,6 @@ def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float
     It starts at `t_max` and ends one step short of `t_min`.
     """
     return t_min + (t_max - t_min) * (remaining / steps)
-
-
-def entropy(logits: mx.array) -> mx.array:
-    """Entropy of softmax(logits) over the last axis, float32 nats."""
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -(mx.exp(log_p) * log_p).sum(axis=-1)
-
-
-def probability(logits: mx.array, tokens: mx.array) -> mx.array:
-    """Probability (B, L) of `tokens` (B, L) under softmax(logits) (B, L, V)."""
-    chosen = mx.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return mx.exp(chosen - mx.logsumexp(logits, axis=-1))
-
-
-def sample(logits: mx.array, gumbel: mx.array) -> mx.array:
-    """A draw from softmax(logits): the argmax after adding standard Gumbel noise (B, L, V)."""
-    return best(logits + gumbel)
-
-
-def best(logits: mx.array) -> mx.array:
-    """The most likely ids (B, L), int32 as all ids here."""
-    return mx.argmax(logits, axis=-1).astype(mx.int32)
-
-
-def pin(logits: mx.array, pinned: mx.array, tokens: mx.array) -> mx.array:
-    """One-hot logits (B, L, V) for `tokens` (B, L) where `pinned` (B, L)."""
-    one_hot = mx.where(mx.arange(logits.shape[-1]) == tokens[..., None], 0.0, NEVER)
-    return mx.where(pinned[..., None], one_hot, logits)
 
 
 def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
@@ -125,6 +97,95 @@ class ConfidenceThreshold:
 Sampler = EntropyBound | ConfidenceThreshold
 
 
+# Which tokens ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The best token of each of S sets of tokens: scores and ids, (B, L, S)."""
+
+    scores: mx.array
+    tokens: mx.array
+
+
+def best(logits: mx.array, first: int) -> Choices:
+    """Of all tokens of a block (B, L, C) whose ids begin at `first`, as one set."""
+    at = mx.argmax(logits, axis=-1, keepdims=True)
+    scores = mx.take_along_axis(logits, at, axis=-1)
+    return Choices(scores, at.astype(mx.int32) + first)
+
+
+def merge(known: Choices | None, found: Choices) -> Choices:
+    """The better of what earlier blocks had and of what a block has; the earlier at a tie."""
+    if known is None:
+        return found
+    better = found.scores > known.scores
+    return Choices(
+        mx.where(better, found.scores, known.scores),
+        mx.where(better, found.tokens, known.tokens),
+    )
+
+
+class Constraint(Protocol):
+    """What tokens a canvas may hold: each for itself (`allowed`), and together (`choose`).
+
+    `joint` says whether the tokens depend on one another.
+    """
+
+    joint: ClassVar[bool]
+
+    def allowed(self, first: int, count: int, length: int) -> mx.array | None:
+        """Which of `count` ids from `first` on may stand at each of L = `length` positions:
+        (L, count) or (B, L, count), or None for all."""
+
+    def score(self, logits: mx.array, first: int) -> Choices:
+        """The best tokens of a block (B, L, C) whose ids begin at `first`, NEVER where none is."""
+
+    def choose(self, choices: Choices, fixed: mx.array | None, canvas: mx.array) -> mx.array:
+        """(B, L) ids of the best allowed canvas that is `canvas` where `fixed`."""
+
+    def noise(self, tokens: mx.array) -> mx.array:
+        """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
+
+
+class Anything:
+    """No constraint."""
+
+    joint: ClassVar[bool] = False
+
+    def allowed(self, first: int, count: int, length: int) -> mx.array | None:
+        return None
+
+    def score(self, logits: mx.array, first: int) -> Choices:
+        return best(logits, first)
+
+    def choose(self, choices: Choices, fixed: mx.array | None, canvas: mx.array) -> mx.array:
+        tokens = choices.tokens[..., 0]
+        return tokens if fixed is None else mx.where(fixed, canvas, tokens)
+
+    def noise(self, tokens: mx.array) -> mx.array:
+        return tokens
+
+
+ANYTHING = Anything()
+
+
+# Randomness --------------------------------------------------------------------------------------
+
+
+class Picker(Protocol):
+    """One draw a position, of a distribution that is seen in blocks."""
+
+    def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
+        """A block of weights (B, L, C) of ids from `first` on, relative to exp(peak) (B, L, 1).
+
+        Answers their sum (B, L, 1).
+        """
+
+    def tokens(self) -> mx.array:
+        """The ids drawn, (B, L)."""
+
+
 class Draws(Protocol):
     """Where all randomness of a run comes from."""
 
@@ -133,6 +194,55 @@ class Draws(Protocol):
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         """Standard Gumbel noise, float32."""
+
+    def categorical(self, shape: tuple[int, ...]) -> Picker:
+        """Draws of this shape from distributions over the vocabulary."""
+
+
+def sub_block(vocab_size: int) -> int:
+    """Ids that are first drawn as one: about the root of the vocabulary, a power of two."""
+    return int(1 << ((vocab_size - 1).bit_length() + 1) // 2)
+
+
+class TwoStage:
+    """Draws first a sub-block of ids, then an id in it.
+
+    Both by the Gumbel-max trick, which needs a number a sub-block and one an id of the drawn one,
+    instead of one a token of the vocabulary. The result does not depend on the blocks.
+    """
+
+    def __init__(self, outer: mx.array, inner: mx.array):
+        """Gumbel noise (B, L, sub-blocks) and (B, L, ids of a sub-block)."""
+        self._outer, self._inner = outer, inner
+        # The best sub-block so far: its score, the weights in it, its first id.
+        self._best: tuple[mx.array, mx.array, mx.array] | None = None
+
+    def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
+        width = self._inner.shape[-1]
+        if ragged := -weights.shape[-1] % width:
+            weights = mx.pad(weights, [(0, 0), (0, 0), (0, ragged)])
+        grouped = weights.reshape(*weights.shape[:2], -1, width)
+        mass = grouped.sum(axis=-1)
+        start = first // width
+        score = mx.log(mass) + peak + self._outer[..., start : start + mass.shape[-1]]
+        at = mx.argmax(score, axis=-1, keepdims=True)
+        score = mx.take_along_axis(score, at, axis=-1)
+        inside = mx.take_along_axis(grouped, at[..., None], axis=2)[:, :, 0]
+        begin = (at.astype(mx.int32) + start) * width
+        found = (score, inside, begin)
+        if self._best is not None:
+            better = score > self._best[0]
+            known = self._best
+            found = tuple(mx.where(better, f, k) for f, k in zip(found, known, strict=True))
+        self._best = found
+        mx.async_eval(found)  # type: ignore[no-untyped-call]
+        return mass.sum(axis=-1, keepdims=True)
+
+    def tokens(self) -> mx.array:
+        assert self._best is not None
+        _, inside, begin = self._best
+        at = mx.argmax(mx.log(inside) + self._inner, axis=-1)
+        return begin[..., 0] + at.astype(mx.int32)
 
 
 class SeededDraws:
@@ -151,3 +261,8 @@ class SeededDraws:
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         return mx.random.gumbel(shape, key=self._next())
+
+    def categorical(self, shape: tuple[int, ...]) -> Picker:
+        width = sub_block(self._vocab_size)
+        outer = self.gumbel((*shape, -(-self._vocab_size // width)))
+        return TwoStage(outer, self.gumbel((*shape, width)))

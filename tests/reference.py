@@ -18,6 +18,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
+from mlx_diffgemma.sampler import Choices, best, merge
+
 NO_EOS = 10**6  # an end token that no vocabulary here has
 
 # Small enough that a run takes a second, wide enough that no two dimensions agree by accident.
@@ -144,6 +146,28 @@ class Replay:
         drawn = next(self._gumbel)
         assert drawn.shape == shape
         return mx.array(drawn)
+
+    def categorical(self, shape: tuple[int, ...]) -> "_OneStage":
+        drawn = next(self._gumbel)
+        assert drawn.shape[:2] == shape
+        return _OneStage(mx.array(drawn))
+
+
+class _OneStage:
+    """A number a token of the vocabulary, as torch draws them."""
+
+    def __init__(self, gumbel: mx.array):
+        self._gumbel = gumbel
+        self._best: Choices | None = None
+
+    def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
+        noise = self._gumbel[..., first : first + weights.shape[-1]]
+        self._best = merge(self._best, best(mx.log(weights) + peak + noise, first))
+        return weights.sum(axis=-1, keepdims=True)
+
+    def tokens(self) -> mx.array:
+        assert self._best is not None
+        return self._best.tokens[..., 0]
 
 
 class _Streamer:
