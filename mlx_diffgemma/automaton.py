@@ -433,7 +433,8 @@ class Plans:
         for b, plan in enumerate(self._plans):
             for i in np.flatnonzero(held[b]):
                 tokens[b, i] = given[b, i]
-                scores[b, i] = np.where(plan.machine.readable(int(given[b, i])), 0.0, NEVER)
+                reads = plan.machine.readable(int(given[b, i]))
+                scores[b, i, : len(reads)] = np.where(reads, 0.0, NEVER)
             path = plan.best_path(scores[b, :, : len(self._sets[b])])
             chosen[b] = tokens[b, np.arange(len(path)), path]
         return mx.array(chosen)

@@ -18,11 +18,12 @@ def untrained(
     eos: tuple[int, ...] = (1, 6),
     context: int = 4096,
     windows: tuple[int | None, ...] = (None,),
+    width: int = 32,
     kind: type[DiffusionGemma] = DiffusionGemma,
 ) -> Any:
-    """Layers of width 32, one full layer by default; 64 tokens and 48 steps are its settings."""
+    """Narrow layers, one full layer by default; 64 tokens and 48 steps are its settings."""
     layers = tuple(LayerConfig(16, 1, window, 1e4, 8) for window in windows)
-    config = Config(vocab_size, 32, 32, 16, 2, 2, 1, 1e-6, 30.0, context, canvas, layers)
+    config = Config(vocab_size, width, 32, 16, 2, 2, 1, 1e-6, 30.0, context, canvas, layers)
     generation = GenerationConfig(max_new_tokens=64, eos_token_ids=eos)
     model = kind(config, generation)
     keys = iter(mx.random.split(mx.random.key(seed), 999))
@@ -36,7 +37,8 @@ class Scripted(DiffusionGemma):
     """Writes the canvases of `script` in turn, each until it is stable.
 
     None in a canvas is a position where all tokens are equally likely, so that it never converges.
-    `_beliefs` collects what it was given for self-conditioning.
+    Hidden states are one-hot, as the embedding is, so `_beliefs`, which collects what the model was
+    given for self-conditioning, are probabilities times a constant.
     """
 
     script: Sequence[Sequence[int | None]]
@@ -47,23 +49,21 @@ class Scripted(DiffusionGemma):
         self._beliefs: list[mx.array] = []
 
     def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
-        """Of each position the wanted token and how sure it is."""
+        """Of each position the wanted token, one-hot, or zeros."""
         (asked,) = passes
         if asked.belief is None:
             self._now = self.script[self._next]
             self._next += 1
+        else:
+            self._beliefs.append(asked.belief)
         length = asked.canvas.shape[1]
         ids = [*self._now, *[0] * length][:length]
-        return [mx.array([[[t or 0, 0.0 if t is None else 30.0] for t in ids]])]
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return (mx.arange(self.config.vocab_size) == hidden[..., :1]) * hidden[..., 1:]
-
-    def soft_embedding(self, logits: mx.array) -> mx.array:
-        self._beliefs.append(mx.softmax(logits, axis=-1))
-        return super().soft_embedding(logits)
+        sure = mx.array([[[0.0 if t is None else 60.0] for t in ids]])
+        return [self.embedding(mx.array([[t or 0 for t in ids]])) * sure]
 
 
-def scripted() -> Scripted:
-    """For the small model's vocabulary and canvas."""
-    return untrained(768, 64, kind=Scripted)
+def scripted(kind: type[Scripted] = Scripted) -> Scripted:
+    """For the small model's vocabulary and canvas; its embedding is one-hot."""
+    model: Scripted = untrained(768, 64, width=768, kind=kind)
+    model.model.decoder.embed_tokens.weight = mx.eye(768)
+    return model

@@ -18,14 +18,6 @@ def test_temperature_runs_from_t_max_to_one_step_above_t_min() -> None:
     assert heats == pytest.approx([0.8, 0.7, 0.6, 0.5])
 
 
-def test_entropy_in_nats() -> None:
-    logits = mx.array(
-        [[[0.0, 0.0, 0.0, 0.0], [0.0, -1e9, -1e9, -1e9], [math.log(3), 0.0, -1e9, -1e9]]]
-    )
-    by_hand = [math.log(4), 0.0, -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))]
-    assert rules.entropy(logits)[0].tolist() == pytest.approx(by_hand, abs=1e-6)
-
-
 def test_entropy_bound_counts_what_comes_before() -> None:
     # Sorted: 0.01, 0.04, 0.06, 0.2; sums before each: 0, 0.01, 0.05, 0.11. Only the last fails 0.1.
     accepted = rules.accept_by_entropy(mx.array([[0.2, 0.01, 0.06, 0.04]]), 0.1)
@@ -45,15 +37,6 @@ def test_confidence_accepts_what_is_fixed_and_the_likely_or_else_the_best() -> N
         True,
         False,
     ]
-
-
-def test_pinned_logits_are_one_hot() -> None:
-    logits = mx.array([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]])
-    pinned = rules.pin(logits, mx.array([[True, False]]), mx.array([[0, 0]]))
-    assert rules.best(pinned)[0].tolist() == [0, 2]
-    assert rules.entropy(pinned)[0].tolist()[0] == 0
-    assert mx.softmax(pinned, axis=-1)[0, 0].tolist() == [1, 0, 0]
-    assert pinned[0, 1].tolist() == [1, 2, 3]
 
 
 def test_renoise_keeps_only_what_is_accepted() -> None:
@@ -77,12 +60,27 @@ def test_confident_does_not_count_pinned_positions() -> None:
     assert not rules.is_confident(entropies, 0.005, pinned).item()
 
 
-def test_gumbel_draws_follow_the_softmax() -> None:
-    p = np.array([0.5, 0.3, 0.2])
-    logits = mx.broadcast_to(mx.array(np.log(p)), (1, 20_000, 3))
-    drawn = rules.sample(logits, SeededDraws(0, 3).gumbel(logits.shape))
-    shares = np.bincount(np.array(drawn[0]), minlength=3) / 20_000
-    assert np.abs(shares - p).max() < 0.015  # four standard errors
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_two_stage_draws_follow_the_weights_whatever_the_blocks(block: int) -> None:
+    """Sub-blocks of four ids, the last of them cut short; ids beyond it are never drawn."""
+    p = np.array([0.1, 0.0, 0.2, 0.05, 0.15, 0.1, 0.05, 0.05, 0.2, 0.1])
+    count, width = 20_000, rules.sub_block(len(p))
+    assert width == 4
+    drawn = []
+    for whole in (True, False):
+        picker = SeededDraws(0, len(p)).categorical((1, count))
+        step = len(p) if whole else block * width
+        for first in range(0, len(p), step):
+            part = mx.array(p[first : first + step], dtype=mx.float32)
+            # Blocks are relative to peaks of their own.
+            weights = mx.broadcast_to(part * math.exp(first), (1, count, part.size))
+            total = picker.add(weights, mx.full((1, count, 1), -float(first)), first)
+            assert total[0, 0].item() == pytest.approx(part.sum().item() * math.exp(first))
+        drawn.append(np.array(picker.tokens()[0]))
+    assert (drawn[0] == drawn[1]).mean() > 0.999  # but for rounding
+    shares = np.bincount(drawn[1], minlength=len(p)) / count
+    assert np.abs(shares - p).max() < 0.012  # four standard errors
+    assert shares[1] == 0
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 1000))

@@ -1,0 +1,162 @@
+"""Reading off in blocks gives what all logits at once give; see slow.py."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import untrained
+from slow import best_canvas, entropy, soft_embedding
+
+from mlx_diffgemma import DiffusionGemma, readout
+from mlx_diffgemma.automaton import Plans, Sequence, Tokens, compile_pattern
+from mlx_diffgemma.guards import ForbidFirst
+from mlx_diffgemma.readout import Readout, log_probability, read_out
+from mlx_diffgemma.sampler import ANYTHING, NEVER, Constraint, SeededDraws
+
+VOCAB = 107  # not a whole number of sub-blocks of 16
+LENGTH = 3
+MODEL = untrained(VOCAB, LENGTH)
+ANY, FEW = Tokens(tuple(range(VOCAB))), Tokens((3, 40, 90))
+
+
+def plans(rows: int) -> Plans:
+    """Another pattern in each row; the second position of odd rows has one choice."""
+    patterns = [
+        Sequence((FEW, Tokens((77,)) if row % 2 else ANY, Tokens((2, 5, 100 + row))))
+        for row in range(rows)
+    ]
+    return Plans([compile_pattern(p).plan(LENGTH, LENGTH) for p in patterns], VOCAB)
+
+
+def read_in_blocks(model: DiffusionGemma, hidden: mx.array, tokens: int, *given: Any) -> Readout:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readout, "BLOCK_TOKENS", tokens)
+        return read_out(model, hidden, *given, belief=True)
+
+
+def close(ours: mx.array, theirs: mx.array, within: float = 1e-4) -> bool:
+    return bool(mx.allclose(ours, theirs, rtol=within, atol=within).item())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 16, 40, VOCAB]),
+    st.sampled_from([0.01, 1.0, 40.0]),  # from nearly flat to saturated at the cap
+    st.sampled_from([0.1, 0.4, 0.8]),
+    st.integers(1, 3),
+    st.sampled_from(["anything", "first", "plans"]),
+)
+def test_blocks_give_what_all_logits_give(
+    seed: int, block: int, size: float, heat: float, rows: int, kind: str
+) -> None:
+    hidden = mx.random.normal((rows, LENGTH, 32), key=mx.random.key(seed)) * size
+    constraint: Constraint = {
+        "anything": lambda: ANYTHING,
+        "first": lambda: ForbidFirst((0, 41, 99)),
+        "plans": lambda: plans(rows),
+    }[kind]()
+    logits = MODEL.logits(hidden) / heat
+    allowed = constraint.allowed(0, VOCAB, LENGTH)
+    if allowed is not None:
+        logits = mx.where(allowed, logits, NEVER)
+    seen = read_in_blocks(MODEL, hidden, block, heat, constraint, SeededDraws(seed, VOCAB))
+    lse = mx.logsumexp(logits, axis=-1)
+    assert close(seen.log_normalizer, lse)
+    assert close(seen.entropy, entropy(logits))
+    assert (seen.entropy >= -1e-5).all()
+    assert seen.belief is not None
+    assert close(seen.belief, soft_embedding(MODEL, logits), 1e-3)
+    canvas = mx.zeros((rows, LENGTH), dtype=mx.int32)
+    argmax = constraint.choose(seen.choices, None, canvas)
+    expected = best_canvas(constraint, logits)
+    chosen = mx.take_along_axis(logits, expected[..., None], axis=-1)[..., 0]
+    ours = mx.take_along_axis(logits, argmax[..., None], axis=-1)[..., 0]
+    # Saturated logits tie; the sum, not the ids, is what must be the same.
+    assert close(ours.sum(axis=-1), chosen.sum(axis=-1))
+    assert close(log_probability(MODEL, hidden, argmax, heat, seen), ours - lse, 1e-3)
+    drawn = seen.sampled
+    if seen.noisy is not None:
+        drawn = constraint.choose(seen.noisy, None, canvas)
+    assert drawn is not None
+    assert (mx.take_along_axis(logits, drawn[..., None], axis=-1) > NEVER / 2).all()
+
+
+def test_tiny_entropies_are_exact() -> None:
+    """log Z - S / Z loses them in rounding unless both are relative to the peak."""
+    hidden = mx.random.normal((1, LENGTH, 32), key=mx.random.key(4)) * 8
+    seen = read_out(MODEL, hidden, 0.05)
+    logits = np.array(MODEL.logits(hidden), dtype=np.float64) / 0.05
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    exact = -(np.exp(log_p) * log_p).sum(axis=-1)
+    assert (exact < 1e-3).any()
+    assert np.array(seen.entropy) == pytest.approx(exact, rel=1e-3, abs=1e-9)
+
+
+def test_pinned_tokens_take_part_in_the_best_canvas() -> None:
+    given_plans = plans(1)
+    logits = mx.random.normal((1, LENGTH, VOCAB), key=mx.random.key(5))
+    canvas = mx.array([[90, 17, 0]], dtype=mx.int32)
+    fixed = mx.array([[True, True, False]])
+    free = best_canvas(given_plans, logits)[0].tolist()
+    held = best_canvas(given_plans, logits, fixed, canvas)[0].tolist()
+    assert held[:2] == [90, 17] != free[:2]
+    assert held[2] == free[2]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "4-bit", "mxfp8"])
+def test_other_types_and_quantized_tables(kind: str) -> None:
+    model = untrained(VOCAB, LENGTH)
+    if kind in ("bfloat16", "float16"):
+        model.set_dtype(getattr(mx, kind))
+    else:
+        group, bits, mode = {"4-bit": (32, 4, "affine"), "mxfp8": (32, 8, "mxfp8")}[kind]
+        decoder = model.model.decoder
+        decoder.embed_tokens = decoder.embed_tokens.to_quantized(group, bits, mode=mode)
+    dtype = model.model.decoder.norm.weight.dtype
+    hidden = mx.random.normal((2, LENGTH, 32), key=mx.random.key(6)).astype(dtype)
+    seen = read_in_blocks(model, hidden, 32, 0.7, ForbidFirst((1,)), SeededDraws(1, VOCAB))
+    logits = mx.where(
+        ForbidFirst((1,)).allowed(0, VOCAB, LENGTH), model.logits(hidden) / 0.7, NEVER
+    )
+    assert seen.belief is not None
+    assert seen.belief.dtype == dtype
+    within = 1e-3 if dtype == mx.float32 else 0.06
+    assert close(seen.entropy, entropy(logits), within)
+    assert close(seen.belief.astype(mx.float32), soft_embedding(model, logits), within)
+
+
+def test_fused_kernels_compute_the_same() -> None:
+    """Metal and the CPU fuse elementwise chains; `mx.disable_compile` shows what is fused."""
+    hidden = mx.random.normal((1, LENGTH, 32), key=mx.random.key(7))
+    fused = read_out(MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), belief=True)
+    mx.disable_compile()
+    try:
+        plain = read_out(MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), belief=True)
+    finally:
+        mx.enable_compile()
+    assert close(fused.entropy, plain.entropy, 1e-6)
+    assert close(fused.belief, plain.belief, 1e-5)  # type: ignore[arg-type]
+    assert fused.sampled.tolist() == plain.sampled.tolist()  # type: ignore[union-attr]
+
+
+def test_memory_of_a_step_does_not_grow_with_the_vocabulary() -> None:
+    """Four copies of the logits used to exist at a step's peak."""
+    peaks = []
+    for vocab_size in (1 << 14, 1 << 16):
+        model = untrained(vocab_size, 64)
+        hidden = mx.random.normal((1, 64, 32), key=mx.random.key(8))
+        mx.eval(model.parameters(), hidden)
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(readout, "BLOCK_TOKENS", 1 << 12)
+            seen = read_out(model, hidden, 0.5, ANYTHING, SeededDraws(3, vocab_size), belief=True)
+        mx.eval([seen.entropy, seen.sampled, seen.belief])
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < 4 * 64 * (1 << 16) / 2  # half a copy
