@@ -155,8 +155,7 @@ class Context:
         """A context of its own that has read the same; arrays are shared until they change."""
         other = Context(self._model)
         other._tokens, other._marks = list(self._tokens), list(self._marks)
-        for mine, its in zip(self.cache, other.cache, strict=True):
-            its.length, its.keys, its.values = mine.length, mine.keys, mine.values
+        other.cache = [layer.fork() for layer in self.cache]
         return other
 
     def save(self, path: Path, extra: object = None) -> None:
@@ -213,9 +212,8 @@ class Context:
             context._tokens = json.loads(metadata["tokens"])
             lengths: list[int] = json.loads(metadata["marks"])
             for i, layer in enumerate(context.cache):
-                layer.length = len(context._tokens)
-                layer.keys = arrays.get(f"layers.{i}.keys")
-                layer.values = arrays.get(f"layers.{i}.values")
+                keys, values = (arrays.get(f"layers.{i}.{part}") for part in ("keys", "values"))
+                layer.hold(len(context._tokens), keys, values)
             context._marks = [
                 Mark(
                     length,

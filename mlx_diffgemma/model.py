@@ -7,6 +7,7 @@ the decoder with no mask, its own scalars and a cache that is only read.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -188,40 +189,71 @@ class LayerMark:
 class LayerCache:
     """Keys and values of one layer, (B, heads, T, head_dim); `length` counts all tokens seen.
 
-    A sliding layer keeps its last `window - 1` tokens: a later token sees no more. Arrays are
-    replaced, never written in place, so a mark costs no copy.
+    A sliding layer keeps its last `window - 1` tokens: a later token sees no more. The buffers have
+    room behind what is kept, where a canvas's keys and values stand while it is denoised. A write
+    makes a new array, in the old one's memory unless a mark or fork still needs that.
     """
 
     def __init__(self, window: int | None):
         self.window = window
         self.length = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.kept = 0
+        self._buffers: tuple[mx.array, mx.array] | None = None
 
     @property
-    def kept(self) -> int:
-        """Number of tokens held, at most `length`."""
-        return 0 if self.keys is None else self.keys.shape[2]
+    def keys(self) -> mx.array | None:
+        """The tokens kept; None is none."""
+        return None if self._buffers is None else self._buffers[0][:, :, : self.kept]
+
+    @property
+    def values(self) -> mx.array | None:
+        """As `keys`."""
+        return None if self._buffers is None else self._buffers[1][:, :, : self.kept]
+
+    def hold(self, length: int, keys: mx.array | None, values: mx.array | None) -> None:
+        """Replace everything: `length` tokens have been seen, and these are kept."""
+        self.length = length
+        self.kept = 0 if keys is None else keys.shape[2]
+        self._buffers = None if keys is None or values is None else (keys, values)
 
     def read(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What is held followed by the new keys and values; nothing is kept.
+        """What is kept followed by the new keys and values, which are not kept.
 
         A held batch of one serves any number of new rows.
         """
-        if self.keys is None or self.values is None:
+        if self._buffers is None:
             return keys, values
-        shape = (keys.shape[0], *self.keys.shape[1:])
-        return (
-            mx.concatenate([mx.broadcast_to(self.keys, shape), keys], axis=2),
-            mx.concatenate([mx.broadcast_to(self.values, shape), values], axis=2),
-        )
+        held, end = self._buffers, self.kept + keys.shape[2]
+        if len(keys) != len(held[0]):
+            # Of many rows at once, none keeps its own copy of the context.
+            return self._join(held[0], keys), self._join(held[1], values)
+        if held[0].shape[2] < end:
+            self._buffers = self._join(held[0], keys), self._join(held[1], values)
+        else:
+            self._buffers = self._put(held[0], keys), self._put(held[1], values)
+        return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
+
+    def _join(self, buffer: mx.array, new: mx.array) -> mx.array:
+        kept = buffer[:, :, : self.kept]
+        return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
+
+    def _put(self, buffer: mx.array, new: mx.array) -> mx.array:
+        own = copy(buffer)  # the object, not the numbers: a fork may hold it too
+        own[:, :, self.kept : self.kept + new.shape[2]] = new
+        return own
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As `read`, and keep them for later calls."""
-        self.length += keys.shape[2]
+        count = keys.shape[2]
         keys, values = self.read(keys, values)
-        drop = 0 if self.window is None else max(keys.shape[2] - (self.window - 1), 0)
-        self.keys, self.values = keys[:, :, drop:], values[:, :, drop:]
+        self.length += count
+        drop = 0 if self.window is None else keys.shape[2] - (self.window - 1)
+        if self._buffers is None or drop > 0:
+            most = max(drop, 0)
+            kept = [mx.contiguous(each[:, :, most:]) for each in (keys, values)]
+            self.hold(self.length, *kept)
+        else:
+            self.kept += count
         return keys, values
 
     def mark(self) -> LayerMark:
@@ -233,11 +265,15 @@ class LayerCache:
     def restore(self, mark: LayerMark) -> None:
         """Go back to a mark made earlier in the same sequence of tokens."""
         if self.window is not None or not mark.length:
-            self.keys, self.values = mark.keys, mark.values
-        elif self.keys is not None and self.values is not None:
-            self.keys = self.keys[:, :, : mark.length]
-            self.values = self.values[:, :, : mark.length]
-        self.length = mark.length
+            self.hold(mark.length, mark.keys, mark.values)
+        else:
+            self.length = self.kept = mark.length
+
+    def fork(self) -> "LayerCache":
+        """Another that holds the same; memory is shared until one of them writes."""
+        other = LayerCache(self.window)
+        other.length, other.kept, other._buffers = self.length, self.kept, self._buffers
+        return other
 
     def encoder_mask(self, count: int) -> Mask:
         """Mask for `count` new tokens: causal, and in a sliding layer `q - k < window`."""
