@@ -162,12 +162,16 @@ def refine(
 def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
     """The new snapshot, but rows that had converged stay as they were."""
     rows = last.converged[:, None]
-    return Snapshot(
-        step=now.step,
-        canvas=mx.where(rows, last.canvas, now.canvas),
-        argmax=mx.where(rows, last.argmax, now.argmax),
-        accepted=mx.where(rows, last.accepted, now.accepted),
-        entropy=mx.where(rows, last.entropy, now.entropy),
-        probability=mx.where(rows, last.probability, now.probability),
-        converged=last.converged | now.converged,
+    held = _first_where(
+        rows,
+        [last.canvas, last.argmax, last.accepted, last.entropy, last.probability],
+        [now.canvas, now.argmax, now.accepted, now.entropy, now.probability],
     )
+    canvas, argmax, accepted, entropy, probability = held
+    converged = last.converged | now.converged
+    return Snapshot(now.step, canvas, argmax, accepted, entropy, probability, converged)
+
+
+@mx.compile
+def _first_where(rows: mx.array, first: list[mx.array], second: list[mx.array]) -> list[mx.array]:
+    return [mx.where(rows, a, b) for a, b in zip(first, second, strict=True)]

@@ -363,6 +363,27 @@ class Attention(nn.Module):
         )
 
 
+# Elementwise chains between the products, each one kernel.
+
+
+@mx.compile
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up"""
+    return nn.gelu_approx(gate) * up
+
+
+@mx.compile
+def gated_by(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
+    """gelu(gate) * up * weights, in the type of `up`."""
+    return nn.gelu_approx(gate) * up * weights.astype(up.dtype)
+
+
+@mx.compile
+def scaled_sum(x: mx.array, y: mx.array, scalar: mx.array) -> mx.array:
+    """(x + y) * scalar"""
+    return (x + y) * scalar
+
+
 class GatedMLP(nn.Module):
     """down(gelu(gate(x)) * up(x))"""
 
@@ -373,7 +394,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -389,7 +410,7 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Expert ids and weights, (..., top_k) each."""
-        x = rms_norm(x, self.eps) * self.scale * x.shape[-1] ** -0.5
+        x = mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self.eps)
         scores = self.proj(x).astype(mx.float32)
         top = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         # A softmax over the chosen equals a softmax over all, renormalised over the chosen.
@@ -457,9 +478,14 @@ class Experts(nn.Module):
         order = mx.argsort(top.flatten())
         experts = top.flatten()[order]
         gate, up = mx.split(self.gate_up_proj(rows[order // top_k], experts, True), 2, axis=-1)
-        out = self.down_proj(nn.gelu_approx(gate) * up, experts, True)
-        out = out[mx.argsort(order)].reshape(*top.shape, -1)
-        return (out * weights[..., None].astype(out.dtype)).sum(axis=-2)
+        # Weighed here, where rows are narrow: the next product is linear.
+        inner = gated_by(gate, up, weights.flatten()[order][:, None, None])
+        out = self.down_proj(inner, experts, True)
+        # Back in the order of tokens, then summed: adding into place would be one pass less, but
+        # Metal adds in any order, and a seed must give the same text again.
+        unsorted = copy(out)
+        unsorted[order] = out
+        return unsorted.reshape(*top.shape, -1).sum(axis=-2)
 
 
 class Block(nn.Module):
@@ -487,7 +513,7 @@ class Block(nn.Module):
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
         routed = self.post_feedforward_layernorm_2(routed)
-        return (x + self.post_feedforward_layernorm(dense + routed)) * scalar
+        return scaled_sum(x, self.post_feedforward_layernorm(dense + routed), scalar)
 
 
 class SelfConditioning(GatedMLP):
@@ -549,6 +575,7 @@ class DiffusionGemma(nn.Module):
         self.config = config
         self.generation = generation
         self.model = Backbone(config)
+        self._table: mx.array | None = None
 
     def make_cache(self) -> list[LayerCache]:
         """An empty cache, a layer an entry."""
@@ -607,6 +634,17 @@ class DiffusionGemma(nn.Module):
             return [x]
         return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
 
+    @property
+    def dequantizes(self) -> bool:
+        """Whether each step dequantizes the embedding table."""
+        quantized = isinstance(self.model.decoder.embed_tokens, nn.QuantizedEmbedding)
+        return quantized and self._table is None
+
+    def keep_table(self) -> None:
+        """Hold the embedding table dequantized, beside its packed form."""
+        (_, self._table), *_ = self.vocabulary(self.config.vocab_size)
+        mx.eval(self._table)
+
     def vocabulary(self, count: int) -> Iterator[tuple[int, mx.array]]:
         """The embedding table, `count` ids at a time: the first id and rows (count, hidden).
 
@@ -614,10 +652,13 @@ class DiffusionGemma(nn.Module):
         faster than a quantized product with the table not transposed.
         """
         embed = self.model.decoder.embed_tokens
+        whole = self._table
+        if not isinstance(embed, nn.QuantizedEmbedding):
+            whole = embed.weight
         for first in range(0, self.config.vocab_size, count):
             some = slice(first, first + count)
-            if not isinstance(embed, nn.QuantizedEmbedding):
-                yield first, embed.weight[some]
+            if whole is not None:
+                yield first, whole[some]
                 continue
             rows = mx.dequantize(
                 embed.weight[some],

@@ -2,7 +2,7 @@
 
 At 262,144 tokens and a canvas of 256, one float32 copy of the logits takes 268 MB. The vocabulary
 passes by in blocks instead, and a step keeps what the next one needs: ids, entropies and the
-expected embedding. The sums are those of the online softmax (Milakov & Gimelshein 2018).
+expected embedding.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ import mlx.core as mx
 from .model import DiffusionGemma
 from .sampler import ANYTHING, NEVER, Choices, Constraint, Draws, merge, sub_block
 
-# Bytes that one float32 array over a block may take, and most tokens of a block: its rows of the
-# embedding table are dequantized at a time.
-BLOCK_BYTES = 1 << 25
-BLOCK_TOKENS = 1 << 15
+# Bytes that one float32 array over a block may take. A step holds about a dozen of them: MLX runs
+# ahead of the computation by up to two blocks.
+BLOCK_BYTES = 3 << 23
+# Bytes that a block of the embedding table may take where it has to be dequantized.
+TABLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -50,49 +51,52 @@ def read_out(
 ) -> Readout:
     """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once."""
     shape = hidden.shape[:2]
-    vocab_size = model.config.vocab_size
     cap, warmth = mx.array(model.config.final_logit_softcapping), mx.array(heat)
-    peak = mx.full((*shape, 1), NEVER)
-    mass = slope = mx.zeros((*shape, 1))
-    soft = mx.zeros(hidden.shape) if belief else None
-    choices: Choices | None = None
-    noisy: Choices | None = None
     picker = None
     if draws is not None and not constraint.joint:
         picker = draws.categorical(shape)
-    for first, table in model.vocabulary(_tokens_at_once(shape, vocab_size)):
+    # One entry a block; sums are relative to exp(the block's peak), so no block waits for another.
+    choices: list[Choices] = []
+    noisy: list[Choices] = []
+    peaks, masses, slopes, soft = [], [], [], []
+    for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
         raw = hidden @ table.T
         allowed = constraint.allowed(first, table.shape[0], shape[1])
         if allowed is not None:
             raw = mx.where(allowed, raw, NEVER)
         found = constraint.score(raw, first)
-        found = Choices(_level(found.scores, cap, warmth), found.tokens)
-        choices = merge(choices, found)
+        levels = _level(found.scores, cap, warmth)
+        choices.append(Choices(levels, found.tokens))
         if draws is not None and constraint.joint:
             noise = draws.gumbel(raw.shape)
-            noisy = merge(noisy, constraint.score(_level(raw, cap, warmth) + noise, first))
-        top = mx.maximum(peak, found.scores.max(axis=-1, keepdims=True))
-        weights, slopes, chances = _weigh(raw, top, cap, warmth)
+            noisy.append(constraint.score(_level(raw, cap, warmth) + noise, first))
+        # With one set of all tokens, the best of it is the peak.
+        peak = levels.max(axis=-1, keepdims=True) if levels.shape[-1] > 1 else levels
+        weights, products, chances = _weigh(raw, peak, cap, warmth)
         if picker is None:
-            total = weights.sum(axis=-1, keepdims=True)
+            masses.append(weights.sum(axis=-1, keepdims=True))
         else:
-            total = picker.add(weights, top, first)
-        ended = None if soft is None else chances @ table
-        slope, mass, soft = _extend(
-            peak, top, mass, total, slope, slopes.sum(axis=-1, keepdims=True), soft, ended
-        )
-        peak = top
+            masses.append(picker.add(weights, peak, first))
+        peaks.append(peak)
+        slopes.append(products.sum(axis=-1, keepdims=True))
+        if belief:
+            soft.append(chances @ table)
         # Computed before the next block is, or the blocks would pile up.
-        kept = [vars(each) for each in (choices, noisy) if each is not None]
-        mx.async_eval(mass, slope, soft, kept)  # type: ignore[no-untyped-call]
-    assert choices is not None
+        kept = [vars(each[-1]) for each in (choices, noisy) if each]
+        mx.async_eval(kept, masses[-1], slopes[-1], soft[-1:])  # type: ignore[no-untyped-call]
+    parts = (mx.concatenate(each, axis=-1) for each in (peaks, masses, slopes))
+    log_normalizer, entropy, shares = _total(*parts)
+    expected = None
+    if soft:
+        mixed = (mx.stack(soft, axis=-1) * shares[..., None, :]).sum(axis=-1)
+        expected = model.scaled(mixed.astype(hidden.dtype))
     return Readout(
-        choices=choices,
-        noisy=noisy,
+        choices=merge(choices),
+        noisy=merge(noisy) if noisy else None,
         sampled=None if picker is None else picker.tokens(),
-        entropy=(mx.log(mass) - slope / mass)[..., 0],
-        log_normalizer=(peak + mx.log(mass))[..., 0],
-        belief=None if soft is None else model.scaled((soft / mass).astype(hidden.dtype)),
+        entropy=entropy,
+        log_normalizer=log_normalizer,
+        belief=expected,
     )
 
 
@@ -107,10 +111,12 @@ def log_probability(
     return mx.minimum(_level(raw, cap, mx.array(heat)) - seen.log_normalizer, 0.0)
 
 
-def _tokens_at_once(shape: tuple[int, ...], vocab_size: int) -> int:
+def _tokens_at_once(model: DiffusionGemma, positions: int) -> int:
     """Tokens of a block: whole sub-blocks of the sampler."""
-    width = sub_block(vocab_size)
-    tokens = min(BLOCK_TOKENS, BLOCK_BYTES // (4 * shape[0] * shape[1]))
+    width = sub_block(model.config.vocab_size)
+    tokens = BLOCK_BYTES // (4 * positions)
+    if model.dequantizes:
+        tokens = min(tokens, TABLE_BYTES // (4 * model.config.hidden_size))
     return max(tokens // width, 1) * width
 
 
@@ -136,19 +142,15 @@ def _weigh(
 
 
 @mx.compile
-def _extend(
-    peak: mx.array,
-    top: mx.array,
-    mass: mx.array,
-    total: mx.array,
-    slope: mx.array,
-    slopes: mx.array,
-    soft: mx.array | None,
-    ended: mx.array | None,
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Sums relative to an old peak and those of a block relative to the new one, added up."""
-    down = peak - top
-    shrink = mx.exp(down)
-    if soft is not None and ended is not None:
-        soft = soft * shrink + ended.astype(mx.float32)
-    return shrink * (slope + down * mass) + slopes, shrink * mass + total, soft
+def _total(
+    peaks: mx.array, masses: mx.array, slopes: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-normalizer and entropy (B, L) of the sums of n blocks (B, L, n), and for each block the
+    factor (B, L, n) that makes its weights probabilities."""
+    top = peaks.max(axis=-1, keepdims=True)
+    below = peaks - top
+    shrink = mx.exp(below)
+    mass = (shrink * masses).sum(axis=-1, keepdims=True)
+    slope = (shrink * (slopes + below * masses)).sum(axis=-1, keepdims=True)
+    log_mass = mx.log(mass)
+    return (top + log_mass)[..., 0], (log_mass - slope / mass)[..., 0], shrink / mass

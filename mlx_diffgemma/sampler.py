@@ -111,18 +111,24 @@ class Choices:
 def best(logits: mx.array, first: int) -> Choices:
     """Of all tokens of a block (B, L, C) whose ids begin at `first`, as one set."""
     at = mx.argmax(logits, axis=-1, keepdims=True)
-    scores = mx.take_along_axis(logits, at, axis=-1)
-    return Choices(scores, at.astype(mx.int32) + first)
+    return Choices(mx.take_along_axis(logits, at, axis=-1), _ids(at, mx.array(first)))
 
 
-def merge(known: Choices | None, found: Choices) -> Choices:
-    """The better of what earlier blocks had and of what a block has; the earlier at a tie."""
-    if known is None:
-        return found
-    better = found.scores > known.scores
+@mx.compile
+def _ids(at: mx.array, first: mx.array) -> mx.array:
+    return at.astype(mx.int32) + first
+
+
+def merge(blocks: Sequence[Choices]) -> Choices:
+    """The best of what several blocks have, the earlier at a tie."""
+    if len(blocks) == 1:
+        return blocks[0]
+    scores = mx.stack([block.scores for block in blocks], axis=-1)
+    tokens = mx.stack([block.tokens for block in blocks], axis=-1)
+    at = mx.argmax(scores, axis=-1, keepdims=True)
     return Choices(
-        mx.where(better, found.scores, known.scores),
-        mx.where(better, found.tokens, known.tokens),
+        mx.take_along_axis(scores, at, axis=-1)[..., 0],
+        mx.take_along_axis(tokens, at, axis=-1)[..., 0],
     )
 
 
@@ -214,8 +220,8 @@ class TwoStage:
     def __init__(self, outer: mx.array, inner: mx.array):
         """Gumbel noise (B, L, sub-blocks) and (B, L, ids of a sub-block)."""
         self._outer, self._inner = outer, inner
-        # The best sub-block so far: its score, the weights in it, its first id.
-        self._best: tuple[mx.array, mx.array, mx.array] | None = None
+        # The best sub-block of each block: its score, its number, the weights in it.
+        self._best: list[tuple[mx.array, mx.array, mx.array]] = []
 
     def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
         width = self._inner.shape[-1]
@@ -224,25 +230,36 @@ class TwoStage:
         grouped = weights.reshape(*weights.shape[:2], -1, width)
         mass = grouped.sum(axis=-1)
         start = first // width
-        score = mx.log(mass) + peak + self._outer[..., start : start + mass.shape[-1]]
+        score = _perturbed(mass, peak, self._outer[..., start : start + mass.shape[-1]])
         at = mx.argmax(score, axis=-1, keepdims=True)
-        score = mx.take_along_axis(score, at, axis=-1)
-        inside = mx.take_along_axis(grouped, at[..., None], axis=2)[:, :, 0]
-        begin = (at.astype(mx.int32) + start) * width
-        found = (score, inside, begin)
-        if self._best is not None:
-            better = score > self._best[0]
-            known = self._best
-            found = tuple(mx.where(better, f, k) for f, k in zip(found, known, strict=True))
-        self._best = found
+        found = (
+            mx.take_along_axis(score, at, axis=-1),
+            _ids(at, mx.array(start)),
+            mx.take_along_axis(grouped, at[..., None], axis=2),
+        )
         mx.async_eval(found)  # type: ignore[no-untyped-call]
+        self._best.append(found)
         return mass.sum(axis=-1, keepdims=True)
 
     def tokens(self) -> mx.array:
-        assert self._best is not None
-        _, inside, begin = self._best
-        at = mx.argmax(mx.log(inside) + self._inner, axis=-1)
-        return begin[..., 0] + at.astype(mx.int32)
+        scores = mx.concatenate([score for score, _, _ in self._best], axis=-1)
+        numbers = mx.concatenate([number for _, number, _ in self._best], axis=-1)
+        insides = mx.concatenate([inside for _, _, inside in self._best], axis=2)
+        at = mx.argmax(scores, axis=-1, keepdims=True)
+        number = mx.take_along_axis(numbers, at, axis=-1)
+        inside = mx.take_along_axis(insides, at[..., None], axis=2)
+        score = _perturbed(inside[:, :, 0], mx.array(0.0), self._inner)
+        return _ids(mx.argmax(score, axis=-1), number[..., 0] * self._inner.shape[-1])
+
+
+@mx.compile
+def _perturbed(weights: mx.array, peak: mx.array, gumbel: mx.array) -> mx.array:
+    return mx.log(weights) + peak + gumbel
+
+
+@mx.compile
+def _gumbel(shape: tuple[int, ...], key: mx.array) -> mx.array:
+    return mx.random.gumbel(shape, key=key)
 
 
 class SeededDraws:
@@ -260,7 +277,7 @@ class SeededDraws:
         return mx.random.randint(0, self._vocab_size, shape, key=self._next())
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
-        return mx.random.gumbel(shape, key=self._next())
+        return _gumbel(shape, self._next())
 
     def categorical(self, shape: tuple[int, ...]) -> Picker:
         width = sub_block(self._vocab_size)

@@ -158,16 +158,15 @@ class _OneStage:
 
     def __init__(self, gumbel: mx.array):
         self._gumbel = gumbel
-        self._best: Choices | None = None
+        self._best: list[Choices] = []
 
     def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
         noise = self._gumbel[..., first : first + weights.shape[-1]]
-        self._best = merge(self._best, best(mx.log(weights) + peak + noise, first))
+        self._best.append(best(mx.log(weights) + peak + noise, first))
         return weights.sum(axis=-1, keepdims=True)
 
     def tokens(self) -> mx.array:
-        assert self._best is not None
-        return self._best.tokens[..., 0]
+        return merge(self._best).tokens[..., 0]
 
 
 class _Streamer:
