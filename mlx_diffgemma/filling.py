@@ -291,7 +291,7 @@ def _fill(
                 context, dropped = clip_context(model, head, context)
                 if dropped:
                     notes.append(f"The model did not see the first {dropped} tokens of the text.")
-            elif cache[0].length + len(context) + room > model.config.max_position_embeddings:
+            elif cache[0].length + len(context) + room > model.context:
                 raise ContextError("the text between the holes does not fit into the context")
             prefill(model, context, cache)
             names = list(_row(vocabulary, pieces, lengths, room, last=True).spans)

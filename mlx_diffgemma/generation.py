@@ -134,14 +134,16 @@ def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     Raises:
         ContextError: the prompt is empty or leaves less.
     """
-    room = model.config.max_position_embeddings - len(prompt)
+    room = model.context - len(prompt)
     length = model.config.canvas_length
+    short = model.context < model.config.max_position_embeddings
     if not prompt:
         raise ContextError("the prompt is empty")
     if room < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {model.config.max_position_embeddings}"
+            f"the context of {model.context}"
+            + (", which is all that fits into memory" if short else "")
         )
     return room
 

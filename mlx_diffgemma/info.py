@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .checkpoint import Tensor, quantization_of, read_json, read_tensors
+from .checkpoint import ITEM_BYTES, Tensor, quantization_of, read_json, read_tensors
 
 # Part of the model by the name of the module that a tensor belongs to; the first that fits.
 _PARTS = (
@@ -32,7 +32,9 @@ class Part:
 @dataclass(frozen=True)
 class Info:
     """Sizes are in bytes. `cache_bytes_per_token` grows with the context (full layers); the
-    sliding layers hold at most `cache_bytes_window` in all."""
+    sliding layers hold at most `cache_bytes_window` in all. `loaded_bytes` are those of the text
+    model in the type it computes in, `table_bytes` those of a quantized embedding table once it is
+    dequantized, else 0; `step_bytes` is what a denoising step needs beside both."""
 
     layers: int
     canvas_length: int
@@ -41,7 +43,9 @@ class Info:
     parts: tuple[Part, ...]
     cache_bytes_per_token: int
     cache_bytes_window: int
-    logits_bytes: int
+    loaded_bytes: int
+    table_bytes: int
+    step_bytes: int
 
     @property
     def parameters(self) -> int:
@@ -52,21 +56,26 @@ class Info:
         return sum(part.bytes for part in self.parts)
 
     @property
-    def text_bytes(self) -> int:
-        """Bytes that are loaded: all but vision."""
-        return sum(part.bytes for part in self.parts if part.name != "vision")
+    def text_parameters(self) -> int:
+        """Numbers that are loaded: all but vision."""
+        return sum(part.parameters for part in self.parts if part.name != "vision")
 
     def memory_needed(self, context: int) -> int:
-        """Bytes to run with so many tokens of context: weights, cache and one denoising step.
-
-        A step holds about four float32 copies of the canvas's logits.
-        """
+        """Bytes to run with so many tokens of context: weights, cache and one denoising step."""
         cache = self.cache_bytes_per_token * context + self.cache_bytes_window
-        return self.text_bytes + cache + 4 * self.logits_bytes
+        return self.loaded_bytes + cache + self.step_bytes
 
 
-def inspect(directory: Path) -> Info:
-    """Read config and headers.
+# Floating-point bytes of a number by what is computed in.
+_FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A step's arrays over blocks of the vocabulary, as measured (docs/performance.md), or for a small
+# vocabulary as many copies of its logits.
+STEP_BYTES = 350_000_000
+_COPIES = 8
+
+
+def inspect(directory: Path, dtype: str | None = None) -> Info:
+    """Read config and headers; `dtype` is what will be computed in, None the type as stored.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the config is not one of ours.
@@ -109,8 +118,18 @@ def inspect(directory: Path) -> Info:
         for name, _ in _PARTS
         if name in grouped
     )
+
+    def loaded(tensor: Tensor) -> int:
+        floating = tensor.dtype in ("F32", "BF16", "F16")
+        return prod(tensor.shape) * size if floating else tensor.end - tensor.start
+
+    text = [tensor for part, group in grouped.items() if part != "vision" for tensor in group]
+    stored = {ITEM_BYTES[tensor.dtype] for tensor in text if tensor.dtype in ("F32", "BF16", "F16")}
+    size = _FLOATS[dtype] if dtype else max(stored, default=2)
+    quantized = any(tensor.name.endswith("embed_tokens.scales") for tensor in text)
+    logits = 4 * config.canvas_length * config.vocab_size
     per_layer = [
-        2 * 2 * layer.num_key_value_heads * layer.head_dim * (layer.window or 1)
+        2 * size * layer.num_key_value_heads * layer.head_dim * (layer.window or 1)
         for layer in config.layers
     ]
     sliding = [layer.window is not None for layer in config.layers]
@@ -122,5 +141,7 @@ def inspect(directory: Path) -> Info:
         parts=parts,
         cache_bytes_per_token=sum(b for b, s in zip(per_layer, sliding, strict=True) if not s),
         cache_bytes_window=sum(b for b, s in zip(per_layer, sliding, strict=True) if s),
-        logits_bytes=4 * config.canvas_length * config.vocab_size,
+        loaded_bytes=sum(map(loaded, text)),
+        table_bytes=size * config.vocab_size * config.hidden_size if quantized else 0,
+        step_bytes=min(STEP_BYTES, _COPIES * logits),
     )

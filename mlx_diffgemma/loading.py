@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten
 
 from .checkpoint import CheckpointError, Tensor, quantization_of, read_json, read_tensors, resolve
 from .config import GenerationConfig
+from .info import inspect
+from .memory import fit, free_memory
 from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
 from .tokenizer import Tokenizer, TokenizerError
 
@@ -24,6 +26,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: DType | None = None,
+    max_memory: int | None = None,
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
@@ -35,8 +38,11 @@ def load(
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
+        max_memory: bytes that the model may take, its context included; None is what is free. The
+            longest context follows from it, see `DiffusionGemma.context`.
 
     Raises:
+        TooLarge: it would not fit, before anything is loaded.
         CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
             not what the config says; the message is one sentence.
     """
@@ -46,7 +52,12 @@ def load(
         directory = resolve(str(path_or_repo), revision=revision)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = "float32"
+    found = inspect(directory, dtype)
+    decided = fit(found, free_memory() if max_memory is None else max_memory)
     model = load_model(directory, dtype=dtype)
+    model.context = decided.context
+    if decided.keep_table:
+        model.keep_table()
     try:
         return model, Tokenizer.from_directory(directory)
     except TokenizerError as error:

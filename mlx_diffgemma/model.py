@@ -19,6 +19,8 @@ from .config import GenerationConfig
 from .errors import Error
 
 Mask = mx.array | str | None
+# Bytes that the scores of one product of queries and keys may take.
+SCORE_BYTES = 1 << 28
 # What a layer's cache does with the new (B, heads, T, head_dim) keys and values, and answers:
 # the keys and values to attend to.
 CacheVerb = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -358,9 +360,27 @@ class Attention(nn.Module):
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
         queries, keys = self._rope(queries, view.offset), self._rope(keys, view.offset)
         keys, values = view.verb(keys, values)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=1.0, mask=view.mask
-        )
+        count, seen = queries.shape[2], keys.shape[2]
+        # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
+        rows = max(1, SCORE_BYTES // (4 * queries.shape[0] * queries.shape[1] * seen))
+        parts = []
+        for first in range(0, count, rows):
+            last = min(first + rows, count)
+            mask, end = view.mask, seen
+            if isinstance(mask, mx.array):
+                mask = mask[first:last]
+            elif mask == "causal":
+                end = seen - count + last
+            parts.append(
+                mx.fast.scaled_dot_product_attention(
+                    queries[:, :, first:last],
+                    keys[:, :, :end],
+                    values[:, :, :end],
+                    scale=1.0,
+                    mask=mask,
+                )
+            )
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 # Elementwise chains between the products, each one kernel.
@@ -575,6 +595,7 @@ class DiffusionGemma(nn.Module):
         self.config = config
         self.generation = generation
         self.model = Backbone(config)
+        self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
         self._table: mx.array | None = None
 
     def make_cache(self) -> list[LayerCache]:

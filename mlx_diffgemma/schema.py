@@ -114,7 +114,7 @@ def schema_starts(
     vocabulary = Vocabulary(model, tokenizer)
     machine = compile_schema(schema, vocabulary)
     length = model.config.canvas_length
-    room = (model.config.max_position_embeddings - prompt_tokens) // length * length
+    room = (model.context - prompt_tokens) // length * length
     budget = min(config.max_new_tokens, room)
     if machine.shortest > budget:
         raise SchemaError(

@@ -163,7 +163,7 @@ class Worker:
         self._model = model
         config = model.config
         self.model_facts = {
-            "context": config.max_position_embeddings,
+            "context": model.context,
             "canvas": config.canvas_length,
         }
         batch = Batch(model, self.tokenizer)
