@@ -58,7 +58,7 @@ def serving(
     command = ["-m", "mlx_diffgemma"]
     if script is not None:
         command = [str(HERE / "scripted_cli.py")]
-        environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
+        environment |= {"SCRIPT": json.dumps(script)}
     process = subprocess.Popen(
         [sys.executable, *command, "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
