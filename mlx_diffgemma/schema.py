@@ -173,10 +173,13 @@ def validate(schema: Schema, document: str) -> None:
         SchemaError: it is not JSON, or not valid: a defect of this module.
     """
     import jsonschema
+    from referencing import Registry
 
     try:
         value = json.loads(document)
-        jsonschema.validators.validator_for(schema)(schema).validate(value)
+        # A registry of one's own: the library's default asks the network for what it does not know.
+        kind = jsonschema.validators.validator_for(schema)
+        kind(schema, registry=Registry()).validate(value)
     except ValueError as error:
         raise SchemaError(f"the document is not JSON: {error}") from None
     except jsonschema.ValidationError as error:
@@ -299,6 +302,8 @@ class _Reader:
             raise SchemaError(f"{where} allows nothing")
         if schema is True or not isinstance(schema, dict):
             schema = {}
+        if "$id" in schema and where != "#":
+            raise SchemaError(f"{where}: $id inside of a schema is not supported")
         rules = {k: v for k, v in schema.items() if k not in _ANNOTATIONS}
         if "$ref" in rules:
             return self._reference(rules, where)

@@ -130,7 +130,8 @@ class Stream:
     def __init__(self, worker: Worker, works: Sequence[Request | Job]):
         self._worker = worker
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, object]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[Any]] = asyncio.Queue()
+        self._drafts: dict[int, list[Any]] = {}  # those that nobody has taken from the queue yet
         self._tickets: list[Ticket] = []
         self._open = len(works)
         try:
@@ -143,9 +144,20 @@ class Stream:
     def _listener(self, index: int) -> Callable[[object], None]:
         def listen(event: object) -> None:
             with suppress(RuntimeError):  # the loop has gone
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._put, index, event)
 
         return listen
+
+    def _put(self, index: int, event: object) -> None:
+        """Queue an event. Whoever reads slowly misses drafts: thousands of them would pile up."""
+        waiting = self._drafts.pop(index, None)
+        if isinstance(event, Draft):
+            if waiting is None:
+                self._events.put_nowait(waiting := [index, event])
+            waiting[1] = event
+            self._drafts[index] = waiting
+        else:
+            self._events.put_nowait([index, event])
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -154,7 +166,10 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, object]]:
         while self._open:
-            index, event = await self._events.get()
+            item = await self._events.get()
+            index, event = item
+            if self._drafts.get(index) is item:
+                del self._drafts[index]
             if event is None:
                 self._open -= 1
             elif isinstance(event, Timeout):
@@ -233,16 +248,27 @@ async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]
     return every()
 
 
-async def told(lines: AsyncIterator[str], stream: Stream) -> AsyncIterator[str]:
+class Lines(StreamingResponse):
     """Server-sent events and their end; an error is one more of them."""
-    try:
-        async for line in lines:
-            yield line
-        yield "data: [DONE]\n\n"
-    except Refused as error:
-        yield sse(error_body(error.status, error.message, error.code))
-    finally:
-        stream.close()
+
+    def __init__(self, lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]):
+        async def every() -> AsyncIterator[str]:
+            try:
+                async for line in lines:
+                    yield line
+                yield "data: [DONE]\n\n"
+            except Refused as error:
+                yield sse(error_body(error.status, error.message, error.code))
+
+        headers = {"Cache-Control": "no-store", **headers}
+        super().__init__(every(), media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # not in the generator: a client may be gone before its first line is asked for
+            self._stream.close()
 
 
 def draft_event(index: int, draft: Draft) -> str:
@@ -333,12 +359,6 @@ def make_app(
         names = ",".join(name for name in ignored(body) if name.isascii() and name.isprintable())
         return {"X-Ignored-Parameters": names} if names else {}
 
-    def sse_response(lines: AsyncIterator[str], stream: Stream, body: Body) -> Response:
-        headers = {"Cache-Control": "no-store", **answer_headers(body)}
-        return StreamingResponse(
-            told(lines, stream), media_type="text/event-stream", headers=headers
-        )
-
     preparing = asyncio.Semaphore(MOST_PREPARED)
 
     async def prepared(make: Callable[[], Result]) -> Result:
@@ -373,7 +393,7 @@ def make_app(
                 usage = usage_of(choices, per_prompt)
                 yield sse({**chunk(0, {}, None), "choices": [], "usage": usage})
 
-        return sse_response(lines(), stream, body)
+        return Lines(lines(), stream, answer_headers(body))
 
     @app.post("/v1/chat/completions", responses=responses)
     async def chat(http: Http, body: ChatBody) -> Response:
@@ -520,7 +540,7 @@ def make_app(
                     if wants_usage(body):
                         yield sse({**common, "choices": [], "usage": usage})
 
-        return sse_response(lines(), stream, body)
+        return Lines(lines(), stream, answer_headers(body))
 
     async def filling(
         parts: Callable[[], list[str | Hole]],
@@ -584,7 +604,7 @@ def make_app(
                 if facts := fill_facts(event, choice):
                     yield sse(facts)
 
-        return sse_response(lines(), stream, body)
+        return Lines(lines(), stream, answer_headers(body))
 
     @app.post("/v1/choose", responses=responses)
     async def choosing(http: Http, body: ChooseBody) -> Response:

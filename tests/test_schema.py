@@ -21,6 +21,7 @@ from mlx_diffgemma.schema import (
     compiled,
     parse_schema,
     schema_starts,
+    validate,
 )
 from mlx_diffgemma.vocabulary import Vocabulary
 
@@ -276,3 +277,17 @@ def test_a_schema_cannot_take_all_memory_or_time(schema: Any, message: str) -> N
     with pytest.raises(SchemaError, match=message):
         compile_schema(schema, Vocabulary(RANDOM, TOKENIZER))
     assert time.monotonic() - began < 30
+
+
+def test_no_schema_makes_us_fetch_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that checks documents asks the network for references it does not know."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given: pytest.fail("it asked"))
+    for schema in (
+        {"$ref": "http://127.0.0.1:1/x"},
+        {"anyOf": [{"$id": "http://127.0.0.1:1/x", "$ref": "#/$defs/a"}], "$defs": {"a": True}},
+    ):
+        with pytest.raises(SchemaError, match="not supported"):
+            parse_schema(schema)
+    with pytest.raises(Exception, match="127"):
+        validate({"$ref": "http://127.0.0.1:1/x"}, "1")
+    validate({"$id": "http://127.0.0.1:1/", "$ref": "#/$defs/a", "$defs": {"a": True}}, "1")

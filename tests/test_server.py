@@ -1,5 +1,6 @@
 """The server as a process, asked by the clients that exist and by some that misbehave."""
 
+import asyncio
 import json
 import os
 import random
@@ -434,6 +435,33 @@ def test_a_client_that_goes_away_frees_its_place(sudoku: Server, path: str, body
     leave(sudoku, path, body, lambda: sudoku.metric("requests_running") == 1)
     wait_until(lambda: sudoku.metric("requests_running") == 0)
     assert sudoku.metric("cancelled_total") == before + 1
+
+
+def test_a_slow_reader_misses_drafts_and_no_text() -> None:
+    """All of them waited in memory, however long the answer."""
+    from mlx_diffgemma import Draft, Request, Text
+    from mlx_diffgemma.server import Stream
+
+    class Given:
+        """A worker that has said everything before anybody listens."""
+
+        def submit(self, work: Any, listen: Callable[[object], None]) -> None:
+            for canvas in range(20):
+                for step in range(48):
+                    listen(Draft(canvas, step, 48, (), (), (), (), 0, (), ""))
+                listen(Text(f"{canvas},"))
+            listen(None)
+
+    async def read() -> list[object]:
+        given: Any = Given()
+        return [event async for _, event in Stream(given, [Request("x")])]
+
+    events = asyncio.run(read())
+    assert "".join(e.text for e in events if isinstance(e, Text)) == "".join(
+        f"{i}," for i in range(20)
+    )
+    drafts = [event for event in events if isinstance(event, Draft)]
+    assert [draft.step for draft in drafts] == [47] * 20
 
 
 def test_the_prefix_of_another_request_is_not_read_again(sudoku: Server) -> None:
