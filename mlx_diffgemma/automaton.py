@@ -159,6 +159,8 @@ class Graph:
     _identity: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def state(self) -> int:
+        if self.states >= self.limit:
+            raise PatternError(f"the pattern needs more than {self.limit:,} states")
         self.states += 1
         return self.states - 1
 

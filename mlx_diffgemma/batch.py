@@ -1,16 +1,17 @@
-"""Many requests at once: their denoising steps are decoded together, all else stays their own.
+"""Many runs at once: their passes are decoded together, all else stays their own.
 
-Each request keeps its prompt, draws, settings and schedule, so it answers as it would alone. One
-may join or leave between any two steps.
+Each keeps its prompt, draws, settings and schedule, so it gives what it would give alone. One may
+join or leave between any two steps.
 """
 
 from collections.abc import Generator, Iterable, Sequence
+from typing import Generic
 
 import mlx.core as mx
 
-from .denoise import Run
+from .denoise import Item, Run
 from .errors import Error
-from .generation import Event, Request, write_events
+from .generation import Event, Reading, Request, write_events
 from .model import DiffusionGemma, Pass
 from .tokenizer import Tokenizer
 from .turns import Text
@@ -19,36 +20,30 @@ from .turns import Text
 MAX_BATCH = 8
 
 
-class Batch:
-    """Requests on their way. `step` moves all of them on by one denoising step.
+class Batch(Generic[Item]):
+    """Runs on their way. `step` moves all of them on by one pass.
 
     For one thread, the one that loaded the model.
     """
 
-    def __init__(self, model: DiffusionGemma, tokenizer: Tokenizer):
+    def __init__(self, model: DiffusionGemma):
         self._model = model
-        self._tokenizer = tokenizer
-        self._runs: dict[int, Run[Event, None]] = {}
+        self._runs: dict[int, Run[Item, None]] = {}
         self._hidden: dict[int, mx.array] = {}  # answers to passes, until the next step
         self._count = 0
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, request: Request) -> int:
-        """Let a request in; gives its number.
-
-        Raises:
-            Error: as `stream_generate` does before any computation, but for its ContextError, which
-                the first `step` reports.
-        """
+    def add(self, run: Run[Item, None]) -> int:
+        """Let a run in; gives its number."""
         key = self._count
-        self._runs[key] = write_events(self._model, self._tokenizer, request)
+        self._runs[key] = run
         self._count += 1
         return key
 
     def remove(self, key: int) -> None:
-        """Stop a request and free what it holds; nothing happens if it has ended."""
+        """Stop a run and free what it holds; nothing happens if it has ended."""
         run = self._runs.pop(key, None)
         self._hidden.pop(key, None)
         if run is not None:
@@ -59,21 +54,23 @@ class Batch:
         for key in list(self._runs):
             self.remove(key)
 
-    def step(self) -> Generator[tuple[int, Event | Error], None, None]:
-        """Events of one step, of all requests, with their numbers.
+    def step(self) -> Generator[tuple[int, Item | Exception | None], None, None]:
+        """What all runs yield until each has asked for a pass, or read a chunk of a long prompt.
 
-        A request ends with its `Done` or an error. Stopping in the middle loses events.
+        With their numbers. The last of a run is None, or what it has raised: the others go on.
+        Stopping in the middle loses items.
         """
         passes: dict[int, Pass] = {}
         for key, run in list(self._runs.items()):
             answer = self._hidden.pop(key, None)
-            while key in self._runs:  # whoever takes an event may remove it
+            while key in self._runs:  # whoever takes an item may remove its run
                 try:
                     item = run.send(answer)
                 except StopIteration:
                     self.remove(key)
+                    yield key, None
                     break
-                except Error as error:
+                except Exception as error:
                     self.remove(key)
                     yield key, error
                     break
@@ -82,6 +79,8 @@ class Batch:
                     passes[key] = item
                     break
                 yield key, item
+                if isinstance(item, Reading):  # the others do not wait for the whole prompt
+                    break
         self._decode({key: asked for key, asked in passes.items() if key in self._runs})
 
     def _decode(self, passes: dict[int, Pass]) -> None:
@@ -105,20 +104,25 @@ def stream_batch(
     A request ends with its `Done`, or with the error that it alone would have raised. The next one
     is taken from `requests` as soon as there is room.
     """
-    batch = Batch(model, tokenizer)
+    batch = Batch[Event](model)
     waiting = enumerate(requests)
     numbers: dict[int, int] = {}
     try:
         while True:
             while len(batch) < max_batch and (found := next(waiting, None)) is not None:
                 try:
-                    numbers[batch.add(found[1])] = found[0]
+                    run = write_events(model, tokenizer, found[1])
                 except Error as error:
                     yield found[0], error
+                else:
+                    numbers[batch.add(run)] = found[0]
             if not len(batch):
                 return
             for key, event in batch.step():
-                yield numbers[key], event
+                if isinstance(event, Exception) and not isinstance(event, Error):
+                    raise event
+                if event is not None:
+                    yield numbers[key], event
     finally:
         batch.close()
 

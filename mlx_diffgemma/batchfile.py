@@ -21,18 +21,19 @@ class BatchError(Error):
     """A file of prompts or answers that cannot be used."""
 
 
-def read_requests(path: Path, settings: dict[str, Any]) -> tuple[list[Request], dict[int, str]]:
+def read_requests(
+    path: Path, template: Request, system: str | None
+) -> tuple[list[Request], dict[int, str]]:
     """The requests of a file, and the ids that lines may give themselves, by index.
 
-    A line is `{"prompt": "..."}` or `{"messages": [...]}`.
-    A line may have its own `max_tokens`, `steps`, `seed` and `schema`. A seed of the command counts
-    up from line to line: equal noise for all would make luck common to all.
+    A line is `{"prompt": "..."}` or `{"messages": [...]}`, before which `system` is put. What else
+    a request has is that of `template`, but for a line's own `max_tokens`, `steps`, `seed` and
+    `schema`. The template's seed counts up from line to line: equal noise for all would make luck
+    common to all.
 
     Raises:
         BatchError: the file cannot be read, or a line is not of this form; the message says which.
     """
-    common = dict(settings)
-    system, seed = common.pop("system"), common.pop("seed")
     found: list[Request] = []
     ids: dict[int, str] = {}
     for number, line in enumerate(_lines(path), 1):
@@ -55,10 +56,10 @@ def read_requests(path: Path, settings: dict[str, Any]) -> tuple[list[Request], 
         if system and messages[:1] and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
         own = {name: given[name] for name in OWN if name in given and name != "id"}
-        request = Request(messages, seed=None if seed is None else seed + number - 1, **common)
+        seed = None if template.seed is None else template.seed + number - 1
         if "id" in given:
             ids[len(found)] = given["id"]
-        found.append(replace(request, **own))
+        found.append(replace(template, prompt=messages, **{"seed": seed, **own}))
     return found, ids
 
 

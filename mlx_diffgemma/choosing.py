@@ -11,20 +11,26 @@ the slot counts as one more factor, without which "no" would always beat "no ide
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Never
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .context import prefill
+from .context import prefilling
+from .denoise import Run, drive
 from .errors import Error
-from .generation import encode_prompt, room_behind, rows_at_once
+from .generation import Reading, encode_prompt, room_behind, rows_at_once
 from .model import DiffusionGemma, LayerCache, Pass
 from .sampler import SeededDraws
 from .tokenizer import Message, Tokenizer
 from .vocabulary import Vocabulary
+
+# Tokens of all labels together: each may need a canvas of its own.
+MOST_TOKENS = 4096
+Chances = dict[str, dict[str, float]]  # by slot and label
 
 
 class ChooseError(Error):
@@ -41,7 +47,7 @@ def choose(
     isolated: bool = False,
     seed: int = 0,
     draws: int = 1,
-) -> dict[str, dict[str, float]]:
+) -> Chances:
     """The probability of each label in each slot; those of a slot sum to 1.
 
     Args:
@@ -58,10 +64,29 @@ def choose(
         ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
         ContextError: the prompt does not fit.
     """
+    run = write_choose(model, tokenizer, prompt, slots, template, isolated, seed, draws)
+    items: Generator[Reading | Chances, None, None] = drive(model, run)
+    (found,) = (item for item in items if not isinstance(item, Reading))
+    return found
+
+
+def write_choose(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message] | Sequence[int],
+    slots: Mapping[str, Sequence[str]],
+    template: str | None,
+    isolated: bool,
+    seed: int,
+    draws: int,
+) -> Run[Reading | Chances, None]:
+    """As `choose`, but somebody else decodes: see `batch.py`. The result is the last item."""
     vocabulary = Vocabulary(model, tokenizer)
     labels = {name: _encoded(vocabulary, name, texts) for name, texts in slots.items()}
     if not labels:
         raise ChooseError("there is no slot to choose for")
+    if sum(len(ids) for known in labels.values() for ids in known.values()) > MOST_TOKENS:
+        raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
     parts = _parts(template, list(slots))
     texts = [parts] if not isolated else _isolate(parts)
     context = encode_prompt(tokenizer, prompt)
@@ -71,16 +96,17 @@ def choose(
         for where in range(1, len(pieces), 2):
             rows += _rows(model, vocabulary, pieces, where, labels)
     cache = model.make_cache()
-    prefill(model, context, cache)
+    for tokens_read in prefilling(model, context, cache):
+        if tokens_read < len(context):
+            yield Reading(tokens_read, len(context))
     source = SeededDraws(seed, vocabulary.size)
-    chances: dict[str, dict[str, float]] = {
-        name: dict.fromkeys(known, 0.0) for name, known in labels.items()
-    }
+    chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in labels.items()}
     for _ in range(draws):
         # One noise for all rows: labels are compared under the same circumstances.
         noise = source.tokens((1, model.config.canvas_length))
-        scores: dict[str, dict[str, float]] = {n: dict.fromkeys(k, 0.0) for n, k in labels.items()}
-        for row, log_p in zip(rows, _read(model, cache, rows, noise), strict=True):
+        scores: Chances = {n: dict.fromkeys(k, 0.0) for n, k in labels.items()}
+        read = yield from _read(model, cache, rows, noise)
+        for row, log_p in zip(rows, read, strict=True):
             for label, token in row.asked:
                 scores[row.slot][label] += float(log_p[token])
         for name, known in scores.items():
@@ -89,7 +115,7 @@ def choose(
             for label, weight in weights.items():
                 chances[name][label] += weight / sum(weights.values()) / draws
     mx.clear_cache()
-    return chances
+    yield chances
 
 
 @dataclass
@@ -104,17 +130,20 @@ class _Row:
 
 def _read(
     model: DiffusionGemma, cache: list[LayerCache], rows: list[_Row], noise: mx.array
-) -> Iterator[npt.NDArray[np.float32]]:
+) -> Run[Never, list[npt.NDArray[np.float32]]]:
     """Log-probabilities (vocabulary,) at each row's position."""
+    found: list[npt.NDArray[np.float32]] = []
     at_once = rows_at_once(model)
     for first in range(0, len(rows), at_once):
         group = rows[first : first + at_once]
         given = mx.array([[token or 0 for token in row.canvas] for row in group], dtype=mx.int32)
         free = mx.array([[token is None for token in row.canvas] for row in group])
-        (hidden,) = model.decode([Pass(mx.where(free, noise, given), cache)])
+        hidden = yield Pass(mx.where(free, noise, given), cache)
+        assert hidden is not None
         at = mx.array([row.position for row in group])[:, None, None]
         chosen = model.logits(mx.take_along_axis(hidden, at, axis=1))[:, 0]
-        yield from np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True))
+        found += list(np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True)))
+    return found
 
 
 def _rows(

@@ -16,6 +16,7 @@ from .errors import Error
 from .files import read_text, replacing
 
 if TYPE_CHECKING:
+    from .generation import Request
     from .guards import Guards
     from .tokenizer import Tokenizer
 
@@ -126,18 +127,21 @@ def generate(
     if batch is not None:
         if prompt != "-" or prompt_cache is not None or show:
             fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
-        settings = {
-            "system": system,
-            "max_tokens": max_tokens,
-            "steps": steps,
-            "seed": seed,
-            "sampler": choose_sampler(sampler, threshold),
-            "schema": schema,
-            "enable_thinking": thinking,
-            "guards": read_guards(guards, thinking_budget),
-            "shrink": shrink,
-        }
-        generate_batch(batch, output, max_batch, model, revision, dtype, quiet, settings)
+        from .generation import Request
+        from .schema import read_supported
+
+        template = Request(
+            "",
+            max_tokens=max_tokens,
+            steps=steps,
+            seed=seed,
+            sampler=choose_sampler(sampler, threshold),
+            schema=None if schema is None else read_supported(schema),
+            enable_thinking=thinking,
+            guards=read_guards(guards, thinking_budget),
+            shrink=shrink,
+        )
+        generate_batch(batch, output, max_batch, model, revision, dtype, quiet, template, system)
         return
     prompt = from_argument(prompt, "the prompt")
     messages = [{"role": "system", "content": system}] if system else []
@@ -157,10 +161,9 @@ def generate(
 
     wanted = None
     if schema is not None:
-        from .schema import parse_schema, read_schema
+        from .schema import read_supported
 
-        wanted = read_schema(schema)
-        parse_schema(wanted)  # what is not supported is said before a model is loaded
+        wanted = read_supported(schema)
     if not quiet:
         introduce(model)
     loaded, tokenizer = load(model, revision=revision, dtype=dtype)
@@ -230,9 +233,13 @@ def generate_batch(
     revision: str | None,
     dtype: DTypeName | None,
     quiet: bool,
-    settings: dict[str, Any],
+    template: "Request",
+    system: str | None,
 ) -> None:
-    """Answer the prompts of a file, side by side; what `output` holds already is skipped."""
+    """Answer the prompts of a file, side by side; what `output` holds already is skipped.
+
+    `template` is what a line's request is made of, with `system` before its messages.
+    """
     from contextlib import ExitStack
 
     from rich.console import Console
@@ -242,12 +249,7 @@ def generate_batch(
     from .batchfile import Answers, append, finished, read_requests
     from .loading import load
 
-    if settings["schema"] is not None:
-        from .schema import parse_schema, read_schema
-
-        settings["schema"] = read_schema(settings["schema"])
-        parse_schema(settings["schema"])
-    requests, ids = read_requests(file, settings)
+    requests, ids = read_requests(file, template, system)
     done = finished(output) if output is not None else set()
     left = [i for i in range(len(requests)) if i not in done]
     if not quiet:

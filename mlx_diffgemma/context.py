@@ -36,10 +36,22 @@ def prefill(
     chunk: int = PREFILL_CHUNK,
 ) -> None:
     """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`."""
+    for _ in prefilling(model, tokens, cache, chunk):
+        pass
+
+
+def prefilling(
+    model: DiffusionGemma,
+    tokens: Sequence[int],
+    cache: list[LayerCache],
+    chunk: int = PREFILL_CHUNK,
+) -> Generator[int, None, None]:
+    """As `prefill`, with a pause after each chunk: how many tokens have been read by now."""
     for start in range(0, len(tokens), chunk):
         model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
         mx.eval([layer.keys for layer in cache], [layer.values for layer in cache])
         mx.clear_cache()
+        yield min(start + chunk, len(tokens))
 
 
 @dataclass(frozen=True)

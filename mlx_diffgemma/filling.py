@@ -16,6 +16,7 @@ import re
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal as Lit
+from typing import Never
 
 import mlx.core as mx
 import numpy as np
@@ -23,12 +24,13 @@ import numpy as np
 from .automaton import Choice, Literal, Pattern, Repeat, Sequence, compile_pattern
 from .canvas import clip_context, planned_start
 from .config import GenerationConfig
-from .context import prefill
-from .denoise import denoise
+from .context import prefilling
+from .denoise import Run, Snapshot, Start, drive, refine
 from .errors import Error
 from .generation import (
     ContextError,
     Draft,
+    Reading,
     draft_of,
     encode_prompt,
     fresh_draws,
@@ -61,11 +63,12 @@ class TemplateError(Error):
 
 @dataclass(frozen=True)
 class Hole:
-    """A gap in a template; `tokens` is its length if the template says so."""
+    """A gap in a text: of `tokens` tokens, at `most` as many, or as many as fit best."""
 
     name: str
     kind: Lit["text", "int", "choice"] = "text"
     tokens: int | None = None
+    most: int | None = None
     options: tuple[str, ...] = ()
 
 
@@ -163,9 +166,12 @@ def _gap(vocabulary: Vocabulary, hole: Hole, spaced: bool, closing: str, room: i
     elif hole.kind == "int":
         patterns = {n: integer(vocabulary, n) for n in INTEGER_LENGTHS}
     else:
-        counts = TEXT_LENGTHS if hole.tokens is None else (hole.tokens,)
+        counts = [n for n in TEXT_LENGTHS if hole.most is None or n <= hole.most]
+        if hole.tokens is not None:
+            counts = [hole.tokens]
         # What closes the hole cannot stand in it, and only a hole that says its length has lines.
-        inner = vocabulary.text_without(closing if hole.tokens is not None else closing + "\n")
+        unknown = hole.tokens is None and hole.most is None
+        inner = vocabulary.text_without(closing + "\n" if unknown else closing)
         first = vocabulary.words_without(closing + "\n") if spaced else inner
         patterns = {n: Sequence((first, Repeat(inner, n - 1, n - 1))) for n in counts}
     patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
@@ -248,32 +254,51 @@ def stream_fill(
     seed: int | None = None,
     sampler: Sampler | None = None,
     draws: Draws | None = None,
-) -> Generator[Draft | FillResult, None, None]:
-    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result."""
-    vocabulary = Vocabulary(model, tokenizer)
-    pieces = _pieces(model, vocabulary, parse_template(template))
+) -> Generator[Reading | Draft | FillResult, None, None]:
+    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result.
+
+    A text that is read in several chunks says so with a `Reading` after each.
+    """
     config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
-    draws = draws or fresh_draws(model, seed)
-    return _fill(model, vocabulary, pieces, template, prompt, config, draws)
+    form = make_form(model, Vocabulary(model, tokenizer), parse_template(template))
+    return drive(model, write_fill(model, form, prompt, config, draws or fresh_draws(model, seed)))
 
 
-def _fill(
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A template in tokens. It holds no arrays of MLX, so any thread may make it."""
+
+    parts: tuple[str | Hole, ...]
+    vocabulary: Vocabulary
+    pieces: tuple[_Piece, ...]
+
+
+def make_form(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hole]) -> Form:
+    """Text and holes in turn, for the canvases of a model.
+
+    Raises:
+        TemplateError: a hole fits no canvas.
+    """
+    return Form(tuple(parts), vocabulary, tuple(_pieces(model, vocabulary, parts)))
+
+
+def write_fill(
     model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    pieces: list[_Piece],
-    template: str,
+    form: Form,
     prompt: str | None,
     config: GenerationConfig,
     draws: Draws,
-) -> Generator[Draft | FillResult, None, None]:
+) -> Run[Reading | Draft | FillResult, None]:
+    """As `stream_fill`, but somebody else decodes: see `batch.py`."""
+    vocabulary, pieces = form.vocabulary, form.pieces
     tokenizer = vocabulary.tokenizer
     room = model.config.canvas_length
     gaps = {piece.hole.name: piece for piece in pieces if isinstance(piece, _Gap)}
     lengths = {name: gap.start_length for name, gap in gaps.items()}
     fits = _size(pieces, lengths) < room
     if prompt is None:
-        shown = _HOLE.sub("...", template) if fits else "the gap in the text"
-        prompt = f"Fill: {shown}"
+        shown = "".join(part if isinstance(part, str) else "..." for part in form.parts)
+        prompt = f"Fill: {shown if fits else 'the gap in the text'}"
     head = encode_prompt(tokenizer, prompt)
     context: list[int] = []
     written: dict[str, list[int]] = {}
@@ -293,7 +318,9 @@ def _fill(
                     notes.append(f"The model did not see the first {dropped} tokens of the text.")
             elif cache[0].length + len(context) + room > model.context:
                 raise ContextError("the text between the holes does not fit into the context")
-            prefill(model, context, cache)
+            for tokens_read in prefilling(model, context, cache):
+                if tokens_read < len(context):
+                    yield Reading(tokens_read, len(context))
             names = list(_row(vocabulary, pieces, lengths, room, last=True).spans)
             undecided = [name for name in names if len(gaps[name].patterns) > 1]
             for name in [*undecided, None]:
@@ -338,7 +365,7 @@ def _fill(
             window += 1
     finally:
         mx.clear_cache()
-    yield _result(tokenizer, template, gaps, written, probabilities, passes, notes)
+    yield _result(tokenizer, form.parts, gaps, written, probabilities, passes, notes)
 
 
 def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
@@ -392,7 +419,7 @@ def _try(
     config: GenerationConfig,
     draws: Draws,
     window: int,
-) -> Generator[Draft, None, tuple[_Settled, int]]:
+) -> Run[Draft, tuple[_Settled, int]]:
     """Denoise each layout and count the steps; the one whose hole `name` surprises least.
 
     Without a name there is one layout, and it gets all its steps.
@@ -408,23 +435,47 @@ def _try(
         group = layouts[first : first + at_once]
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
         start = planned_start(plans, vocabulary, draws)
-        for snapshot in denoise(model, cache, config, draws, start):
-            passes += 1
-            yield draft_of(vocabulary.tokenizer, snapshot, window, config)
+        snapshot = yield from _drafts(model, vocabulary, cache, start, config, draws, window)
+        passes += snapshot.step
         for i, layout in enumerate(group):
             canvas = snapshot.argmax[i : i + 1]
             if name is not None:
                 begin, end = layout.row.spans[name]
-                inside, after = surprisal(
+                inside, after = yield from surprisal(
                     model, cache, canvas, [[(begin, end)], [(end, room)]], draws
                 )
                 surprises, behind = {name: inside[begin:end]}, after[end : end + 1]
             else:
-                surprises, behind = _in_groups(model, cache, canvas, layout.row.spans, draws), []
+                spans = layout.row.spans
+                surprises = yield from _in_groups(model, cache, canvas, spans, draws)
+                behind = []
             finished.append(_Settled(layout, canvas, surprises, behind))
     if name is None:
         return finished[0], passes
     return min(finished, key=lambda settled: settled.mean(name)), passes
+
+
+def _drafts(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    cache: list[LayerCache],
+    start: Start,
+    config: GenerationConfig,
+    draws: Draws,
+    window: int,
+) -> Run[Draft, Snapshot]:
+    """As `refine`, with drafts in the place of snapshots."""
+    run = refine(model, cache, config, draws, start)
+    answer: mx.array | None = None
+    while True:
+        try:
+            item = run.send(answer)
+        except StopIteration as end:
+            return end.value
+        if isinstance(item, Pass):
+            answer = yield item
+        else:
+            answer = yield draft_of(vocabulary.tokenizer, item, window, config)
 
 
 def _in_groups(
@@ -433,11 +484,11 @@ def _in_groups(
     canvas: mx.array,
     spans: dict[str, tuple[int, int]],
     draws: Draws,
-) -> dict[str, list[float]]:
+) -> Run[Never, dict[str, list[float]]]:
     """The surprise of each hole's tokens, in at most GROUPS passes, each hiding every so-manyth."""
     names = [list(spans)[i::GROUPS] for i in range(min(GROUPS, len(spans)))]
     hidden = [[spans[name] for name in group] for group in names]
-    found = surprisal(model, cache, canvas, hidden, draws)
+    found = yield from surprisal(model, cache, canvas, hidden, draws)
     return {
         name: each[slice(*spans[name])]
         for group, each in zip(names, found, strict=True)
@@ -451,7 +502,7 @@ def surprisal(
     canvas: mx.array,
     hidden: list[list[tuple[int, int]]],
     draws: Draws,
-) -> list[list[float]]:
+) -> Run[Never, list[list[float]]]:
     """-log p (nats) of each token of a canvas (1, L), once for each list of spans that is hidden.
 
     A pass sees noise in the place of its hidden spans.
@@ -466,7 +517,8 @@ def surprisal(
     at_once = rows_at_once(model)
     found: list[list[float]] = []
     for first in range(0, len(rows), at_once):
-        (states,) = model.decode([Pass(mx.concatenate(rows[first : first + at_once]), cache)])
+        states = yield Pass(mx.concatenate(rows[first : first + at_once]), cache)
+        assert states is not None
         tokens = mx.broadcast_to(canvas, states.shape[:2])
         seen = read_out(model, states, 1.0)
         found += np.array(-log_probability(model, states, tokens, 1.0, seen)).tolist()
@@ -475,7 +527,7 @@ def surprisal(
 
 def _result(
     tokenizer: Tokenizer,
-    template: str,
+    parts: Iterable[str | Hole],
     gaps: dict[str, _Gap],
     written: dict[str, list[int]],
     probabilities: dict[str, tuple[float, ...]],
@@ -484,7 +536,7 @@ def _result(
 ) -> FillResult:
     values: dict[str, str | int] = {}
     text = ""
-    for part in parse_template(template):
+    for part in parts:
         if isinstance(part, str):
             text += part
             continue

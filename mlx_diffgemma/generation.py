@@ -34,7 +34,7 @@ from .tokenizer import Declaration, Message, Tokenizer
 from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 
 if TYPE_CHECKING:
-    from .schema import Schema
+    from .schema import Compiled, Schema
 
 # Canvas positions computed side by side where a task has many canvases.
 POSITIONS_AT_ONCE = 4096
@@ -256,7 +256,8 @@ class Request:
         sampler: `EntropyBound` or `ConfidenceThreshold`.
         draws: takes the place of `seed`, to replay a run.
         start: what the first canvas starts from, see `canvas.py`; None is noise.
-        schema: a JSON Schema that the answer follows, see `schema.py`; not together with `start`.
+        schema: a JSON Schema that the answer follows, see `schema.py`, or one that is `compiled`;
+            not together with `start`.
         prefill_chunk: tokens of the prompt encoded at once; bounds memory, not the result.
         enable_thinking: ask for thoughts before the answer.
         context: what the model has read before; of the prompt only what is new is encoded.
@@ -278,7 +279,7 @@ class Request:
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     start: Start | None = None
-    schema: "Schema | None" = None
+    schema: "Schema | Compiled | None" = None
     context: Context | None = None
     guards: Guards = OFF
     shrink: bool = False
@@ -359,10 +360,14 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
     guards = request.guards
     check: Callable[[str], None] = lambda text: None  # noqa: E731
     if request.schema is not None:
-        from .schema import schema_starts, validate
+        from .schema import Compiled, compiled, schema_starts, validate
+        from .vocabulary import Vocabulary
 
-        starts = schema_starts(model, tokenizer, request.schema, len(ids), config, draws)
-        check = partial(validate, request.schema)
+        schema = request.schema
+        if not isinstance(schema, Compiled):
+            schema = compiled(schema, Vocabulary(model, tokenizer))
+        starts = schema_starts(model, schema, len(ids), config, draws)
+        check = partial(validate, schema.schema)
         guards = OFF
     else:
         opening = tokenizer.encode(request.opening)

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from .generation import Done, Draft, Request
 from .guards import Guards
-from .schema import parse_schema
 from .turns import BadToolCall, Text, Thought, ToolCall
 
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -80,6 +79,8 @@ class ToolDeclaration(Body):
 
 class JsonSchema(Body):
     name: str | None = None
+    description: str | None = None
+    strict: bool | None = None  # it always is
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
@@ -101,14 +102,20 @@ class ChatBody(Sampling):
 
 
 class CompletionBody(Sampling):
-    prompt: NotBlank | list[NotBlank]
+    prompt: NotBlank | Annotated[list[NotBlank], Field(min_length=1, max_length=256)]
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
+class Piece(Body):
+    text: NotBlank
+    pinned: bool = False
+
+
 class FillBody(Body):
-    template: NotBlank
+    template: NotBlank | None = None
+    canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
     steps: Steps | None = None
     seed: NonNegative | None = None
@@ -134,7 +141,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "user": ("",),
     "parallel_tool_calls": (True,),
+    "strict": (False,),
 }
+# Names that are reported at most: they travel in a header.
+MOST_NAMES = 50
 
 
 class Refused(Exception):
@@ -152,13 +162,27 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
 
 
 def ignored(body: Body) -> list[str]:
-    """Parameters that were sent and mean nothing here."""
-    extra = body.model_extra or {}
-    return sorted(
+    """Parameters that were sent and mean nothing here, those of parts of the body with a dot."""
+    return sorted(_ignored(body))[:MOST_NAMES]
+
+
+def _ignored(body: Body) -> set[str]:
+    found = {
         name
-        for name, value in extra.items()
+        for name, value in (body.model_extra or {}).items()
         if value is not None and value not in _NEUTRAL.get(name, ())
-    )
+    }
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Body):
+                found |= {f"{name}.{inner}" for inner in _ignored(part)}
+    if isinstance(body, ChatBody) and _schema(body) is not None:
+        # A guaranteed document begins at once and is not cut.
+        told = {"stop": body.stop, "enable_thinking": body.enable_thinking}
+        told["reasoning_effort"] = body.reasoning_effort
+        found |= {name for name, value in told.items() if value}
+    return found
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
@@ -199,12 +223,27 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
     return found
 
 
-def chat_requests(body: ChatBody) -> list[Request]:
-    """One request for each of `n` answers.
+def _schema(body: ChatBody) -> dict[str, Any] | None:
+    """The schema of a guaranteed document.
+
+    Raises:
+        Refused: there has to be one and is none.
+    """
+    form = body.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return {"type": "object"}
+    if form.json_schema is None or form.json_schema.schema_ is None:
+        raise Refused(400, "response_format json_schema needs json_schema.schema")
+    return form.json_schema.schema_
+
+
+def chat_request(body: ChatBody) -> Request:
+    """The request of a chat, without its seed.
 
     Raises:
         Refused: a combination that is not supported.
-        SchemaError: a schema that is not.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
     opening = body.opening or ""
@@ -212,20 +251,13 @@ def chat_requests(body: ChatBody) -> list[Request]:
         tools = []
     elif body.tool_choice not in (None, "auto"):
         opening = "<|tool_call>call:" + _named_tool(body.tool_choice, tools)
-    schema: dict[str, Any] | None = None
-    if body.response_format is not None and body.response_format.type == "json_object":
-        schema = {"type": "object"}
-    elif body.response_format is not None and body.response_format.type == "json_schema":
-        named = body.response_format.json_schema
-        if named is None or named.schema_ is None:
-            raise Refused(400, "response_format json_schema needs json_schema.schema")
-        schema = named.schema_
-    if schema is not None:
-        parse_schema(schema)
+    schema = _schema(body)
+    if schema is not None and opening:
+        raise Refused(400, "response_format goes with neither an opening nor a forced tool call")
     thinking = body.enable_thinking
     if thinking is None:
         thinking = body.reasoning_effort not in (None, "none", "minimal")
-    request = Request(
+    return Request(
         messages_of(body),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         steps=body.steps,
@@ -233,10 +265,9 @@ def chat_requests(body: ChatBody) -> list[Request]:
         schema=schema,
         guards=Guards(thinking_budget=body.thinking_budget),
         tools=tools,
-        stop=stops(body.stop),
-        opening="" if schema is not None else opening,
+        stop=() if schema is not None else stops(body.stop),
+        opening=opening,
     )
-    return several(request, body.n or 1, body.seed)
 
 
 def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
@@ -350,12 +381,12 @@ class Choice:
         }
 
 
-def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens of all answers; the prompt counts once."""
+def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
+    """Tokens of all answers; each prompt counts once, with the first of its answers."""
     done = [choice.done for choice in choices if choice.done is not None]
-    prompt = done[0].prompt_tokens if done else 0
+    prompt = sum(each.prompt_tokens for each in done[::per_prompt])
     written = sum(each.generated_tokens for each in done)
-    cached = done[0].cached_tokens if done else 0
+    cached = sum(each.cached_tokens for each in done[::per_prompt])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,

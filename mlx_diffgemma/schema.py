@@ -9,6 +9,7 @@ and $ref to $defs or definitions that do not contain themselves. Anything else i
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ from .files import read_text
 from .generation import Starts
 from .model import DiffusionGemma
 from .sampler import Draws
-from .tokenizer import Tokenizer
 from .vocabulary import Vocabulary
 
 Schema = Mapping[str, Any] | bool
 
+# Parts of a pattern; references and optional members can make few lines of schema into very many.
+MOST_PARTS = 200_000
 # Digits of a number that its schema does not bound: within what every JSON reader keeps exactly.
 MOST_DIGITS = 15
 MOST_DECIMALS = 6
@@ -76,32 +78,67 @@ def read_schema(path: Path) -> Schema:
         raise SchemaError(f"{path} is not JSON: {error}") from None
 
 
+def read_supported(path: Path) -> Schema:
+    """A schema from a JSON file; what is not supported is said before a model is loaded.
+
+    Raises:
+        SchemaError: as `read_schema` and `parse_schema`.
+    """
+    schema = read_schema(path)
+    parse_schema(schema)
+    return schema
+
+
 def parse_schema(schema: Schema) -> Pattern:
     """What the schema's documents look like, not yet in tokens.
 
     Raises:
-        SchemaError: the schema is invalid, uses what is not supported, or allows no document.
+        SchemaError: the schema is invalid, uses what is not supported, allows no document, or is
+            too large or too deep.
     """
-    _check(schema)
-    return _Reader(schema).value(schema, "#")
+    try:
+        _check(schema)
+        return _Reader(schema).value(schema, "#")
+    except RecursionError:
+        raise SchemaError("the schema is nested too deeply") from None
 
 
 def compile_schema(schema: Schema, vocabulary: Vocabulary) -> Machine:
     """The automaton of a schema's documents, each followed by the end of the answer.
 
     Raises:
-        SchemaError: as `parse_schema`; or the schema is too large.
+        SchemaError: as `parse_schema`.
     """
     try:
-        return compile_pattern(vocabulary.answer(_encode(parse_schema(schema), vocabulary)))
+        pattern = _Encoder(vocabulary).encoded(parse_schema(schema))
+        return compile_pattern(vocabulary.answer(pattern))
     except PatternError as error:
         raise SchemaError(f"the schema is too large: {error}") from None
+    except RecursionError:
+        raise SchemaError("the schema is nested too deeply") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A schema with its automaton. It holds no arrays of MLX, so any thread may make it."""
+
+    schema: Schema
+    vocabulary: Vocabulary
+    machine: Machine
+
+
+def compiled(schema: Schema, vocabulary: Vocabulary) -> Compiled:
+    """A schema with its automaton.
+
+    Raises:
+        SchemaError: as `parse_schema`.
+    """
+    return Compiled(schema, vocabulary, compile_schema(schema, vocabulary))
 
 
 def schema_starts(
     model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    schema: Schema,
+    schema: Compiled,
     prompt_tokens: int,
     config: GenerationConfig,
     draws: Draws,
@@ -109,10 +146,9 @@ def schema_starts(
     """Canvases that are, one after another, a document of the schema within the token budget.
 
     Raises:
-        SchemaError: the schema is not supported, or its shortest document is over the budget.
+        SchemaError: the shortest document is over the budget.
     """
-    vocabulary = Vocabulary(model, tokenizer)
-    machine = compile_schema(schema, vocabulary)
+    machine = schema.machine
     length = model.config.canvas_length
     room = (model.context - prompt_tokens) // length * length
     budget = min(config.max_new_tokens, room)
@@ -125,7 +161,7 @@ def schema_starts(
     def start(generated: Row[int]) -> Start:
         states = machine.advance(frozenset([machine.first]), generated)
         plan = machine.plan(length, budget - len(generated), states)
-        return planned_start([plan], vocabulary, draws)
+        return planned_start([plan], schema.vocabulary, draws)
 
     return start
 
@@ -137,10 +173,13 @@ def validate(schema: Schema, document: str) -> None:
         SchemaError: it is not JSON, or not valid: a defect of this module.
     """
     import jsonschema
+    from referencing import Registry
 
     try:
         value = json.loads(document)
-        jsonschema.validators.validator_for(schema)(schema).validate(value)
+        # A registry of one's own: the library's default asks the network for what it does not know.
+        kind = jsonschema.validators.validator_for(schema)
+        kind(schema, registry=Registry()).validate(value)
     except ValueError as error:
         raise SchemaError(f"the document is not JSON: {error}") from None
     except jsonschema.ValidationError as error:
@@ -193,28 +232,39 @@ class _Inside(_Unencoded):
     most: int | None
 
 
-def _encode(pattern: Pattern, vocabulary: Vocabulary) -> Pattern:
-    match pattern:
-        case _Spelled(text):
-            return vocabulary.literal(text)
-        case _OneOf(characters):
-            return vocabulary.character(characters)
-        case _Inside(least, most):
-            return vocabulary.json_characters(least, most)
-        case Sequence(parts):
-            flat: list[Pattern] = []
-            for part in _flat(parts):
-                last = flat[-1] if flat else None
-                if isinstance(part, _Spelled) and isinstance(last, _Spelled):
-                    flat[-1] = _Spelled(last.text + part.text)
-                else:
-                    flat.append(part)
-            return Sequence(tuple(_encode(part, vocabulary) for part in flat))
-        case Choice(options):
-            return Choice(tuple(_encode(option, vocabulary) for option in options))
-        case Repeat(part, least, most):
-            return Repeat(_encode(part, vocabulary), least, most)
-    return pattern
+@dataclass
+class _Encoder:
+    """Turns patterns of characters into patterns of tokens."""
+
+    vocabulary: Vocabulary
+    count: int = 0
+
+    def encoded(self, pattern: Pattern) -> Pattern:
+        # Optional members stand in several options each, and so do the members inside of them.
+        self.count += 1
+        if self.count > MOST_PARTS:
+            raise SchemaError(f"the schema is too large: it has over {MOST_PARTS:,} parts")
+        match pattern:
+            case _Spelled(text):
+                return self.vocabulary.literal(text)
+            case _OneOf(characters):
+                return self.vocabulary.character(characters)
+            case _Inside(least, most):
+                return self.vocabulary.json_characters(least, most)
+            case Sequence(parts):
+                flat: list[Pattern] = []
+                for part in _flat(parts):
+                    last = flat[-1] if flat else None
+                    if isinstance(part, _Spelled) and isinstance(last, _Spelled):
+                        flat[-1] = _Spelled(last.text + part.text)
+                    else:
+                        flat.append(part)
+                return Sequence(tuple(map(self.encoded, flat)))
+            case Choice(options):
+                return Choice(tuple(map(self.encoded, options)))
+            case Repeat(part, least, most):
+                return Repeat(self.encoded(part), least, most)
+        return pattern
 
 
 def _flat(parts: tuple[Pattern, ...]) -> Iterator[Pattern]:
@@ -239,12 +289,21 @@ class _Reader:
     def __init__(self, root: Schema):
         self._root = root
         self._inside: list[str] = []
+        self._parts = 0
+
+    def _count(self, parts: int) -> None:
+        self._parts += parts
+        if self._parts > MOST_PARTS:
+            raise SchemaError(f"the schema is too large: it has over {MOST_PARTS:,} parts")
 
     def value(self, schema: Schema, where: str) -> Pattern:
+        self._count(1)
         if schema is False:
             raise SchemaError(f"{where} allows nothing")
         if schema is True or not isinstance(schema, dict):
             schema = {}
+        if "$id" in schema and where != "#":
+            raise SchemaError(f"{where}: $id inside of a schema is not supported")
         rules = {k: v for k, v in schema.items() if k not in _ANNOTATIONS}
         if "$ref" in rules:
             return self._reference(rules, where)
@@ -349,7 +408,10 @@ class _Reader:
         names = list(members)
         # Before the first member there is no comma; which one is first is the model's choice when
         # those in front of it are optional.
-        firsts = [i for i in range(len(names)) if not required & set(names[:i])]
+        firsts = list(range(len(names)))
+        if required:
+            firsts = firsts[: 1 + min(names.index(name) for name in required)]
+        self._count(len(firsts) * len(names))
 
         def rest(start: int) -> list[Pattern]:
             parts: list[Pattern] = []
@@ -451,6 +513,8 @@ def _bound(rules: dict[str, Any], name: str) -> Decimal | None:
     value = rules.get(name)
     if isinstance(value, bool):
         raise SchemaError(f"{name} as true or false (draft 4) is not supported")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SchemaError(f"{name} is no number")
     return None if value is None else Decimal(str(value))
 
 

@@ -5,11 +5,12 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from fastapi import FastAPI
@@ -27,11 +28,23 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
-from .choosing import choose
+from .canvas import fill_start
+from .choosing import write_choose
+from .denoise import Run
 from .errors import Error
-from .filling import FillResult, parse_template, stream_fill
-from .generation import ContextError, Done, Draft, Request
+from .filling import FillResult, Hole, parse_template, write_fill
+from .generation import (
+    ContextError,
+    Done,
+    Draft,
+    Reading,
+    Request,
+    Stopper,
+    fresh_draws,
+    write_events,
+)
 from .guards import Guards
+from .model import DiffusionGemma
 from .protocol import (
     Body,
     ChatBody,
@@ -41,18 +54,23 @@ from .protocol import (
     FillBody,
     Refused,
     Sampling,
-    chat_requests,
+    chat_request,
     error_body,
     ignored,
     several,
     stops,
     usage_of,
 )
+from .tokenizer import Tokenizer
 from .worker import Busy, Job, Stopped, Ticket, Timeout, Worker
 
 PAGE = Path(__file__).parent / "data" / "page.html"
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
+# Requests whose prompts are encoded and schemas compiled at the same time, each in its own thread.
+MOST_PREPARED = 2
+
+Result = TypeVar("Result")
 
 
 class Limits:
@@ -97,7 +115,8 @@ class Limits:
 
 
 def _is_loopback(host: bytes) -> bool:
-    name = host.decode("latin-1").rsplit(":", 1)[0] if not host.endswith(b"]") else host.decode()
+    name = host.decode("latin-1")
+    name = name if name.endswith("]") else name.rsplit(":", 1)[0]
     return name in ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -111,7 +130,8 @@ class Stream:
     def __init__(self, worker: Worker, works: Sequence[Request | Job]):
         self._worker = worker
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, object]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[Any]] = asyncio.Queue()
+        self._drafts: dict[int, list[Any]] = {}  # those that nobody has taken from the queue yet
         self._tickets: list[Ticket] = []
         self._open = len(works)
         try:
@@ -124,9 +144,20 @@ class Stream:
     def _listener(self, index: int) -> Callable[[object], None]:
         def listen(event: object) -> None:
             with suppress(RuntimeError):  # the loop has gone
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._put, index, event)
 
         return listen
+
+    def _put(self, index: int, event: object) -> None:
+        """Queue an event. Whoever reads slowly misses drafts: thousands of them would pile up."""
+        waiting = self._drafts.pop(index, None)
+        if isinstance(event, Draft):
+            if waiting is None:
+                self._events.put_nowait(waiting := [index, event])
+            waiting[1] = event
+            self._drafts[index] = waiting
+        else:
+            self._events.put_nowait([index, event])
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -135,7 +166,10 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, object]]:
         while self._open:
-            index, event = await self._events.get()
+            item = await self._events.get()
+            index, event = item
+            if self._drafts.get(index) is item:
+                del self._drafts[index]
             if event is None:
                 self._open -= 1
             elif isinstance(event, Timeout):
@@ -152,8 +186,34 @@ class Stream:
                 yield index, event
 
 
+async def unless_gone(http: Http, work: Coroutine[Any, Any, Result], stream: Stream) -> Result:
+    """What the work gives. If the client goes away before, the stream is closed, as on errors."""
+
+    async def gone() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.1)
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has gone")
+        return task.result()
+    except asyncio.CancelledError:  # the time that a shutdown grants is over
+        stream.close()
+        raise Refused(503, "the server is shutting down", "stopping") from None
+    except BaseException:
+        stream.close()
+        raise
+    finally:
+        for each in (task, watch):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
 async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
-    """All events, unless the client goes away: then the work stops."""
+    """All events, but of the drafts only the last of each canvas."""
 
     async def collect() -> list[tuple[int, object]]:
         # Drafts are for those who watch; only the last of a canvas tells how sure the model was.
@@ -168,24 +228,47 @@ async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
             found.append((index, event))
         return found
 
-    async def gone() -> None:
-        while not await http.is_disconnected():
-            await asyncio.sleep(0.1)
+    return await unless_gone(http, collect(), stream)
 
-    work, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Refused(499, "the client has gone")
-        return work.result()
-    except asyncio.CancelledError:  # the time that a shutdown grants is over
-        raise Refused(503, "the server is shutting down", "stopping") from None
-    finally:
-        stream.close()
-        for task in (work, watch):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+
+async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]:
+    """The events, once there is one: an error before it still has a status of its own."""
+    events = stream.__aiter__()
+
+    async def first() -> tuple[int, object]:
+        return await anext(events)
+
+    item = await unless_gone(http, first(), stream)
+
+    async def every() -> AsyncIterator[tuple[int, object]]:
+        yield item
+        async for each in events:
+            yield each
+
+    return every()
+
+
+class Lines(StreamingResponse):
+    """Server-sent events and their end; an error is one more of them."""
+
+    def __init__(self, lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]):
+        async def every() -> AsyncIterator[str]:
+            try:
+                async for line in lines:
+                    yield line
+                yield "data: [DONE]\n\n"
+            except Refused as error:
+                yield sse(error_body(error.status, error.message, error.code))
+
+        headers = {"Cache-Control": "no-store", **headers}
+        super().__init__(every(), media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # not in the generator: a client may be gone before its first line is asked for
+            self._stream.close()
 
 
 def draft_event(index: int, draft: Draft) -> str:
@@ -276,47 +359,46 @@ def make_app(
         names = ",".join(name for name in ignored(body) if name.isascii() and name.isprintable())
         return {"X-Ignored-Parameters": names} if names else {}
 
+    preparing = asyncio.Semaphore(MOST_PREPARED)
+
+    async def prepared(make: Callable[[], Result]) -> Result:
+        """What is made in a thread of its own: others go on, in this loop and in the worker."""
+        async with preparing:
+            return await asyncio.to_thread(make)
+
     async def streamed(
-        body: Sampling, stream: Stream, choices: list[Choice], chunk: Callable[..., dict[str, Any]]
+        http: Http,
+        body: Sampling,
+        stream: Stream,
+        choices: list[Choice],
+        per_prompt: int,
+        chunk: Callable[..., dict[str, Any]],
     ) -> Response:
-        """Server-sent events; an error before the first of them still has its own status."""
-        events = stream.__aiter__()
-        try:
-            first = await anext(events)
-        except BaseException:
-            stream.close()
-            raise
+        """The answers as server-sent events; `chunk` makes what a delta is told in."""
+        events = await begun(http, stream)
 
         async def lines() -> AsyncIterator[str]:
-            try:
-                for i in range(len(choices)):
-                    if head := chunk(i, None, None):
-                        yield sse(head)
-                item: tuple[int, object] | None = first
-                while item is not None:
-                    index, event = item
-                    delta = choices[index].take(event)
-                    if isinstance(event, Draft) and body.stream_drafts:
-                        yield draft_event(index, event)
-                    elif isinstance(event, Done):
-                        yield sse(chunk(index, {}, choices[index].reason))
-                    elif delta:
-                        yield sse(chunk(index, delta, None))
-                    item = await anext(events, None)
-                if (body.stream_options or {}).get("include_usage"):
-                    yield sse({**chunk(0, {}, None), "choices": [], "usage": usage_of(choices)})
-                yield "data: [DONE]\n\n"
-            except Refused as error:
-                yield sse(error_body(error.status, error.message, error.code))
-            finally:
-                stream.close()
+            for i in range(len(choices)):
+                if head := chunk(i, None, None):
+                    yield sse(head)
+            async for index, event in events:
+                delta = choices[index].take(event)
+                if isinstance(event, Draft) and body.stream_drafts:
+                    yield draft_event(index, event)
+                elif isinstance(event, Done):
+                    yield sse(chunk(index, {}, choices[index].reason))
+                elif delta:
+                    yield sse(chunk(index, delta, None))
+            if wants_usage(body):
+                usage = usage_of(choices, per_prompt)
+                yield sse({**chunk(0, {}, None), "choices": [], "usage": usage})
 
-        headers = {"Cache-Control": "no-store", **answer_headers(body)}
-        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+        return Lines(lines(), stream, answer_headers(body))
 
     @app.post("/v1/chat/completions", responses=responses)
     async def chat(http: Http, body: ChatBody) -> Response:
-        requests = chat_requests(body)
+        one = await prepared(lambda: worker.prepared(chat_request(body)))
+        requests = several(one, body.n or 1, body.seed)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         common = {"id": identity, "created": created, "model": name}
         pieces = worker.tokenizer.pieces if body.logprobs else None
@@ -336,10 +418,10 @@ def make_app(
                     choice["diffusion"] = choices[index].facts
                 return {**common, "object": "chat.completion.chunk", "choices": [choice]}
 
-            return await streamed(body, stream, choices, chunk)
+            return await streamed(http, body, stream, choices, len(choices), chunk)
         for index, event in await gathered(http, stream):
             choices[index].take(event)
-        told = []
+        answers = []
         for i, choice in enumerate(choices):
             message: dict[str, Any] = {"role": "assistant", "content": choice.text}
             if choice.thought:
@@ -347,7 +429,7 @@ def make_app(
             if choice.calls:
                 message["tool_calls"] = choice.calls
                 message["content"] = choice.text or None
-            told.append(
+            answers.append(
                 {
                     "index": i,
                     "message": message,
@@ -356,8 +438,9 @@ def make_app(
                     "diffusion": choice.facts,
                 }
             )
-        answer = {**common, "object": "chat.completion", "choices": told}
-        return JSONResponse({**answer, "usage": usage_of(choices)}, headers=answer_headers(body))
+        answer = {**common, "object": "chat.completion", "choices": answers}
+        answer["usage"] = usage_of(choices, len(choices))
+        return JSONResponse(answer, headers=answer_headers(body))
 
     @app.post("/v1/completions", responses=responses)
     async def complete(http: Http, body: CompletionBody) -> Response:
@@ -370,17 +453,22 @@ def make_app(
         if body.stream and best_of > (body.n or 1):
             raise Refused(400, "best_of does not go with stream")
         bos = worker.tokenizer.token_id("<bos>")
-        requests = []
-        for prompt in prompts:
-            ids = worker.tokenizer.encode(prompt)
-            request = Request(
-                ids if bos is None else [bos, *ids],
-                max_tokens=body.max_tokens,
-                steps=body.steps,
-                guards=Guards(),
-                stop=stops(body.stop),
-            )
-            requests += several(request, best_of, body.seed)
+        template = Request(
+            "",
+            max_tokens=body.max_tokens,
+            steps=body.steps,
+            guards=Guards(),
+            stop=stops(body.stop),
+            opening=body.opening or "",
+        )
+
+        def encoded() -> list[Request]:
+            texts = map(worker.tokenizer.encode, prompts)
+            ids = [each if bos is None else [bos, *each] for each in texts]
+            return [worker.prepared(replace(template, prompt=each)) for each in ids]
+
+        each_once = await prepared(encoded)
+        requests = [one for each in each_once for one in several(each, best_of, body.seed)]
         choices = [Choice() for _ in requests]
         stream = Stream(worker, requests)
         if body.stream:
@@ -394,121 +482,150 @@ def make_app(
                 choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
                 return {**common, "choices": [choice]}
 
-            return await streamed(body, stream, choices, chunk)
+            return await streamed(http, body, stream, choices, best_of, chunk)
         for index, event in await gathered(http, stream):
             choices[index].take(event)
-        told: list[dict[str, Any]] = []
+        answers: list[dict[str, Any]] = []
         for i, prompt in enumerate(prompts):
             tried = choices[i * best_of : (i + 1) * best_of]
             kept = tried if best_of == (body.n or 1) else sorted(tried, key=lambda c: c.doubt)
             for choice in kept[: body.n or 1]:
                 text = (prompt if body.echo else "") + choice.text
-                told.append(
+                answers.append(
                     {
-                        "index": len(told),
+                        "index": len(answers),
                         "text": text,
                         "finish_reason": choice.reason,
                         "logprobs": None,
                         "diffusion": choice.facts,
                     }
                 )
-        answer = {**common, "choices": told, "usage": usage_of(choices)}
+        answer = {**common, "choices": answers, "usage": usage_of(choices, best_of)}
         return JSONResponse(answer, headers=answer_headers(body))
 
     async def infill(
         http: Http, body: CompletionBody, prompts: list[str], common: dict[str, Any]
     ) -> Response:
         """What stands between a prompt and a suffix."""
-        if len(prompts) > 1 or (body.n or 1) > 1:
-            raise Refused(400, "a suffix goes with one prompt and one answer")
-        hole = f"{{{{middle:{body.max_tokens}}}}}" if body.max_tokens else "{{middle}}"
-        template = escaped(prompts[0]) + hole + escaped(body.suffix or "")
-        result = await filled(http, template, None, body.steps, body.seed)
-        text = str(result.values["middle"])
-        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
-        tokens = len(worker.tokenizer.encode(text))
-        prompt_tokens = len(worker.tokenizer.encode(prompts[0] + (body.suffix or "")))
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": prompt_tokens + tokens,
-        }
-        answer = {**common, "choices": [choice], "usage": usage}
+        suffix = body.suffix or ""
+        if len(prompts) > 1 or (body.n or 1) > 1 or (body.best_of or 1) > 1 or body.opening:
+            raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
+        parts: list[str | Hole] = [prompts[0], Hole("middle", most=body.max_tokens), suffix]
+        stream = Stream(worker, [await filling(lambda: parts, None, body.steps, body.seed)])
+
+        def answer_of(result: FillResult) -> tuple[dict[str, Any], dict[str, int]]:
+            stopper = Stopper(stops(body.stop))
+            text = stopper.feed(str(result.values["middle"]))
+            text += "" if stopper.hit else stopper.rest()
+            written = len(worker.tokenizer.encode(text))
+            read = len(worker.tokenizer.encode(prompts[0] + suffix))
+            usage = {"prompt_tokens": read, "completion_tokens": written}
+            shown = prompts[0] + text if body.echo else text
+            choice = {"index": 0, "text": shown, "finish_reason": "stop", "logprobs": None}
+            return choice, {**usage, "total_tokens": read + written}
+
         if not body.stream:
+            choice, usage = answer_of(await filled(http, stream))
+            answer = {**common, "choices": [choice], "usage": usage}
             return JSONResponse(answer, headers=answer_headers(body))
+        events = await begun(http, stream)
 
         async def lines() -> AsyncIterator[str]:
-            yield sse({**common, "choices": [choice]})
-            yield "data: [DONE]\n\n"
+            async for _, event in events:
+                if isinstance(event, Draft) and body.stream_drafts:
+                    yield draft_event(0, event)
+                elif isinstance(event, FillResult):
+                    choice, usage = answer_of(event)
+                    yield sse({**common, "choices": [choice]})
+                    if wants_usage(body):
+                        yield sse({**common, "choices": [], "usage": usage})
 
-        return StreamingResponse(lines(), media_type="text/event-stream")
+        return Lines(lines(), stream, answer_headers(body))
 
-    async def filled(
-        http: Http, template: str, prompt: str | None, steps: int | None, seed: int | None
-    ) -> FillResult:
-        parse_template(template)
+    async def filling(
+        parts: Callable[[], list[str | Hole]],
+        prompt: str | None,
+        steps: int | None,
+        seed: int | None,
+    ) -> Job:
+        form = await prepared(lambda: worker.form(parts()))
 
-        def job(model: Any, tokenizer: Any) -> Any:
-            return stream_fill(model, tokenizer, template, prompt=prompt, steps=steps, seed=seed)
+        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+            config = model.generation.override(max_denoising_steps=steps)
+            return write_fill(model, form, prompt, config, fresh_draws(model, seed))
 
-        for _, event in await gathered(http, Stream(worker, [job])):
+        return job
+
+    async def filled(http: Http, stream: Stream) -> FillResult:
+        for _, event in await gathered(http, stream):
             if isinstance(event, FillResult):
                 return event
-        raise Refused(503, "the server is shutting down")
+        raise Refused(503, "the server is shutting down", "stopping")
+
+    def repairing(pieces: list[tuple[str, bool]], body: FillBody) -> Job:
+        """A canvas some of whose pieces are pinned."""
+        shown = "".join(text if pinned else "..." for text, pinned in pieces)
+
+        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+            draws = fresh_draws(model, body.seed)
+            request = Request(
+                body.prompt or f"Fill: {shown}",
+                max_tokens=model.config.canvas_length,
+                steps=body.steps,
+                draws=draws,
+                start=fill_start(model, worker.vocabulary, pieces, draws),
+            )
+            return write_events(model, tokenizer, request)
+
+        return job
 
     @app.post("/v1/fill", responses=responses)
     async def fill(http: Http, body: FillBody) -> Response:
-        if not body.stream_drafts:
-            result = await filled(http, body.template, body.prompt, body.steps, body.seed)
-            return JSONResponse(fill_facts(result), headers=answer_headers(body))
-        parse_template(body.template)
-
-        def job(model: Any, tokenizer: Any) -> Any:
-            return stream_fill(
-                model,
-                tokenizer,
-                body.template,
-                prompt=body.prompt,
-                steps=body.steps,
-                seed=body.seed,
-            )
-
+        if (body.template is None) == (body.canvas is None):
+            raise Refused(400, "there must be either a template or a canvas")
+        if body.template is not None:
+            parts = partial(parse_template, body.template)
+            job = await filling(parts, body.prompt, body.steps, body.seed)
+        else:
+            job = repairing([(piece.text, piece.pinned) for piece in body.canvas or ()], body)
         stream = Stream(worker, [job])
+        choice = Choice()
+        if not body.stream_drafts:
+            for _, event in await gathered(http, stream):
+                if facts := fill_facts(event, choice):
+                    return JSONResponse(facts, headers=answer_headers(body))
+            raise Refused(503, "the server is shutting down", "stopping")
+        events = await begun(http, stream)
 
         async def lines() -> AsyncIterator[str]:
-            try:
-                async for _, event in stream:
-                    if isinstance(event, Draft):
-                        yield draft_event(0, event)
-                    elif isinstance(event, FillResult):
-                        yield sse(fill_facts(event))
-                yield "data: [DONE]\n\n"
-            except Refused as error:
-                yield sse(error_body(error.status, error.message, error.code))
-            finally:
-                stream.close()
+            async for _, event in events:
+                if isinstance(event, Draft):
+                    yield draft_event(0, event)
+                if facts := fill_facts(event, choice):
+                    yield sse(facts)
 
-        return StreamingResponse(lines(), media_type="text/event-stream")
+        return Lines(lines(), stream, answer_headers(body))
 
     @app.post("/v1/choose", responses=responses)
     async def choosing(http: Http, body: ChooseBody) -> Response:
         slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
 
-        def job(model: Any, tokenizer: Any) -> Any:
-            yield choose(
+        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+            return write_choose(
                 model,
                 tokenizer,
                 body.prompt,
                 slots,
-                template=body.template,
-                isolated=body.isolated,
-                seed=body.seed,
-                draws=body.draws,
+                body.template,
+                body.isolated,
+                body.seed,
+                body.draws,
             )
 
         for _, event in await gathered(http, Stream(worker, [job])):
-            return JSONResponse({"probabilities": event}, headers=answer_headers(body))
-        raise Refused(503, "the server is shutting down")
+            if not isinstance(event, Reading):
+                return JSONResponse({"probabilities": event}, headers=answer_headers(body))
+        raise Refused(503, "the server is shutting down", "stopping")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -544,16 +661,22 @@ def make_app(
     return app
 
 
-def escaped(text: str) -> str:
-    """Text whose braces are no holes of a template."""
-    return text.replace("{{", r"\{{")
+def wants_usage(body: Sampling) -> bool:
+    """Whether a stream ends with how many tokens there were."""
+    return bool((body.stream_options or {}).get("include_usage"))
 
 
-def fill_facts(result: FillResult) -> dict[str, Any]:
-    """A filled template as JSON."""
-    return {
-        "text": result.text,
-        "values": result.values,
-        "denoising_steps": result.steps,
-        "notes": list(result.notes),
-    }
+def fill_facts(event: object, choice: Choice) -> dict[str, Any]:
+    """A filled template or canvas as JSON, once it is there; `choice` collects a canvas's text."""
+    if isinstance(event, FillResult):
+        return {
+            "text": event.text,
+            "values": event.values,
+            "denoising_steps": event.steps,
+            "notes": list(event.notes),
+        }
+    choice.take(event)
+    if choice.done is None:
+        return {}
+    steps = choice.done.denoising_steps
+    return {"text": choice.text, "values": {}, "denoising_steps": steps, "notes": []}

@@ -1,26 +1,28 @@
 """The thread that owns MLX in a server: it loads, generates and frees, and nobody else does."""
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import mlx.core as mx
+from functools import cached_property
 
 from .batch import Batch
 from .context import Context, Contexts
+from .denoise import Run
 from .errors import Error
-from .generation import Done, Request, encode_prompt
+from .filling import Form, Hole, make_form
+from .generation import Done, Request, encode_prompt, room_behind, write_events
 from .model import DiffusionGemma
+from .schema import Compiled, compiled
 from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary
 
 # What is given to whoever waits: events, at the end None, or an exception.
 Listener = Callable[[object], None]
-# Work that is no request for an answer (filling, choosing): it yields events, one a denoising step.
-Job = Callable[[DiffusionGemma, Tokenizer], Generator[object, None, None]]
-
+# Work that is no request for an answer (filling, choosing); called on the thread.
+Job = Callable[[DiffusionGemma, Tokenizer], Run[object, None]]
 
 _log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
@@ -37,7 +39,7 @@ class Timeout(Error):
     """A request took longer than it may."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """A request on its way."""
 
@@ -64,8 +66,7 @@ class Counters:
 @dataclass
 class _Running:
     ticket: Ticket
-    context: Context | None = None
-    generator: Generator[object, None, None] | None = None
+    context: Context | None
 
 
 class Worker:
@@ -90,7 +91,8 @@ class Worker:
     ):
         self._load = load
         self._max_batch = max_batch
-        self._waiting: queue.Queue[Ticket | None] = queue.Queue()
+        self._waiting: deque[Ticket] = deque()
+        self._changed = threading.Condition()  # held to touch the queue
         self._max_queue = max_queue
         self._timeout = timeout
         self._cache_bytes = cache_bytes
@@ -98,7 +100,6 @@ class Worker:
         self._stopping = threading.Event()
         self._failure: Exception | None = None
         self._running: dict[int, _Running] = {}
-        self._jobs: list[_Running] = []
         self.counters = Counters()
         self._thread = threading.Thread(target=self._run, name="mlx")
         self.tokenizer: Tokenizer
@@ -117,8 +118,9 @@ class Worker:
 
     def stop(self) -> None:
         """Stop whatever runs and end the thread."""
-        self._stopping.set()
-        self._waiting.put(None)
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify()
         self._thread.join()
 
     @property
@@ -129,24 +131,61 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return self._waiting.qsize()
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
         """Requests being answered."""
-        return len(self._running) + len(self._jobs)
+        return len(self._running)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the model's tokens can spell; for any thread."""
+        return Vocabulary(self._model, self.tokenizer)
+
+    def prepared(self, request: Request) -> Request:
+        """The request with its prompt encoded and its schema compiled, which may take a second.
+
+        For the thread of whoever asks: on the worker's it would hold up the others.
+
+        Raises:
+            ContextError, TokenizerError, SchemaError: as `stream_generate` does.
+        """
+        ids = encode_prompt(
+            self.tokenizer,
+            request.prompt,
+            enable_thinking=request.enable_thinking,
+            tools=request.tools,
+        )
+        room_behind(self._model, ids)
+        schema = request.schema
+        if schema is not None and not isinstance(schema, Compiled):
+            schema = compiled(schema, self.vocabulary)
+        return replace(request, prompt=ids, schema=schema)
+
+    def form(self, parts: list[str | Hole]) -> Form:
+        """A text with holes in tokens; for the thread of whoever asks, too.
+
+        Raises:
+            TemplateError: as `make_form` does.
+        """
+        return make_form(self._model, self.vocabulary, parts)
 
     def submit(self, work: Request | Job, listen: Listener) -> Ticket:
-        """Queue work. `listen` is called on the thread: with events, an exception, at last None.
+        """Queue work; a request has to be `prepared`.
+
+        `listen` is called on the thread: with events, an exception, at last None.
 
         Raises:
             Busy: the queue is full.
         """
-        if self._waiting.qsize() >= self._max_queue or not self.alive:
-            self.counters.refused += 1
-            raise Busy
         ticket = Ticket(work, listen, time.monotonic() + self._timeout)
-        self._waiting.put(ticket)
+        with self._changed:
+            if len(self._waiting) >= self._max_queue or not self.alive:
+                self.counters.refused += 1
+                raise Busy
+            self._waiting.append(ticket)
+            self._changed.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -166,114 +205,83 @@ class Worker:
             "context": model.context,
             "canvas": config.canvas_length,
         }
-        batch = Batch(model, self.tokenizer)
+        batch = Batch[object](model)
         contexts = Contexts(model, self._cache_bytes)
         self._ready.set()
         while not self._stopping.is_set():
             self._admit(batch, contexts)
             self._advance(batch, contexts)
-            self._advance_jobs()
             self._drop(batch)
-        for running in [*self._running.values(), *self._jobs]:
-            running.ticket.listen(Stopped("the server is shutting down"))
-            running.ticket.listen(None)
         batch.close()
-        for running in self._jobs:
-            if running.generator is not None:
-                running.generator.close()
-        while not self._waiting.empty():
-            if (ticket := self._waiting.get()) is not None:
-                ticket.listen(Stopped("the server is shutting down"))
-                ticket.listen(None)
+        for ticket in [*(running.ticket for running in self._running.values()), *self._waiting]:
+            ticket.listen(Stopped("the server is shutting down"))
+            ticket.listen(None)
 
-    def _admit(self, batch: Batch, contexts: Contexts) -> None:
+    def _admit(self, batch: Batch[object], contexts: Contexts) -> None:
         """Take from the queue while there is room; waits where nothing else is to be done."""
         while self.running < self._max_batch:
-            try:
-                ticket = self._waiting.get(block=not self.running)
-            except queue.Empty:
-                return
-            if ticket is None:
-                return
+            with self._changed:
+                while not (self._waiting or self.running or self._stopping.is_set()):
+                    self._changed.wait()
+                if not self._waiting or self._stopping.is_set():
+                    return
+                ticket = self._waiting.popleft()
             if ticket.cancelled:
                 self.counters.cancelled += 1
                 continue
             try:
-                if isinstance(ticket.work, Request):
-                    self._begin(ticket, ticket.work, batch, contexts)
-                else:
-                    generator = ticket.work(self._model, self.tokenizer)
-                    self._jobs.append(_Running(ticket, generator=generator))
+                self._begin(ticket, batch, contexts)
             except Exception as error:
                 self._end(ticket, error)
 
-    def _begin(self, ticket: Ticket, request: Request, batch: Batch, contexts: Contexts) -> None:
-        ids = encode_prompt(
-            self.tokenizer,
-            request.prompt,
-            enable_thinking=request.enable_thinking,
-            tools=request.tools,
-        )
-        context = contexts.take(ids)
-        key = batch.add(replace(request, prompt=ids, context=context))
-        self._running[key] = _Running(ticket, context)
+    def _begin(self, ticket: Ticket, batch: Batch[object], contexts: Contexts) -> None:
+        context: Context | None = None
+        if isinstance(ticket.work, Request):
+            ids = encode_prompt(self.tokenizer, ticket.work.prompt)
+            context = contexts.take(ids)
+            request = replace(ticket.work, prompt=ids, context=context)
+            run: Run[object, None] = write_events(self._model, self.tokenizer, request)
+        else:
+            run = ticket.work(self._model, self.tokenizer)
+        self._running[batch.add(run)] = _Running(ticket, context)
 
-    def _advance(self, batch: Batch, contexts: Contexts) -> None:
+    def _advance(self, batch: Batch[object], contexts: Contexts) -> None:
         if not len(batch):
             return
         try:
             for key, event in batch.step():
                 running = self._running[key]
-                if isinstance(event, Error):
+                if event is None or isinstance(event, Exception):
                     del self._running[key]
                     self._end(running.ticket, event)
                     continue
-                if running.ticket.cancelled:  # also between two chunks of a long prompt
-                    batch.remove(key)
-                    continue
                 running.ticket.listen(event)
                 if isinstance(event, Done):
-                    del self._running[key]
                     self.counters.prompt_tokens += event.prompt_tokens
                     self.counters.cached_tokens += event.cached_tokens
                     self.counters.generated_tokens += event.generated_tokens
                     self.counters.denoising_steps += event.denoising_steps
                     if running.context is not None:
                         contexts.give(running.context)
-                    self._end(running.ticket, None)
-        except Exception as error:  # a defect: those who wait are told, the thread goes on
+        except Exception as error:  # of a common pass: all are told, and the thread goes on
             for key, running in list(self._running.items()):
                 batch.remove(key)
                 self._end(running.ticket, error)
             self._running.clear()
 
-    def _advance_jobs(self) -> None:
-        for running in list(self._jobs):
-            assert running.generator is not None
-            try:
-                event = next(running.generator)
-            except StopIteration:
-                self._jobs.remove(running)
-                self._end(running.ticket, None)
-            except Exception as error:
-                self._jobs.remove(running)
-                self._end(running.ticket, error)
-            else:
-                running.ticket.listen(event)
-
-    def _drop(self, batch: Batch) -> None:
-        """Stop what nobody waits for, and what has taken too long."""
+    def _drop(self, batch: Batch[object]) -> None:
+        """Stop what nobody waits for, and what has taken too long, queued or running."""
         now = time.monotonic()
+        with self._changed:
+            waiting = list(self._waiting)
+        for ticket in waiting:
+            if self._over(ticket, now):
+                with self._changed:
+                    self._waiting.remove(ticket)
         for key, running in list(self._running.items()):
             if self._over(running.ticket, now):
                 del self._running[key]
                 batch.remove(key)
-        for running in list(self._jobs):
-            if self._over(running.ticket, now):
-                self._jobs.remove(running)
-                assert running.generator is not None
-                running.generator.close()
-                mx.clear_cache()
 
     def _over(self, ticket: Ticket, now: float) -> bool:
         if ticket.cancelled:

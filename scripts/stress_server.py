@@ -77,15 +77,16 @@ def main() -> None:
 
     threads = [threading.Thread(target=talk, args=(i,)) for i in range(arguments.clients)]
     time.sleep(1)
-    before = memory()
+    trend = [memory()]
     for thread in threads:
         thread.start()
-    time.sleep(arguments.seconds / 2)
-    middle = memory()
+    for _ in range(6):
+        time.sleep(arguments.seconds / 6)
+        trend.append(memory())
     for thread in threads:
         thread.join()
     print(dict(counts))
-    print(f"memory {before:.0f} MB, {middle:.0f} MB half-way, {memory():.0f} MB at the end")
+    print("memory in MB, before and after each sixth:", *(f"{mb:.1f}" for mb in trend))
     print(httpx.get(f"{url}/health").text)
     server.terminate()
     server.wait(30)

@@ -19,15 +19,24 @@ from mlx_diffgemma import (
     Draft,
     Error,
     Event,
+    FillResult,
     Guards,
     Request,
+    SeededDraws,
     Text,
+    Tokenizer,
     batch_generate,
     stream_batch,
     stream_generate,
 )
 from mlx_diffgemma.batch import Batch
+from mlx_diffgemma.choosing import write_choose
+from mlx_diffgemma.denoise import Run, drive
+from mlx_diffgemma.filling import make_form, parse_template, write_fill
+from mlx_diffgemma.generation import write_events
 from mlx_diffgemma.guards import OFF
+from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.vocabulary import Vocabulary
 
 TOKENIZER = gemma_tokenizer()
 MODEL = untrained(768, 12, windows=(20, None, 9))
@@ -75,6 +84,47 @@ def test_a_batch_gives_each_what_it_gets_alone(requests: list[Request], at_once:
         assert got[i] == alone(request)
 
 
+def test_fills_and_choices_in_a_batch_give_what_they_give_alone() -> None:
+    """Their passes have several rows; answers stand beside them, and come and go."""
+    small = Tokenizer.from_directory(EMBEDDED)
+    model = untrained(small.vocab_size, 24, windows=(20, None, 9))
+    config = model.generation.override(max_denoising_steps=3)
+    templates = ["a {{x}} b", "{{n:int}} c {{y:yes|no}}", "{{a:2}} and so on and so on {{b:2}} d"]
+    slots = {"x": ["1", "12", "345"]}
+
+    def runs() -> list[Run[Any, None]]:
+        forms = [make_form(model, Vocabulary(model, small), parse_template(t)) for t in templates]
+        draws = [SeededDraws(seed, small.vocab_size) for seed in range(3)]
+        return [
+            *(write_fill(model, f, "x", config, d) for f, d in zip(forms, draws, strict=True)),
+            write_choose(model, small, "x", slots, None, False, 0, 2),
+            write_events(model, small, Request("hello", seed=1, steps=4)),
+        ]
+
+    def told(event: Any) -> Any:
+        if isinstance(event, FillResult):  # a probability may differ in its last digit
+            return event.text, event.steps, event.notes
+        return (
+            {k: pytest.approx(v) for k, v in event["x"].items()}
+            if isinstance(event, dict)
+            else None
+        )
+
+    single = [[facts(event) for event in drive(model, run)] for run in runs()]
+    batch = Batch[Any](model)
+    for run in runs():
+        batch.add(run)
+    got: dict[int, list[Any]] = {i: [] for i in range(len(single))}
+    while len(batch):
+        for i, event in batch.step():
+            if event is not None:
+                got[i].append(facts(event))
+    for i, alone_events in enumerate(single):
+        assert got[i][:-1] == alone_events[:-1]
+        assert told(got[i][-1]) == told(alone_events[-1])
+        assert told(got[i][-1]) or got[i][-1] == alone_events[-1]
+
+
 def test_passes_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     decode = DiffusionGemma.decode
@@ -117,9 +167,10 @@ def test_requests_are_taken_when_there_is_room() -> None:
 
 
 def test_removing_a_request_frees_what_it_holds() -> None:
-    batch = Batch(MODEL, TOKENIZER)
+    batch = Batch[Event](MODEL)
     before = mx.get_active_memory()
-    keys = [batch.add(Request([60] * 500, max_tokens=60, steps=6, seed=i)) for i in range(3)]
+    requests = [Request([60] * 500, max_tokens=60, steps=6, seed=i) for i in range(3)]
+    keys = [batch.add(write_events(MODEL, TOKENIZER, request)) for request in requests]
     list(batch.step())
     list(batch.step())
     assert mx.get_active_memory() > before

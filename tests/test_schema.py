@@ -1,6 +1,7 @@
 """Documents that follow a schema every time, also from a model that knows nothing."""
 
 import json
+import time
 from typing import Any
 
 import jsonschema
@@ -13,7 +14,15 @@ from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
 from mlx_diffgemma.generation import Committed, Done, generate_tokens
 from mlx_diffgemma.loading import EMBEDDED
 from mlx_diffgemma.sampler import SeededDraws
-from mlx_diffgemma.schema import SchemaError, _ranges, compile_schema, parse_schema, schema_starts
+from mlx_diffgemma.schema import (
+    SchemaError,
+    _ranges,
+    compile_schema,
+    compiled,
+    parse_schema,
+    schema_starts,
+    validate,
+)
 from mlx_diffgemma.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
@@ -132,8 +141,9 @@ def test_every_step_shows_a_valid_document_and_what_is_certain_is_pinned() -> No
     for event in stream_generate(RANDOM, TOKENIZER, "x", schema=RECORD, seed=1, steps=6):
         if not isinstance(event, Done) and event.text:
             jsonschema.validate(json.loads(event.text), RECORD)
+    schema = compiled(RECORD, Vocabulary(RANDOM, TOKENIZER))
     start = schema_starts(
-        RANDOM, TOKENIZER, RECORD, 5, RANDOM.generation, SeededDraws(0, RANDOM.config.vocab_size)
+        RANDOM, schema, 5, RANDOM.generation, SeededDraws(0, RANDOM.config.vocab_size)
     )([])
     assert start is not None
     assert start.pinned is not None
@@ -149,7 +159,8 @@ def test_a_document_goes_on_over_several_canvases() -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": 12}
     config = model.generation.override(max_new_tokens=70, max_denoising_steps=2)
     draws = SeededDraws(5, model.config.vocab_size)
-    starts = schema_starts(model, TOKENIZER, schema, 3, config, draws)
+    parsed = compiled(schema, Vocabulary(model, TOKENIZER))
+    starts = schema_starts(model, parsed, 3, config, draws)
     run = list(generate_tokens(model, [5, 6, 7], config, draws, starts=starts))
     canvases = [item for item in run if isinstance(item, Committed)]
     tokens = [token for item in canvases for token in item.tokens]
@@ -228,3 +239,55 @@ def test_an_object_of_which_nothing_is_said_may_hold_anything() -> None:
     assert any(found)
     empty = {"type": "object", "additionalProperties": False}
     assert generate(RANDOM, TOKENIZER, "x", schema=empty, seed=0, steps=2) == "{}"
+
+
+def nested(levels: int, schema: Any) -> Any:
+    for _ in range(levels):
+        members = {"a": {"type": "null"}, "b": schema, "c": {"type": "null"}}
+        schema = {"type": "object", "properties": members}
+    return schema
+
+
+def lists(levels: int) -> Any:
+    schema: Any = {"type": "null"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    return schema
+
+
+TWICE = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "minLength": 10**9}, "too large"),
+        ({"$defs": {**TWICE, "d60": {"type": "null"}}, "$ref": "#/$defs/d0"}, "too large"),
+        (nested(40, {"type": "null"}), "too large"),
+        ({"type": "object", "properties": {f"p{i}": True for i in range(2000)}}, "too large"),
+        (lists(400), "nested too deeply"),
+        ({"type": "integer", "minimum": float("inf")}, "minimum is no number"),
+        ({"type": "number", "maximum": float("nan")}, "maximum is no number"),
+    ],
+    ids=["states", "references", "options", "members", "depth", "infinity", "nan"],
+)
+def test_a_schema_cannot_take_all_memory_or_time(schema: Any, message: str) -> None:
+    """Each took minutes, gigabytes, or ended with a traceback."""
+    began = time.monotonic()
+    with pytest.raises(SchemaError, match=message):
+        compile_schema(schema, Vocabulary(RANDOM, TOKENIZER))
+    assert time.monotonic() - began < 30
+
+
+def test_no_schema_makes_us_fetch_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that checks documents asks the network for references it does not know."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given: pytest.fail("it asked"))
+    for schema in (
+        {"$ref": "http://127.0.0.1:1/x"},
+        {"anyOf": [{"$id": "http://127.0.0.1:1/x", "$ref": "#/$defs/a"}], "$defs": {"a": True}},
+    ):
+        with pytest.raises(SchemaError, match="not supported"):
+            parse_schema(schema)
+    with pytest.raises(Exception, match="127"):
+        validate({"$ref": "http://127.0.0.1:1/x"}, "1")
+    validate({"$id": "http://127.0.0.1:1/", "$ref": "#/$defs/a", "$defs": {"a": True}}, "1")
