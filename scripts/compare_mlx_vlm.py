@@ -70,7 +70,7 @@ def main() -> None:
                 kind: str = kind,
                 command: str = command,
             ) -> None:
-                values = [middle([r[key] for r in runs[name]]) / scale for name in pythons]
+                values = [middle([r[key] for r in runs[name]]) / scale for name in ("our", "vlm")]
                 row(f"{what}, {kind}", *values, unit, command)
 
             compare("peak of a step above the weights", "above", "GB", 1e9)

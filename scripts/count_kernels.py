@@ -3,8 +3,8 @@
     python scripts/count_kernels.py                                     # ours
     python scripts/count_kernels.py --vlm-python /opt/v/vlm/bin/python  # and mlx-vlm, with ratios
 
-Vocabulary and canvas are the real ones. Width and layers are cut; counts do not depend on the width, and the cost of a layer is the
-difference of two layer counts. What the numbers mean:
+Vocabulary and canvas are the real ones. Width and layers are cut; counts do not depend on the
+width, and the cost of a layer is the difference of two layer counts. What the numbers mean:
 
 - Each time arrays are about to be computed (`mx.eval`, `mx.async_eval`, `.item()`, `.tolist()`),
   the graph behind them is exported and counted, then computed as usual. A step is what is computed
@@ -456,7 +456,9 @@ def run_ours(directory: str, recorder: Recorder) -> Cost:
     from mlx_diffgemma.denoise import denoise
     from mlx_diffgemma.sampler import SeededDraws
 
-    model, _ = load(directory, dtype=None)
+    # On a CPU the default is float32, whatever is stored.
+    dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
+    model, _ = load(directory, dtype=dtype)
     context = Context(model)
     context.read(list(range(100, 164)))
     draws = SeededDraws(0, model.config.vocab_size)

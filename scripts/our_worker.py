@@ -1,17 +1,21 @@
 """mlx-diffgemma for `compare_mlx_vlm.py`."""
 
+import json
+from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 
 from worker import Answer, main
 
 from mlx_diffgemma import Context, Done, Draft, load, stream_generate
-from mlx_diffgemma.loading import DType
 
 
 class System:
     """See `worker.py`."""
 
-    def __init__(self, directory: str, dtype: DType | None = None):
+    def __init__(self, directory: str):
+        # On a CPU the default is float32, whatever is stored.
+        dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
         self._model, self._tokenizer = load(directory, dtype=dtype)
         self._context: Context | None = None
 
@@ -37,8 +41,8 @@ class System:
             elif isinstance(event, Done):
                 done = event
         seconds = perf_counter() - started
-        # As of mlx-vlm, steps 3 to the last but one.
-        found = [b - a for a, b in zip(drafts[1:-1], drafts[2:-1], strict=False)]
+        # Steps 3 to the last but one, as of mlx-vlm, which waits in those alone.
+        found = [b - a for a, b in pairwise(drafts[1:-1])]
         return Answer(
             seconds=seconds,
             first=drafts[0] - started,

@@ -1,17 +1,13 @@
 """mlx-vlm driven through its public entry points, on text alone; runs in its own environment."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
 import mlx_vlm
-
-# Beside this file; `-P` and the like would hide it.
-sys.path.insert(0, str(Path(__file__).parent))
-from worker import Answer, main  # noqa: E402
+from worker import Answer, main
 
 
 def load(directory: str) -> tuple[Any, Any]:
@@ -86,14 +82,14 @@ class System:
         finally:
             mx.array.item = item
         seconds = perf_counter() - started
-        canvases = -(-max_tokens // 256)
-        found = [b - a for a, b in zip(waits[-(steps - 2) :], waits[-(steps - 2) + 1 :])]
+        # Of one canvas: it waits in steps 2 to the last but one.
+        found = [b - a for a, b in pairwise(waits[-(steps - 2) :])]
         return Answer(
             seconds=seconds,
             first=first,
             prompt_seconds=last.prompt_tokens / last.prompt_tps,
             steps=last.diffusion_denoising_steps,
-            step_seconds=found if canvases == 1 and steps > 3 else [],
+            step_seconds=found if steps > 3 else [],
             tokens=written,
         )
 
