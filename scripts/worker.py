@@ -1,7 +1,7 @@
 """What `compare_mlx_vlm.py` measures of one system, in a process of its own.
 
-A system is a class with `__init__(directory)`, `remember()` and `answer(prompt, steps, tokens)`. This
-module needs MLX alone, so that it runs in mlx-vlm's environment too.
+A system is a class with `__init__(directory)`, `remember()` and `answer(prompt, steps, tokens)`.
+This module needs MLX alone, so that it runs in mlx-vlm's environment too.
 """
 
 import argparse
