@@ -49,16 +49,21 @@ def main() -> None:
             directory = write_small(
                 Path(folder) / kind, arguments.layers, arguments.hidden, arguments.vocabulary, kind
             )
+            # Reading needs no vocabulary; with a small one the steps in between are short.
+            reader = write_small(
+                Path(folder) / f"{kind}-reader", arguments.layers, arguments.hidden, 4096, kind
+            )
             found: dict[str, list[dict[str, Any]]] = {"our": [], "vlm": []}
             turns: dict[str, list[dict[str, Any]]] = {"our": [], "vlm": []}
             pythons = {"our": sys.executable, "vlm": arguments.vlm_python}
             for _ in range(arguments.repeats):
                 for name, python in pythons.items():
-                    worker = [python, str(HERE / f"{name}_worker.py"), str(directory)]
+                    worker = [python, str(HERE / f"{name}_worker.py")]
                     sizes = ["--steps", str(arguments.steps), "--prompt", str(arguments.prompt)]
-                    found[name].append(run([*worker, *sizes]))
+                    found[name].append(run([*worker, str(directory), *sizes]))
                     if kind == "float32":
-                        turns[name].append(run([*worker, *sizes, "--turns", str(CONVERSATION)]))
+                        turn = ["--turns", str(CONVERSATION)]
+                        turns[name].append(run([*worker, str(reader), *sizes, *turn]))
             command = f"{own} --kinds {kind} --steps {arguments.steps}"
 
             def compare(
