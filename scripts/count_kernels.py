@@ -12,8 +12,8 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   nothing is special.
 - A kernel is a primitive that is no view. On Metal `rms_norm`, `rope`, `dequantize` are one kernel
   each, while the CPU backend spells them out: they count as one. Attention counts as spelled out,
-  which is what Metal does with heads of 256 and 512. Inside `mx.compile`, a chain of elementwise
-  primitives is one kernel.
+  which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
+  Inside `mx.compile`, a chain of elementwise primitives is one kernel.
 - Bytes are those that a kernel reads and writes. An array is of vocabulary size if its last axis
   has at least 1/64 of the vocabulary, or it has as many elements as the logits; the embedding
   matrix counts apart. Gathers read what they write.
@@ -33,7 +33,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from math import prod
 from pathlib import Path
@@ -508,24 +508,23 @@ def main() -> None:
     systems = {"ours": sys.executable}
     if arguments.vlm_python:
         systems["vlm"] = arguments.vlm_python
-    counts = [arguments.layers] if arguments.layers else [1, 2, 7]
-    results: dict[str, Cost] = {}
+    kind = "quantized" if arguments.quantized else "float32"
+    # The cost of a layer does not depend on the vocabulary: one run with the real one is enough.
+    sizes = [(1, arguments.vocabulary), (1, 4096), (2, 4096), (7, 4096)]
+    if arguments.layers:
+        sizes = [(arguments.layers, arguments.vocabulary)]
+    found: dict[str, list[Cost]] = {name: [] for name in systems}
     with tempfile.TemporaryDirectory() as folder:
         from small_checkpoint import write_small
 
-        found: dict[str, list[Cost]] = {name: [] for name in systems}
-        for layers in counts:
-            directory = write_small(
-                Path(folder) / str(layers),
-                layers,
-                arguments.hidden,
-                arguments.vocabulary,
-                "quantized" if arguments.quantized else "float32",
-            )
+        for number, (layers, vocabulary) in enumerate(sizes):
+            place = Path(folder) / str(number)
+            directory = write_small(place, layers, arguments.hidden, vocabulary, kind)
             for name, python in systems.items():
                 found[name].append(count_in_process(python, name, directory))
-    for name, costs in found.items():
-        results[name] = costs[0] if arguments.layers else whole(*costs)
+    results = {
+        name: costs[0] if arguments.layers else whole(*costs) for name, costs in found.items()
+    }
     if arguments.json:
         print(json.dumps({name: vars(cost) for name, cost in results.items()}))
         return
@@ -533,7 +532,7 @@ def main() -> None:
     for name, cost in results.items():
         report(f"{name}, {title}", cost)
         if not arguments.layers:
-            one, two, _ = found[name]
+            _, one, two, _ = found[name]
             print(f"  a sliding layer: {two.kernels.total() - one.kernels.total()} kernels")
     if len(results) == 2:
         ours, theirs = results["ours"], results["vlm"]
@@ -551,22 +550,18 @@ def count_in_process(python: str, run: str, directory: Path) -> Cost:
     return Cost(**{k: Counter(v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
-def whole(one: Cost, two: Cost, seven: Cost) -> Cost:
-    """The real model's cost, from those of full, sliding + full, and 5 sliding + 2 full layers."""
+def whole(real: Cost, one: Cost, two: Cost, seven: Cost) -> Cost:
+    """The real model's cost, of one layer with its vocabulary and of layers with a small one.
 
-    def scale(a: int, b: int, c: int) -> int:
-        sliding = b - a
-        full = c - a - 5 * sliding
-        return a - full + SLIDING * sliding + FULL * full
-
-    made = Cost()
-    for name, value in vars(one).items():
-        if isinstance(value, Counter):
-            for key in {**one.__dict__[name], **two.__dict__[name], **seven.__dict__[name]}:
-                counts = [getattr(cost, name)[key] for cost in (one, two, seven)]
-                getattr(made, name)[key] = scale(*counts)
-        else:
-            setattr(made, name, scale(*(getattr(cost, name) for cost in (one, two, seven))))
+    One layer has full attention; two are a sliding and a full one, seven five and two.
+    """
+    made = replace(real, kernels=Counter(real.kernels), views=Counter(real.views))
+    for name in ("kernels", "views"):
+        first, second, third = (getattr(cost, name) for cost in (one, two, seven))
+        for key in {**first, **second, **third}:
+            sliding = second[key] - first[key]
+            full = third[key] - first[key] - 5 * sliding
+            getattr(made, name)[key] += SLIDING * sliding + (FULL - 1) * full
     return made
 
 
