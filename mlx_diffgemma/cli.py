@@ -675,6 +675,49 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    *,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: DType = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Measure this checkpoint too, in turns with --model.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    max_tokens: MaxTokens = None,
+    steps: Steps = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; medians are printed.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast a checkpoint is on this machine."""
+    from rich.console import Console
+
+    from . import bench as measuring
+    from .display import bench_table
+
+    if not quiet:
+        introduce(model)
+    subjects = [measuring.Subject(model or "the small model", model, revision, dtype)]
+    if compare is not None:
+        subjects.append(measuring.Subject(compare, compare, None, dtype))
+    reports = measuring.bench(
+        subjects,
+        prompt_tokens,
+        steps,
+        max_tokens,
+        repeats,
+        (lambda line: None) if quiet else say,
+    )
+    if as_json:
+        print(json.dumps(measuring.as_json(reports), ensure_ascii=False))
+        return
+    about = measuring.machine()
+    Console(highlight=False).print(bench_table(reports))
+    print(f"mlx-diffgemma {about['mlx_diffgemma']}, MLX {about['mlx']}, {about['system']}")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
     destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],

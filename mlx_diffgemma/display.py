@@ -2,16 +2,20 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text as Styled
 
 from .generation import Done, Draft, Notice
 from .guards import Guard
+
+if TYPE_CHECKING:
+    from .bench import Report
 
 # Colours of accepted tokens by entropy, in nats: the first whose bound is not exceeded.
 COLOURS = ((0.1, "green"), (1.0, "yellow"), (float("inf"), "red"))
@@ -227,3 +231,29 @@ def summary(done: Done) -> str:
         f"{done.tokens_per_second:.1f} tokens/s; peak memory {done.peak_memory / 1e9:.2f} GB; "
         f"finished: {done.finish_reason.replace('_', ' ')}"
     )
+
+
+def bench_table(reports: "Sequence[Report]") -> Table:
+    """A column for each checkpoint; of two, the second as a ratio to the first."""
+    table = Table("", *(report.model for report in reports), *["ratio"] * (len(reports) == 2))
+    for column in table.columns[1:]:
+        column.justify, column.overflow = "right", "fold"
+    rows: list[tuple[str, str, Callable[[Report], float]]] = [
+        ("load", "s", lambda r: r.load_seconds),
+        ("load, peak memory", "GB", lambda r: r.load_peak_memory / 1e9),
+        ("prefill", "tokens/s", lambda r: r.median.prefill_tokens_per_second),
+        ("first draft", "s", lambda r: r.median.first_draft_seconds),
+        ("step", "s", lambda r: r.median.step_seconds),
+        ("canvas", "s", lambda r: r.median.canvas_seconds),
+        ("end to end", "tokens/s", lambda r: r.median.tokens_per_second),
+        ("steps per canvas", "", lambda r: r.median.steps_per_canvas),
+        ("tokens per forward pass", "", lambda r: r.median.tokens_per_forward),
+        ("peak memory", "GB", lambda r: r.median.peak_memory / 1e9),
+    ]
+    for name, unit, number in rows:
+        values = [number(report) for report in reports]
+        # Three digits, but no exponents: 1,710 and 0.0632.
+        shown = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
+        shown = [f"{value} {unit}".strip() for value in shown]
+        table.add_row(name, *shown, *[f"{values[-1] / values[0]:.2f}"] * (len(values) == 2))
+    return table

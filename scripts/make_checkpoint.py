@@ -67,8 +67,11 @@ GENERATION = {
 }
 
 
-def config(layers: int, vision: bool = False) -> dict[str, Any]:
-    """config.json cut to so many layers, every sixth and the last with full attention."""
+def config(layers: int, vision: bool = False, text: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json cut to so many layers, every sixth and the last with full attention.
+
+    `text` replaces numbers of the text config, to make the model narrower.
+    """
     full = "full_attention"
     kinds = [full if i % 6 == 5 or i == layers - 1 else "sliding_attention" for i in range(layers)]
     return {
@@ -77,7 +80,7 @@ def config(layers: int, vision: bool = False) -> dict[str, Any]:
         "canvas_length": 256,
         "dtype": "bfloat16",
         "tie_word_embeddings": True,
-        "text_config": {**TEXT, "num_hidden_layers": layers, "layer_types": kinds},
+        "text_config": {**TEXT, "num_hidden_layers": layers, "layer_types": kinds, **(text or {})},
         "vision_config": VISION if vision else None,
     }
 
@@ -163,10 +166,16 @@ def vision_shapes(vision: dict[str, Any], text_hidden: int) -> dict[str, tuple[i
     return found
 
 
-def write(directory: Path, layers: int, shard_bytes: float, vision: bool = False) -> int:
+def write(
+    directory: Path,
+    layers: int,
+    shard_bytes: float,
+    vision: bool = False,
+    text: dict[str, Any] | None = None,
+) -> int:
     """Write the checkpoint; returns its bytes. Values are bfloat16 of magnitude about 0.02."""
     directory.mkdir(parents=True)
-    made = config(layers, vision)
+    made = config(layers, vision, text)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in sorted(shapes(made).items()):

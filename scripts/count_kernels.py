@@ -1,0 +1,586 @@
+"""Count kernels and bytes of one denoising step, from the graphs that MLX is asked to run.
+
+    python scripts/count_kernels.py                                     # ours
+    python scripts/count_kernels.py --vlm-python /opt/v/vlm/bin/python  # and mlx-vlm, with ratios
+
+Vocabulary and canvas are the real ones. Width and layers are cut; counts do not depend on the
+width, and the cost of a layer is the difference of two layer counts. What the numbers mean:
+
+- Each time arrays are about to be computed (`mx.eval`, `mx.async_eval`, `.item()`, `.tolist()`),
+  the graph behind them is exported and counted, then computed as usual. A step is what is computed
+  between two snapshots: here between the second and the third, where self-conditioning is on and
+  nothing is special.
+- A kernel is a primitive that is no view. On Metal `rms_norm`, `rope`, `dequantize` are one kernel
+  each, while the CPU backend spells them out: they count as one. Attention counts as spelled out,
+  which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
+  Inside `mx.compile`, a chain of elementwise primitives is one kernel.
+- Bytes are those that a kernel reads and writes. An array is of vocabulary size if its last axis
+  has at least 1/64 of the vocabulary, or it has as many elements as the logits; the embedding
+  matrix counts apart. Gathers read what they write.
+
+Numbers are counted, not timed. This module needs MLX alone, so that it runs in mlx-vlm's
+environment too; `install` must be called before anything imports `mlx.nn`.
+"""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+VIEWS = frozenset(
+    "Reshape Transpose Broadcast BroadcastAxes Slice ExpandDims Squeeze Flatten Unflatten Split "
+    "AsStrided View StopGradient Depends NumberOfElements".split()
+)
+# What mx.compile merges, as in MLX's `is_fusable`.
+FUSABLE = frozenset(
+    "Abs Add And ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseAnd "
+    "BitwiseBinary BitwiseInvert BitwiseOr BitwiseXor Broadcast Ceil Conjugate Cos Cosh Divide "
+    "Equal Erf ErfInv Exp Expm1 Floor FloorDivide Full Greater GreaterEqual Imag LeftShift Less "
+    "LessEqual Log Log10 Log1p Log2 LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum "
+    "Multiply Negative NotEqual Power Real Remainder RightShift Round Rsqrt Select Sigmoid Sign "
+    "Sin Sinh Sqrt Square Subtract Tan Tanh".split()
+)
+# Real numbers of layers: 25 with a sliding window, 5 with full attention.
+SLIDING, FULL = 25, 5
+
+
+@dataclass
+class Cost:
+    """What was computed: kernels and views by name; vocabulary-sized arrays, and the table.
+
+    `vocabulary_arrays` counts each reading and each writing of one.
+    """
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    views: Counter[str] = field(default_factory=Counter)
+    vocabulary_arrays: int = 0
+    vocabulary_read: int = 0
+    vocabulary_written: int = 0
+    table_read: int = 0
+    syncs: int = 0
+
+    def add(self, other: "Cost") -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Region:
+    """Arrays that went into a function and came out of it; `name` is None where MLX compiles it."""
+
+    name: str | None
+    inputs: list[mx.array]
+    outputs: list[mx.array]
+
+
+@dataclass
+class Node:
+    """A primitive of an exported graph; arrays are names."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+def arrays_in(tree: Any) -> list[mx.array]:
+    """All arrays of nested lists, tuples and dicts."""
+    if isinstance(tree, mx.array):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple | set):
+        return []
+    return [array for part in tree for array in arrays_in(part)]
+
+
+class Recorder:
+    """Counts what is computed while it is on; `mark` ends a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Cost] = []
+        self.vocabulary = self.logits = 0
+        self._on = False
+        self._depth = 0
+        self._regions: list[Region] = []
+
+    def start(self, vocabulary: int, canvas: int) -> None:
+        self.vocabulary, self.logits = vocabulary, vocabulary * canvas
+        self.steps = [Cost()]
+        self._on = True
+
+    def stop(self) -> None:
+        self._on = False
+        self._regions.clear()
+
+    def mark(self) -> None:
+        """A step ends here."""
+        self.steps.append(Cost())
+
+    def install(self, on_item: Callable[[], None] | None = None) -> None:
+        """Watch MLX's evaluations, and its functions that are one kernel or become one.
+
+        `on_item` is called after each `.item()`.
+        """
+        mx.compile = self._compile
+        for name in ("rms_norm", "rope"):
+            setattr(mx.fast, name, self._region(name, getattr(mx.fast, name)))
+        mx.dequantize = self._region("dequantize", mx.dequantize)
+        for name in ("eval", "async_eval"):
+            setattr(mx, name, self._sync(getattr(mx, name)))
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__array__"):
+            setattr(mx.array, name, self._sync(getattr(mx.array, name)))
+        if on_item is not None:
+            item, called = mx.array.item, on_item
+
+            def marked(array: mx.array) -> Any:
+                value = item(array)
+                called()
+                return value
+
+            setattr(mx.array, "item", marked)  # noqa: B010 (mypy knows its type)
+
+    def _sync(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def synced(*args: Any, **kwargs: Any) -> Any:
+            if self._on:
+                self._count(arrays_in(args))
+            return function(*args, **kwargs)
+
+        return synced
+
+    def _compile(
+        self,
+        fun: Callable[..., Any],
+        inputs: Any = None,
+        outputs: Any = None,
+        shapeless: Any = None,
+    ) -> Callable[..., Any]:
+        # Not compiled, so that shapes stay known; `_fused` says what MLX would have merged.
+        return self._region(None, fun)
+
+    def _region(self, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nested = name is None and self._depth > 0
+            self._depth += name is None
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._depth -= name is None
+            if self._on and not nested:
+                self._regions.append(Region(name, arrays_in([args, kwargs]), arrays_in(result)))
+            return result
+
+        return called
+
+    def _count(self, wanted: list[mx.array]) -> None:
+        """Add what computing these arrays takes to the current step."""
+        extra = [a for region in self._regions for a in (*region.inputs, *region.outputs)]
+        nodes, shapes, names = exported([*wanted, *extra])
+        made = {name: node for node in nodes for name in node.outputs}
+        goals, named = names[: len(wanted)], iter(names[len(wanted) :])
+        regions = []
+        for region in self._regions:
+            ins = [next(named) for _ in region.inputs]
+            outs = [next(named) for _ in region.outputs]
+            regions.append((region, ins, outs))
+        # A region that has been computed is over.
+        self._regions = [r for r, _, outs in regions if any(out in made for out in outs)]
+        needed: set[int] = set()
+        stack = [made[name] for name in goals if name in made]
+        while stack:
+            node = stack.pop()
+            if id(node) not in needed:
+                needed.add(id(node))
+                stack += [made[name] for name in node.inputs if name in made]
+        nodes = [node for node in nodes if id(node) in needed]
+        if not nodes:
+            return
+        groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
+        cost = self._cost(nodes, shapes, groups, set(goals))
+        cost.syncs = 1
+        self.steps[-1].add(cost)
+
+    def _cost(
+        self,
+        nodes: list[Node],
+        shapes: dict[str, tuple[tuple[int, ...], int]],
+        groups: dict[int, str],
+        goals: set[str],
+    ) -> Cost:
+        cost = Cost()
+        size = {name: prod(shape) for name, (shape, _) in shapes.items()}
+        table = {
+            name
+            for name, (shape, _) in shapes.items()
+            if len(shape) == 2 and shape[0] == self.vocabulary
+        }
+        # What a view shows is read, and no more than what it is a view of.
+        behind = {name: size[name] * width for name, (_, width) in shapes.items()}
+        group_of = {name: groups.get(id(node)) for node in nodes for name in node.outputs}
+        copied: set[int] = set()
+        turned: set[str] = set()
+        for node in nodes:
+            if all(name in table or size[name] == 1 for name in node.inputs) and any(
+                name in table for name in node.inputs
+            ):
+                table.update(node.outputs)
+            elif node.name not in VIEWS or node.name == "Broadcast":
+                table.difference_update(node.outputs)
+            if node.name in VIEWS and groups.get(id(node)) is None:
+                for name in node.outputs:
+                    behind[name] = min(behind[name], behind[node.inputs[0]])
+                if node.name == "Transpose":
+                    turned.update(node.outputs)
+                elif node.name in ("Reshape", "Flatten", "Unflatten"):
+                    if turned & set(node.inputs):
+                        copied.add(id(node))
+                elif turned & set(node.inputs):
+                    turned.update(node.outputs)
+        readers: dict[str, set[str | int]] = {}
+        for node in nodes:
+            for name in node.inputs:
+                readers.setdefault(name, set()).add(groups.get(id(node)) or id(node))
+        seen: set[tuple[str, str]] = set()
+        counted: set[str] = set()
+        for node in nodes:
+            group = groups.get(id(node))
+            if group is None and node.name in VIEWS and id(node) not in copied:
+                cost.views[node.name] += 1
+                continue
+            if group is None:
+                cost.kernels["Copy" if id(node) in copied else node.name] += 1
+            elif group not in counted:
+                counted.add(group)
+                cost.kernels[group.split(" ")[0]] += 1
+            written = [
+                name
+                for name in node.outputs
+                if group is None or name in goals or readers.get(name, set()) - {group}
+            ]
+            read = [name for name in node.inputs if group is None or group_of.get(name) != group]
+            if group is not None:  # a kernel reads an array once, however often it is named
+                read = [name for name in dict.fromkeys(read) if (group, name) not in seen]
+                seen.update((group, name) for name in read)
+            for name in written:
+                if self._is_vocabulary(shapes[name][0]) and name not in table:
+                    cost.vocabulary_arrays += 1
+                    cost.vocabulary_written += behind[name]
+            for name in read:
+                gathers = node.name in ("Gather", "GatherAxis")
+                if name in table:
+                    cost.table_read += behind[node.outputs[0]] if gathers else behind[name]
+                elif self._is_vocabulary(shapes[name][0]):
+                    cost.vocabulary_arrays += 1
+                    cost.vocabulary_read += behind[node.outputs[0]] if gathers else behind[name]
+        return cost
+
+    def _is_vocabulary(self, shape: tuple[int, ...]) -> bool:
+        return prod(shape) >= self.logits or (
+            bool(shape) and shape[-1] >= self.vocabulary // 64 and prod(shape) > shape[-1]
+        )
+
+
+def exported(
+    arrays: list[mx.array],
+) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
+    """The graph behind arrays: nodes in order, (shape, bytes of an item) by name, and their names.
+
+    What is computed already is a constant and has no node. `mx.export_to_dot` knows the nodes but
+    no shapes; `mx.export_function` knows shapes, but merges equal nodes, in the graph itself. So
+    the latter runs in a forked process, and both graphs are walked side by side.
+    """
+    nodes, names = drawn(arrays)
+    theirs, shape_of, others = in_fork(lambda: traced(arrays))
+    made = {name: node for node in nodes for name in node.outputs}
+    other_made = {name: node for node in theirs for name in node.outputs}
+    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    pairs = list(zip(names, others, strict=True))
+    while pairs:
+        mine, other = pairs.pop()
+        if mine in shapes:
+            continue
+        shapes[mine] = shape_of[other]
+        if mine in made:
+            node, match = made[mine], other_made[other]
+            pairs += zip(node.inputs, match.inputs, strict=True)
+            pairs += zip(node.outputs, match.outputs, strict=True)
+    return nodes, shapes, names
+
+
+def drawn(arrays: list[mx.array]) -> tuple[list[Node], list[str]]:
+    """Nodes of the graph as MLX draws it, and the name of each array."""
+
+    def draw(numbers: list[int]) -> list[str]:
+        text = io.StringIO()
+        mx.export_to_dot(text, *arrays, **{f"a{i}": arrays[i] for i in numbers})
+        return text.getvalue().splitlines()
+
+    lines = draw(list(range(len(arrays))))
+    nodes: dict[str, Node] = {}
+    for line in lines:
+        if found := re.match(r'\{ (\d+) \[label ="(\w+)"', line):
+            nodes[found[1]] = Node(found[2], [], [])
+        elif found := re.match(r'"(\w+)" -> (\d+)', line):
+            nodes[found[2]].inputs.append(found[1])
+        elif found := re.match(r'(\d+) -> "(\w+)"', line):
+            nodes[found[1]].outputs.append(found[2])
+    # Two arrays may be one: only one of its names was drawn. Draw again to see which it is.
+    names = {f"a{i}": f"a{i}" for i in range(len(arrays))}
+    known = set(re.findall(r'"(a\d+)"', "\n".join(lines)))
+    missing = [i for i in range(len(arrays)) if f"a{i}" not in known]
+    while missing:
+        found_now = {}
+        for old, new in zip(lines, draw(missing), strict=True):
+            for mine, other in zip(
+                re.findall(r'"(\w+)"', old), re.findall(r'"(\w+)"', new), strict=True
+            ):
+                found_now[other] = mine
+        left = [i for i in missing if f"a{i}" not in found_now]
+        names |= {f"a{i}": found_now[f"a{i}"] for i in missing if i not in left}
+        if left == missing:
+            break  # arrays computed already that nothing here reads
+        missing = left
+    return list(nodes.values()), [names[f"a{i}"] for i in range(len(arrays))]
+
+
+def traced(
+    arrays: list[mx.array],
+) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
+    """As `exported`, with equal nodes merged."""
+    nodes: list[Node] = []
+    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    names: list[str] = []
+
+    def take(event: dict[str, Any]) -> None:
+        if event["type"] == "outputs":
+            names.extend(name for name, _, _ in event["outputs"])
+            known = event["outputs"]
+        elif event["type"] == "primitive":
+            inputs, outputs = event["inputs"], event["outputs"]
+            nodes.append(Node(event["name"], [n for n, *_ in inputs], [n for n, *_ in outputs]))
+            known = [*inputs, *outputs]
+        else:
+            return
+        shapes.update({name: (tuple(shape), dtype.size) for name, shape, dtype in known})
+
+    mx.export_function(take, lambda: arrays)
+    return nodes, shapes, names
+
+
+def in_fork(function: Callable[[], Any]) -> Any:
+    """What a function answers, called in a copy of this process."""
+    mx.synchronize()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with os.fdopen(writing, "wb") as pipe:
+                pickle.dump(function(), pipe)
+            os._exit(0)
+        except BaseException as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the graph could not be exported")
+    return pickle.loads(answer)
+
+
+def grouped(
+    nodes: list[Node],
+    made: dict[str, Node],
+    regions: list[tuple[str | None, list[str], list[str]]],
+) -> dict[int, str]:
+    """Node -> the kernel that it is part of, by id; nodes that are a kernel alone are missing.
+
+    Named regions are one kernel. In compiled ones an elementwise node joins the node that reads it,
+    if nobody else does.
+    """
+    needed = {id(node) for node in nodes}
+    groups: dict[int, str] = {}
+    compiled: dict[int, int] = {}
+    ordered = sorted(enumerate(regions), key=lambda pair: pair[1][0] is None)
+    for number, (name, ins, outs) in ordered:
+        inside: list[Node] = []
+        stack = [made[out] for out in outs if out in made]
+        while stack:
+            node = stack.pop()
+            if id(node) in needed and node not in inside:
+                inside.append(node)
+                stack += [made[i] for i in node.inputs if i in made and i not in ins]
+        for node in inside:
+            if name is not None:
+                groups.setdefault(id(node), f"{name} {number}")
+            elif id(node) not in groups:
+                compiled.setdefault(id(node), number)
+    readers: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    for node in reversed(nodes):
+        if id(node) not in compiled or node.name not in FUSABLE:
+            continue
+        users = [user for name in node.outputs for user in readers.get(name, [])]
+        theirs = {groups.get(id(user)) for user in users}
+        same = all(compiled.get(id(user)) == compiled[id(node)] for user in users)
+        if users and same and len(theirs) == 1 and None not in theirs:
+            groups[id(node)] = str(theirs.pop())
+        else:
+            groups[id(node)] = f"compiled {id(node)}"
+    return groups
+
+
+def run_ours(directory: str, recorder: Recorder) -> Cost:
+    """The third step of mlx-diffgemma."""
+    recorder.install()
+    from mlx_diffgemma import Context, load
+    from mlx_diffgemma.denoise import denoise
+    from mlx_diffgemma.sampler import SeededDraws
+
+    # On a CPU the default is float32, whatever is stored.
+    dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
+    model, _ = load(directory, dtype=dtype)
+    context = Context(model)
+    context.read(list(range(100, 164)))
+    draws = SeededDraws(0, model.config.vocab_size)
+    config = model.generation.override(max_denoising_steps=4)
+    recorder.start(model.config.vocab_size, model.config.canvas_length)
+    for snapshot in denoise(model, context.cache, config, draws):
+        recorder.mark()
+        if snapshot.step == 3:
+            break
+    recorder.stop()
+    return recorder.steps[2]
+
+
+def run_vlm(directory: str, recorder: Recorder) -> Cost:
+    """The third step of mlx-vlm, through its public generator."""
+    recorder.install(on_item=recorder.mark)
+    from vlm_worker import load, stream
+
+    model, processor = load(directory)
+    text = model.config.text_config
+    recorder.start(text.vocab_size, model.config.canvas_length)
+    for _ in stream(model, processor, list(range(100, 164)), steps=4):
+        pass
+    recorder.stop()
+    # Its loop waits once a step, from the second step on; other waits have no argmax in them.
+    steps = [cost for cost in recorder.steps if cost.kernels["ArgReduce"]]
+    return steps[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=262144)
+    parser.add_argument("--quantized", action="store_true", help="in the published 4-bit layout")
+    parser.add_argument("--layers", type=int, help="count this many, instead of a real model's 30")
+    parser.add_argument("--vlm-python", help="Python of an environment with mlx-vlm")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--run", choices=("ours", "vlm"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        run = run_ours if arguments.run == "ours" else run_vlm
+        print(json.dumps(vars(run(arguments.directory, Recorder()))))
+        return
+    systems = {"ours": sys.executable}
+    if arguments.vlm_python:
+        systems["vlm"] = arguments.vlm_python
+    kind = "quantized" if arguments.quantized else "float32"
+    # The cost of a layer does not depend on the vocabulary: one run with the real one is enough.
+    sizes = [(1, arguments.vocabulary), (1, 4096), (2, 4096), (7, 4096)]
+    if arguments.layers:
+        sizes = [(arguments.layers, arguments.vocabulary)]
+    found: dict[str, list[Cost]] = {name: [] for name in systems}
+    with tempfile.TemporaryDirectory() as folder:
+        from small_checkpoint import write_small
+
+        for number, (layers, vocabulary) in enumerate(sizes):
+            place = Path(folder) / str(number)
+            directory = write_small(place, layers, arguments.hidden, vocabulary, kind)
+            for name, python in systems.items():
+                found[name].append(count_in_process(python, name, directory))
+    results = {
+        name: costs[0] if arguments.layers else whole(*costs) for name, costs in found.items()
+    }
+    if arguments.json:
+        print(json.dumps({name: vars(cost) for name, cost in results.items()}))
+        return
+    title = f"{arguments.layers or SLIDING + FULL} layers"
+    for name, cost in results.items():
+        report(f"{name}, {title}", cost)
+        if not arguments.layers:
+            _, one, two, _ = found[name]
+            print(f"  a sliding layer: {two.kernels.total() - one.kernels.total()} kernels")
+    if len(results) == 2:
+        ours, theirs = results["ours"], results["vlm"]
+        print(
+            f"ours / vlm: kernels {ours.kernels.total() / theirs.kernels.total():.2f}, "
+            f"vocabulary bytes {total(ours) / total(theirs):.2f}"
+        )
+
+
+def count_in_process(python: str, run: str, directory: Path) -> Cost:
+    """Count in a process of its own: each system has its own environment."""
+    command = [python, __file__, "--run", run, "--directory", str(directory)]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    values = json.loads(made.stdout.splitlines()[-1])
+    return Cost(**{k: Counter(v) if isinstance(v, dict) else v for k, v in values.items()})
+
+
+def whole(real: Cost, one: Cost, two: Cost, seven: Cost) -> Cost:
+    """The real model's cost, of one layer with its vocabulary and of layers with a small one.
+
+    One layer has full attention; two are a sliding and a full one, seven five and two.
+    """
+    made = replace(real, kernels=Counter(real.kernels), views=Counter(real.views))
+    for name in ("kernels", "views"):
+        first, second, third = (getattr(cost, name) for cost in (one, two, seven))
+        for key in {**first, **second, **third}:
+            sliding = second[key] - first[key]
+            full = third[key] - first[key] - 5 * sliding
+            getattr(made, name)[key] += SLIDING * sliding + (FULL - 1) * full
+    return made
+
+
+def total(cost: Cost) -> int:
+    """Bytes of vocabulary-sized arrays that a step moves."""
+    return cost.vocabulary_read + cost.vocabulary_written
+
+
+def report(title: str, cost: Cost) -> None:
+    print(
+        f"{title}: {cost.kernels.total()} kernels, {cost.views.total()} views, {cost.syncs} syncs"
+    )
+    print("  " + ", ".join(f"{name} {n}" for name, n in cost.kernels.most_common() if n))
+    print("  views: " + ", ".join(f"{name} {n}" for name, n in cost.views.most_common() if n))
+    print(
+        f"  vocabulary: {cost.vocabulary_arrays} arrays, {cost.vocabulary_read / 1e9:.2f} GB read, "
+        f"{cost.vocabulary_written / 1e9:.2f} GB written; table {cost.table_read / 1e6:.0f} MB read"
+    )
+
+
+if __name__ == "__main__":
+    main()

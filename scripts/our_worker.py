@@ -1,0 +1,57 @@
+"""mlx-diffgemma for `compare_mlx_vlm.py`."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+
+from worker import Answer, main
+
+from mlx_diffgemma import Context, Done, Draft, load, stream_generate
+
+
+class System:
+    """See `worker.py`."""
+
+    def __init__(self, directory: str):
+        # On a CPU the default is float32, whatever is stored.
+        dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
+        self._model, self._tokenizer = load(directory, dtype=dtype)
+        self._context: Context | None = None
+
+    def remember(self) -> None:
+        """Keep what was read."""
+        self._context = Context(self._model)
+
+    def answer(self, prompt: list[int], steps: int, max_tokens: int) -> Answer:
+        started = perf_counter()
+        drafts: list[float] = []
+        for event in stream_generate(
+            self._model,
+            self._tokenizer,
+            prompt,
+            steps=steps,
+            max_tokens=max_tokens,
+            seed=0,
+            context=self._context,
+        ):
+            if isinstance(event, Draft):
+                drafts.append(perf_counter())
+                tokens = list(event.tokens)
+            elif isinstance(event, Done):
+                done = event
+        seconds = perf_counter() - started
+        # Steps 3 to the last but one, as of mlx-vlm, which waits in those alone.
+        found = [b - a for a, b in pairwise(drafts[1:-1])]
+        return Answer(
+            seconds=seconds,
+            first=drafts[0] - started,
+            prompt_seconds=done.prompt_seconds,
+            steps=done.denoising_steps,
+            step_seconds=found if done.canvases == 1 else [],
+            tokens=tokens[: done.generated_tokens],
+        )
+
+
+if __name__ == "__main__":
+    main(System)

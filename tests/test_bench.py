@@ -1,0 +1,102 @@
+"""The command as a user runs it, on the small model; no time is tested, only what all obey."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mlx_diffgemma.bench import Run, middle, prompt_of
+from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.tokenizer import Tokenizer
+
+SMALL = ["--prompt-tokens", "40", "--steps", "3", "--max-tokens", "64", "--repeats", "2"]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_diffgemma", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def twice() -> dict[str, Any]:
+    """The small model and itself."""
+    done = bench(*SMALL, "--compare", str(EMBEDDED), "--json")
+    assert done.returncode == 0, done.stderr
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made
+
+
+def test_one_object_says_what_was_measured_on_what(twice: dict[str, Any]) -> None:
+    assert {"mlx", "mlx_diffgemma", "python", "system", "device", "device_info"} <= twice.keys()
+    assert [model["model"] for model in twice["models"]] == ["the small model", str(EMBEDDED)]
+    assert all(len(model["runs"]) == 2 for model in twice["models"])
+
+
+def test_numbers_obey_each_other(twice: dict[str, Any]) -> None:
+    for model in twice["models"]:
+        assert model["load_peak_memory"] >= model["weights"] > 0
+        for run in [*model["runs"], model["median"]]:
+            assert run["prompt_tokens"] == 40
+            assert 0 < run["generated_tokens"] <= 64
+            assert run["canvases"] == 1
+            assert 0 < run["steps_per_canvas"] <= 3
+            assert run["peak_memory"] > model["weights"]
+            assert all(value > 0 for value in run.values())
+        for run in model["runs"]:
+            passes = run["steps_per_canvas"] * run["canvases"]
+            assert run["tokens_per_forward"] == pytest.approx(run["generated_tokens"] / passes)
+            prompt_seconds = run["prompt_tokens"] / run["prefill_tokens_per_second"]
+            assert run["first_draft_seconds"] > prompt_seconds
+
+
+def test_a_checkpoint_does_the_same_as_itself(twice: dict[str, Any]) -> None:
+    """And its memory does not count the other's weights, which used to be loaded beside it."""
+    first, second = (model["runs"] for model in twice["models"])
+    for a, b in zip(first, second, strict=True):
+        for key in ("generated_tokens", "steps_per_canvas", "tokens_per_forward"):
+            assert a[key] == b[key]
+        assert a["peak_memory"] == pytest.approx(b["peak_memory"], rel=0.1)
+
+
+def test_the_table_is_on_stdout_and_all_else_on_stderr() -> None:
+    done = bench(*SMALL[:-1], "1", "--compare", str(EMBEDDED))
+    assert done.returncode == 0, done.stderr
+    for row in ("prefill", "first draft", "steps per canvas", "peak memory", "ratio"):
+        assert row in done.stdout
+    assert "warming up" in done.stderr
+    assert "warming up" not in done.stdout
+    quiet = bench(*SMALL[:-1], "1", "--quiet")
+    assert quiet.stderr == ""
+    assert "ratio" not in quiet.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt-tokens", "100000"], "does not fit"),
+        (["--compare", "no/such/place"], "no/such/place"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments: list[str], said: str) -> None:
+    done = bench(*arguments, "--quiet")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 40, 500])
+def test_a_prompt_has_exactly_the_wanted_length(tokens: int) -> None:
+    assert len(prompt_of(Tokenizer.from_directory(EMBEDDED), tokens)) == tokens
+
+
+def test_medians_by_hand() -> None:
+    runs = [Run(*[value] * 11) for value in (3, 1, 2, 9)]
+    assert middle(runs) == Run(*[2] * 11)

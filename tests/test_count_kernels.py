@@ -1,0 +1,70 @@
+"""The counts of scripts/count_kernels.py by hand; in processes of their own: it patches MLX."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+BEGIN = """
+import json
+from count_kernels import Recorder
+recorder = Recorder()
+recorder.install()
+import mlx.core as mx
+import mlx.nn as nn
+x, w = mx.ones((4, 8)), mx.ones((640, 8))
+mx.eval(x, w)
+recorder.start(640, 4)
+"""
+END = """
+recorder.stop()
+print(json.dumps([vars(step) for step in recorder.steps]))
+"""
+
+
+def count(code: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + code + END],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(SCRIPTS)},
+    )
+    assert done.returncode == 0, done.stderr
+    steps: list[dict[str, Any]] = json.loads(done.stdout)
+    return steps
+
+
+def test_kernels_and_bytes_by_hand() -> None:
+    (step,) = count("logits = x @ w.T; mx.eval(mx.softmax(logits, axis=-1), mx.argmax(logits, -1))")
+    assert step["kernels"] == {"Matmul": 1, "Softmax": 1, "ArgReduce": 1}
+    copy = 4 * 4 * 640
+    # The product and the softmax are written, the product is read twice; the table is no logits.
+    assert step["table_read"] == 4 * 640 * 8
+    assert (step["vocabulary_written"], step["vocabulary_read"]) == (2 * copy, 2 * copy)
+    assert step["vocabulary_arrays"] == 4
+
+
+def test_equal_nodes_count_each() -> None:
+    """MLX's own export merges them, which its evaluation does not."""
+    (step,) = count("mx.eval(mx.exp(x) + mx.exp(x))")
+    assert step["kernels"] == {"Exp": 2, "Add": 1}
+
+
+def test_what_is_left_over_counts_where_it_is_computed() -> None:
+    """The export used to change the graph, so that the product was computed, and counted, again."""
+    first, second = count(
+        "y = x @ w.T; a = mx.exp(y) + mx.exp(y); b = mx.log(y); mx.eval(a); recorder.mark(); "
+        "b.tolist()"
+    )
+    assert first["kernels"] == {"Matmul": 1, "Exp": 2, "Add": 1}
+    assert second["kernels"] == {"Log": 1}
+
+
+def test_norms_and_compiled_chains_are_one_kernel() -> None:
+    (step,) = count(
+        "f = mx.compile(lambda a: mx.tanh(a * 2) * 3); n = mx.fast.rms_norm(x, None, 1e-6); "
+        "mx.eval(f(n) + nn.gelu_approx(x))"
+    )
+    assert step["kernels"] == {"rms_norm": 1, "compiled": 2, "Add": 1}
