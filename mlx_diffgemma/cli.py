@@ -6,7 +6,8 @@ Imports of MLX and of the rest of the package stand inside the commands: `--help
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ from .files import read_text, replacing
 if TYPE_CHECKING:
     from .generation import Request
     from .guards import Guards
+    from .model import DiffusionGemma
     from .tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -46,6 +48,10 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 DType = Annotated[
     DTypeName | None, typer.Option(help="Compute in this type instead of the checkpoint's.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory that the model may take with its context, e.g. 12GB. [what is free]"),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens to write. [checkpoint's setting]")
@@ -87,6 +93,7 @@ def generate(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     max_tokens: MaxTokens = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -128,6 +135,7 @@ def generate(
         if prompt != "-" or prompt_cache is not None or show:
             fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
         from .generation import Request
+        from .loading import load
         from .schema import read_supported
 
         template = Request(
@@ -141,7 +149,12 @@ def generate(
             guards=read_guards(guards, thinking_budget),
             shrink=shrink,
         )
-        generate_batch(batch, output, max_batch, model, revision, dtype, quiet, template, system)
+        if not quiet:
+            introduce(model)
+        chosen_load = partial(
+            load, model, revision=revision, dtype=dtype, max_memory=size(max_memory)
+        )
+        generate_batch(batch, output, max_batch, chosen_load, quiet, template, system)
         return
     prompt = from_argument(prompt, "the prompt")
     messages = [{"role": "system", "content": system}] if system else []
@@ -166,7 +179,7 @@ def generate(
         wanted = read_supported(schema)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
     context = Context(loaded)
     if prompt_cache is not None and prompt_cache.exists():
         context, _ = Context.load(prompt_cache, loaded)
@@ -229,16 +242,15 @@ def generate_batch(
     file: Path,
     output: Path | None,
     max_batch: int,
-    model: str | None,
-    revision: str | None,
-    dtype: DTypeName | None,
+    load: "Callable[[], tuple[DiffusionGemma, Tokenizer]]",
     quiet: bool,
     template: "Request",
     system: str | None,
 ) -> None:
     """Answer the prompts of a file, side by side; what `output` holds already is skipped.
 
-    `template` is what a line's request is made of, with `system` before its messages.
+    `load` is called once the file has been read. `template` is what a line's request is made of,
+    with `system` before its messages.
     """
     from contextlib import ExitStack
 
@@ -247,16 +259,13 @@ def generate_batch(
 
     from .batch import stream_batch
     from .batchfile import Answers, append, finished, read_requests
-    from .loading import load
 
     requests, ids = read_requests(file, template, system)
     done = finished(output) if output is not None else set()
     left = [i for i in range(len(requests)) if i not in done]
-    if not quiet:
-        introduce(model)
-        if done:
-            say(f"{len(done)} of {len(requests)} are answered already.")
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    if not quiet and done:
+        say(f"{len(done)} of {len(requests)} are answered already.")
+    loaded, tokenizer = load()
     answers = Answers(ids)
     console = Console(stderr=True)
     with ExitStack() as stack:
@@ -282,6 +291,7 @@ def chat(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     max_tokens: MaxTokens = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -317,7 +327,7 @@ def chat(
 
     known = by_name(read_tools(tools)) if tools else {}
     introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
     talk = ChatSession(
         loaded,
         tokenizer,
@@ -353,6 +363,7 @@ def fill(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     steps: Steps = None,
     seed: Seed = None,
     sampler: SamplerOption = None,
@@ -373,7 +384,7 @@ def fill(
     parse_template(text)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
     events = stream_fill(
         loaded, tokenizer, text, prompt=prompt, steps=steps, seed=seed, sampler=chosen
     )
@@ -401,6 +412,7 @@ def edit(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     steps: Steps = None,
     seed: Seed = None,
     sampler: SamplerOption = None,
@@ -432,7 +444,7 @@ def edit(
     split_lines(text, span)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
     events = stream_edit(
         loaded,
         tokenizer,
@@ -481,6 +493,7 @@ def choose(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Quiet = False,
@@ -497,7 +510,7 @@ def choose(
 
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
     chances = choose(
         loaded,
         tokenizer,
@@ -522,6 +535,7 @@ def serve(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
@@ -541,7 +555,6 @@ def serve(
 ) -> None:
     """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
     from copy import deepcopy
-    from functools import partial
 
     try:
         import uvicorn
@@ -554,7 +567,7 @@ def serve(
 
     introduce(model)
     worker = Worker(
-        partial(load, model, revision=revision, dtype=dtype),
+        partial(load, model, revision=revision, dtype=dtype, max_memory=size(max_memory)),
         max_batch=max_batch,
         max_queue=max_queue,
         timeout=timeout,
@@ -613,6 +626,7 @@ def evaluate(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
     steps: Annotated[str, typer.Option(help="Step budgets to compare.")] = "1,2,4,8,16,48",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="Most cases of a task.")] = None,
@@ -811,6 +825,7 @@ def info(
 
     from .checkpoint import resolve
     from .info import inspect
+    from .memory import fit, free_memory
 
     found = inspect(resolve(model, revision=revision))
     if as_json:
@@ -826,9 +841,23 @@ def info(
             f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
             f"{'; '.join(part.formats)}"
         )
+    if found.table_bytes:
+        # Which of the two it is follows from the memory that is free when the model is loaded.
+        kept = fit(found, max(free_memory(), found.memory_needed(found.context))).keep_table
+        print(
+            f"embedding table: {'kept dequantized' if kept else 'dequantized at each step'} here "
+            f"({decimal(found.table_bytes)})"
+        )
     for context in sorted({min(4096, found.context), found.context}):
         needed = decimal(found.memory_needed(context))
         print(f"needs about {needed} with {context:,} tokens of context")
+
+
+def size(given: str | None) -> int | None:
+    """Bytes of --max-memory."""
+    from .memory import read_size
+
+    return None if given is None else read_size(given)
 
 
 def introduce(model: str | None) -> None:

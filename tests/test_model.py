@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import soft_embedding
 
+from mlx_diffgemma import model as model_module
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import (
@@ -54,6 +55,49 @@ def test_chunks_change_nothing(window: int, chunk: int) -> None:
         assert one.kept == other.kept == min(len(PROMPT), (one.window or 10_000) - 1)
     difference = mx.abs(model(CANVAS, whole) - model(CANVAS, parts)).max().item()
     assert difference < 2e-4
+
+
+def test_attention_in_blocks_of_queries_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores used to exist at once: at 128k tokens they would take 17 GB."""
+    model = windowed(30)
+    results = []
+    for scores in (model_module.SCORE_BYTES, 4 * 4 * 150 * 7):  # 7 queries or a few more
+        monkeypatch.setattr(model_module, "SCORE_BYTES", scores)
+        cache = model.make_cache()
+        prefill(model, PROMPT, cache, 50)
+        results.append(model(CANVAS, cache))
+    assert mx.abs(results[0] - results[1]).max().item() < 2e-4
+
+
+def test_a_canvas_is_written_behind_the_context_in_place() -> None:
+    """The context used to be copied in every layer at every step."""
+    cache = LayerCache(None)
+    held = mx.random.normal((1, 2, 20_000, 16), key=mx.random.key(0))
+    cache.append(held, held)
+    new = mx.ones((1, 2, 8, 16))
+    mx.eval(cache.read(new, new))
+    del held
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    keys, values = cache.read(2 * new, 3 * new)
+    mx.eval(keys, values)
+    assert mx.get_peak_memory() - before < 1e5
+    assert (keys[:, :, -8:] == 2).all()
+    assert (values[:, :, -8:] == 3).all()
+
+
+def test_a_fork_is_not_written_by_the_other() -> None:
+    cache = LayerCache(None)
+    first = mx.ones((1, 1, 3, 4))
+    cache.append(first, first)
+    cache.read(first, first)  # room for three
+    fork = cache.fork()
+    fork.append(5 * first, 5 * first)
+    cache.append(7 * first, 7 * first)
+    assert fork.keys is not None
+    assert cache.keys is not None
+    assert fork.keys[0, 0, :, 0].tolist() == [1, 1, 1, 5, 5, 5]
+    assert cache.keys[0, 0, :, 0].tolist() == [1, 1, 1, 7, 7, 7]
 
 
 def test_a_canvas_does_not_write_the_cache() -> None:

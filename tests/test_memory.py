@@ -1,0 +1,99 @@
+"""Too large a model is refused before it is loaded; a context is as long as memory allows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_diffgemma import load, stream_generate
+from mlx_diffgemma.errors import Error
+from mlx_diffgemma.generation import ContextError
+from mlx_diffgemma.info import Info, Part, inspect
+from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.memory import TooLarge, fit, read_size
+
+GB = 10**9
+
+
+def real(bits: float) -> Info:
+    """The real model's numbers, quantized to so many bits."""
+    return Info(
+        layers=30,
+        canvas_length=256,
+        context=262_144,
+        vocabulary=262_144,
+        parts=(Part("experts", 26 * GB, int(26 * GB * bits / 8), ("",)),),
+        cache_bytes_per_token=20_480,
+        cache_bytes_window=210_000_000,
+        loaded_bytes=int(26 * GB * bits / 8),
+        table_bytes=1_476_395_008,
+        step_bytes=350_000_000,
+    )
+
+
+def test_what_fits_is_run_and_the_context_is_cut_to_it() -> None:
+    assert fit(real(4.5), 64 * GB).context == 262_144
+    assert fit(real(4.5), 64 * GB).keep_table
+    cut = fit(real(4.5), 16 * GB)
+    left = 16 * GB - real(4.5).memory_needed(0)
+    assert cut.context == left // 20_480
+    assert not cut.keep_table
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(TooLarge, match="converted to 8 bits it would fit"):
+        fit(real(16), 36 * GB)
+    with pytest.raises(TooLarge, match="converted to 3 bits it would fit"):
+        fit(real(4.5), 14 * GB)
+    with pytest.raises(TooLarge, match="no number of bits"):
+        fit(real(16), 4 * GB)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GB", 12 * GB), ("1.5 g", 1_500_000_000), ("900MB", 9 * 10**8), ("7", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+def test_no_size() -> None:
+    with pytest.raises(Error, match="'much' is not a size"):
+        read_size("much")
+
+
+def test_a_prompt_longer_than_memory_allows_is_refused() -> None:
+    found = inspect(EMBEDDED, "float32")
+    memory = found.memory_needed(0) + 200 * found.cache_bytes_per_token
+    model, tokenizer = load(max_memory=memory)
+    assert model.context == 200
+    with pytest.raises(ContextError, match="which is all that fits into memory"):
+        list(stream_generate(model, tokenizer, [5] * 150))
+
+
+def test_the_estimate_is_what_loading_takes() -> None:
+    script = (
+        "import json, mlx.core as mx\n"
+        "from mlx_diffgemma import load\n"
+        "from mlx_diffgemma.info import inspect\n"
+        "from mlx_diffgemma.loading import EMBEDDED\n"
+        "kept, bytes = load(), inspect(EMBEDDED, 'float32').loaded_bytes\n"
+        "print(json.dumps([mx.get_active_memory(), bytes]))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    active, estimated = json.loads(out.stdout)
+    assert active == pytest.approx(estimated, rel=0.02)
+
+
+def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
+    out = subprocess.run(
+        ["mlx-diffgemma", "generate", "hello", "--max-memory", "1MB"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert out.returncode == 1
+    assert out.stdout == ""
+    assert "are free: " in out.stderr.splitlines()[-1]
+    assert "Traceback" not in out.stderr
