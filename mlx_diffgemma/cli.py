@@ -35,6 +35,7 @@ app = typer.Typer(
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+SpeedName = Literal["faithful", "balanced", "fast"]
 SamplerName = Literal["entropy", "confidence"]
 Model = Annotated[
     str | None,
@@ -48,6 +49,12 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 DType = Annotated[
     DTypeName | None, typer.Option(help="Compute in this type instead of the checkpoint's.")
+]
+SpeedOption = Annotated[
+    SpeedName,
+    typer.Option(
+        "--speed", help="Fewer denoising steps for a loss that docs/performance.md states."
+    ),
 ]
 MaxMemory = Annotated[
     str | None,
@@ -94,6 +101,7 @@ def generate(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     max_tokens: MaxTokens = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -152,7 +160,7 @@ def generate(
         if not quiet:
             introduce(model)
         chosen_load = partial(
-            load, model, revision=revision, dtype=dtype, max_memory=size(max_memory)
+            load, model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
         )
         generate_batch(batch, output, max_batch, chosen_load, quiet, template, system)
         return
@@ -179,7 +187,9 @@ def generate(
         wanted = read_supported(schema)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
+    loaded, tokenizer = load(
+        model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
+    )
     context = Context(loaded)
     if prompt_cache is not None and prompt_cache.exists():
         context, _ = Context.load(prompt_cache, loaded)
@@ -292,6 +302,7 @@ def chat(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     max_tokens: MaxTokens = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -327,7 +338,9 @@ def chat(
 
     known = by_name(read_tools(tools)) if tools else {}
     introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
+    loaded, tokenizer = load(
+        model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
+    )
     talk = ChatSession(
         loaded,
         tokenizer,
@@ -364,6 +377,7 @@ def fill(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     steps: Steps = None,
     seed: Seed = None,
     sampler: SamplerOption = None,
@@ -384,7 +398,9 @@ def fill(
     parse_template(text)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
+    loaded, tokenizer = load(
+        model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
+    )
     events = stream_fill(
         loaded, tokenizer, text, prompt=prompt, steps=steps, seed=seed, sampler=chosen
     )
@@ -413,6 +429,7 @@ def edit(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     steps: Steps = None,
     seed: Seed = None,
     sampler: SamplerOption = None,
@@ -444,7 +461,9 @@ def edit(
     split_lines(text, span)
     if not quiet:
         introduce(model)
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype, max_memory=size(max_memory))
+    loaded, tokenizer = load(
+        model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
+    )
     events = stream_edit(
         loaded,
         tokenizer,
@@ -536,6 +555,7 @@ def serve(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
@@ -567,7 +587,9 @@ def serve(
 
     introduce(model)
     worker = Worker(
-        partial(load, model, revision=revision, dtype=dtype, max_memory=size(max_memory)),
+        partial(
+            load, model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
+        ),
         max_batch=max_batch,
         max_queue=max_queue,
         timeout=timeout,
@@ -627,6 +649,7 @@ def evaluate(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     steps: Annotated[str, typer.Option(help="Step budgets to compare.")] = "1,2,4,8,16,48",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="Most cases of a task.")] = None,
@@ -671,7 +694,9 @@ def evaluate(
             if wanted:
                 directory = Path(stack.enter_context(TemporaryDirectory())) / name
                 convert(source, directory, recipe=RECIPES[name])
-            loaded, tokenizer = load(directory, dtype=dtype)
+            loaded, tokenizer = load(
+                directory, dtype=dtype, max_memory=size(max_memory), speed=speed
+            )
             for score in evaluate(loaded, tokenizer, cases, budgets, seeds):
                 if as_json:
                     print(json.dumps({"recipe": name, **asdict(score)}), flush=True)

@@ -1,10 +1,12 @@
 """What `generation_config.json` says: the one home of every number of the sampler."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from .errors import Error
 from .sampler import ConfidenceThreshold, EntropyBound, Sampler
+
+Speed = Literal["faithful", "balanced", "fast"]
 
 
 class SettingError(Error, ValueError):
@@ -13,7 +15,11 @@ class SettingError(Error, ValueError):
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampler settings. The defaults are the reference's, for checkpoints that say nothing."""
+    """Sampler settings. The defaults are the reference's, for checkpoints that say nothing.
+
+    The reference has neither `plateau`, the number of steps without a change of the best canvas
+    after which it is taken however uncertain it is, nor `min_steps`, before which nothing stops.
+    """
 
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
@@ -24,6 +30,8 @@ class GenerationConfig:
     sampler: Sampler = field(default_factory=EntropyBound)
     eos_token_ids: tuple[int, ...] = (1,)
     pad_token_id: int = 0
+    plateau: int | None = None
+    min_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -38,6 +46,8 @@ class GenerationConfig:
             raise SettingError(
                 f"stability threshold must not be negative: {self.stability_threshold}"
             )
+        if self.plateau is not None and self.plateau < 1:
+            raise SettingError(f"a plateau has at least one step, not {self.plateau}")
         if isinstance(self.sampler, ConfidenceThreshold):
             if not 0 <= self.sampler.threshold <= 1:
                 raise SettingError(f"confidence threshold {self.sampler.threshold} is not in 0..1")
@@ -85,3 +95,28 @@ class GenerationConfig:
             "sampler": sampler,
         }
         return replace(self, **{name: v for name, v in given.items() if v is not None})
+
+    def at(self, speed: Speed) -> "GenerationConfig":
+        """A copy that denoises in fewer steps; what it costs is in docs/performance.md.
+
+        "faithful" is the checkpoint's settings.
+        """
+        return replace(self, **_SPEEDS[speed])
+
+
+_SPEEDS: dict[Speed, dict[str, Any]] = {
+    "faithful": {},
+    "balanced": {
+        "stability_threshold": 0,
+        "confidence_threshold": 0.01,
+        "plateau": 4,
+        "min_steps": 2,
+    },
+    "fast": {
+        "stability_threshold": 0,
+        "confidence_threshold": 0.05,
+        "plateau": 2,
+        "min_steps": 2,
+        "sampler": EntropyBound(0.3),
+    },
+}

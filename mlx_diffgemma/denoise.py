@@ -110,7 +110,7 @@ def refine(
         start = Start(draws.tokens((1, model.config.canvas_length)))
     canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
     fixed = pinned
-    history: deque[mx.array] = deque(maxlen=config.stability_threshold)
+    history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
     belief: mx.array | None = None
     last: Snapshot | None = None
     for step in range(start.first_step, steps + 1):
@@ -140,6 +140,9 @@ def refine(
         canvas = rules.renoise(accepted, sampled, noise)
         stop = rules.is_stable(argmax, history, config.stability_threshold)
         stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
+        if config.plateau is not None:
+            stop = stop | rules.is_stable(argmax, history, config.plateau)
+        stop = stop & (step >= config.min_steps)
         if config.sampler.keeps:
             # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import CheckpointError, Tensor, quantization_of, read_json, read_tensors, resolve
-from .config import GenerationConfig
+from .config import GenerationConfig, Speed
 from .info import inspect
 from .memory import fit, free_memory
 from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
@@ -27,6 +27,7 @@ def load(
     revision: str | None = None,
     dtype: DType | None = None,
     max_memory: int | None = None,
+    speed: Speed = "faithful",
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
@@ -40,6 +41,7 @@ def load(
             where it is float32: half-precision products are less exact there.
         max_memory: bytes that the model may take, its context included; None is what is free. The
             longest context follows from it, see `DiffusionGemma.context`.
+        speed: fewer denoising steps for some loss, see `GenerationConfig.at`.
 
     Raises:
         TooLarge: it would not fit, before anything is loaded.
@@ -56,6 +58,7 @@ def load(
     decided = fit(found, free_memory() if max_memory is None else max_memory)
     model = load_model(directory, dtype=dtype)
     model.context = decided.context
+    model.generation = model.generation.at(speed)
     if decided.keep_table:
         model.keep_table()
     try:
