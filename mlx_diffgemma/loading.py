@@ -92,6 +92,8 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
             for name, array in weights.items()
         }
     model.load_weights(list(weights.items()))
+    del weights
+    model.join()
     mx.eval(model.parameters())
     model.eval()
     return model

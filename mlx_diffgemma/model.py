@@ -300,6 +300,36 @@ def rms_norm(x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
+class Joined:
+    """Linear maps of one input as one map, so that there is one product.
+
+    Their weights become views of its own. Where one of them is replaced later, by training or an
+    adapter, or they are quantized in different ways, each is applied by itself.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear]):
+        self._whole: nn.Linear | None = None
+        kinds = [(type(p), vars(p), p.keys()) for p in parts]
+        if not parts or any(kind != kinds[0] for kind in kinds):
+            return
+        self._whole = copy(parts[0])
+        for name in parts[0]:
+            self._whole[name] = mx.concatenate([part[name] for part in parts])
+            ends = list(accumulate(len(part[name]) for part in parts))[:-1]
+            for part, own in zip(parts, mx.split(self._whole[name], ends), strict=True):
+                part[name] = own
+        self._weights = [part.weight for part in parts]
+
+    def __call__(self, parts: Sequence[nn.Linear], x: mx.array) -> mx.array:
+        """Outputs of the parts, end to end."""
+        if self._whole is not None and all(
+            part.get("weight") is own for part, own in zip(parts, self._weights, strict=True)
+        ):
+            out: mx.array = self._whole(x)
+            return out
+        return mx.concatenate([part(x) for part in parts], axis=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed queries, keys and values and a scale of 1.
 
@@ -325,6 +355,7 @@ class Attention(nn.Module):
         still = mx.full((layer.head_dim // 2 - layer.rotated_pairs,), math.inf)
         turning = mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
         self._wavelengths = mx.concatenate([turning, still])
+        self._joined = Joined([])
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(
@@ -337,28 +368,37 @@ class Attention(nn.Module):
             freqs=self._wavelengths,
         )
 
+    @property
+    def _parts(self) -> list[nn.Linear]:
+        """What projects to heads: of queries, keys and, where they have their own, values."""
+        return [self.q_proj, self.k_proj, *([] if self.layer.window is None else [self.v_proj])]
+
+    def join(self) -> None:
+        """One product instead of three, from now on."""
+        self._joined = Joined(self._parts)
+
     def __call__(self, x: mx.array, views: Sequence[View]) -> mx.array:
         batch, length, _ = x.shape
-
-        def heads(projected: mx.array) -> mx.array:
-            return projected.reshape(batch, length, -1, self.layer.head_dim)
-
-        queries = self.q_norm(heads(self.q_proj(x))).swapaxes(1, 2)
-        raw_keys = heads(self.k_proj(x))
-        raw_values = raw_keys if self.layer.window is None else heads(self.v_proj(x))
-        keys = self.k_norm(raw_keys).swapaxes(1, 2)
-        values = rms_norm(raw_values, self.eps).swapaxes(1, 2)
+        size, shared = self.layer.head_dim, self.layer.num_key_value_heads
+        heads = self._joined(self._parts, x).reshape(batch, length, -1, size).swapaxes(1, 2)
+        normed = rms_norm(heads, self.eps)
+        queries = heads.shape[1] - shared * (len(self._parts) - 1)
+        scales = [self.q_norm.weight] * queries + [self.k_norm.weight] * shared
+        turning = normed[:, : queries + shared] * mx.stack(scales)[:, None]
+        values = normed[:, -shared:]
         if len(views) == 1:
-            seen = self._attend(queries, keys, values, views[0])
+            seen = self._attend(turning, values, views[0])
         else:
             # Contexts differ in length: rows of each attend by themselves, without padding.
             ends = list(accumulate(view.rows for view in views))[:-1]
-            parts = zip(*(mx.split(a, ends) for a in (queries, keys, values)), views, strict=True)
+            parts = zip(mx.split(turning, ends), mx.split(values, ends), views, strict=True)
             seen = mx.concatenate([self._attend(*part) for part in parts])
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
-        queries, keys = self._rope(queries, view.offset), self._rope(keys, view.offset)
+    def _attend(self, turning: mx.array, values: mx.array, view: View) -> mx.array:
+        """`turning` are heads of queries, then of keys."""
+        turning = self._rope(turning, view.offset)
+        queries, keys = mx.split(turning, [turning.shape[1] - values.shape[1]], axis=1)
         keys, values = view.verb(keys, values)
         count, seen = queries.shape[2], keys.shape[2]
         # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
@@ -412,9 +452,15 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self._joined = Joined([])
+
+    def join(self) -> None:
+        """One product instead of two, from now on."""
+        self._joined = Joined([self.gate_proj, self.up_proj])
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        both = self._joined([self.gate_proj, self.up_proj], x)
+        return self.down_proj(gated(*mx.split(both, 2, axis=-1)))
 
 
 class Router(nn.Module):
@@ -654,6 +700,14 @@ class DiffusionGemma(nn.Module):
         if len(passes) == 1:
             return [x]
         return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
+
+    def join(self) -> None:
+        """Products of one input become one product; for weights that stay as they are."""
+        decoder = self.model.decoder
+        for block in decoder.layers:
+            block.self_attn.join()
+            block.mlp.join()
+        decoder.self_conditioning.join()
 
     @property
     def dequantizes(self) -> bool:

@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mlx_diffgemma.model import (
     DiffusionGemma,
     ExpertLinear,
     Experts,
+    Joined,
     LayerCache,
     Router,
 )
@@ -164,6 +167,43 @@ def test_experts_equal_one_token_at_a_time(quantization: tuple[int, int, str] | 
     top, weights = router(x)
     error = np.abs(np.array(layer(x, top, weights)) - slow_experts(layer, x, top, weights)).max()
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("change", ["nothing", "weight", "module", "type"])
+def test_joined_products_are_the_products(change: str) -> None:
+    """Queries, keys and values of one product; a part that is replaced must not go unnoticed."""
+    apart, joined = (load_model(SUDOKU, dtype="float32") for _ in range(2))
+    for model in (apart, joined):
+        attention, mlp = model.model.decoder.layers[0].self_attn, model.model.decoder.layers[1].mlp
+        if change == "weight":
+            attention.k_proj.weight = attention.k_proj.weight * 2
+            model.update({"model": {"decoder": {"layers": [{}, {"mlp": {"up_proj": {
+                "weight": mlp.up_proj.weight * 3}}}]}}})  # fmt: skip
+        elif change == "module":
+            attention.q_proj = nn.Linear(128, 128, bias=False)
+            attention.q_proj.weight = mx.eye(128)
+        elif change == "type":
+            attention.v_proj = attention.v_proj.to_quantized(32, 8)
+        if model is apart:
+            for block in model.model.decoder.layers:
+                block.self_attn._joined = block.mlp._joined = Joined([])
+    caches = [model.make_cache() for model in (apart, joined)]
+    for model, cache in zip((apart, joined), caches, strict=True):
+        prefill(model, PROMPT, cache)
+    assert mx.allclose(apart(CANVAS, caches[0]), joined(CANVAS, caches[1]), atol=1e-4)
+
+
+def test_joining_takes_no_memory() -> None:
+    script = (
+        "import mlx.core as mx\n"
+        "from mlx.utils import tree_flatten\n"
+        "from mlx_diffgemma.loading import EMBEDDED, load_model\n"
+        "model = load_model(EMBEDDED, dtype='float32')\n"
+        "held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))\n"
+        "print(mx.get_active_memory() / held)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 1.02
 
 
 def test_router_takes_the_best_and_weighs_them_to_one() -> None:
