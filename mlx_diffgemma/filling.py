@@ -54,7 +54,11 @@ RETRIES = 2
 GROUPS = 4
 
 _CLOSING = '"`)]}>'
-_HOLE = re.compile(r"(\\?)\{\{\s*([^\W\d]\w*)?\s*(?::\s*([^{}]*?))?\s*\}\}")
+# What may be a hole, and what it may be called. One expression for both takes time that grows with
+# the square of a run of spaces, or its cube.
+_BRACES = re.compile(r"(\\?)\{\{([^{}]*)\}\}")
+_NAME = re.compile(r"[^\W\d]\w*")
+MOST_HOLES = 1000
 
 
 class TemplateError(Error):
@@ -101,30 +105,35 @@ def parse_template(template: str) -> list[str | Hole]:
     """
     parts: list[str | Hole] = []
     given, position = "", 0
-    for found in _HOLE.finditer(template):
+    names: set[str] = set()
+    for found in _BRACES.finditer(template):
+        escaped, inside = found.groups()
+        name, _, spec = (part.strip() for part in inside.partition(":"))
+        if name and not _NAME.fullmatch(name):
+            continue
         given += template[position : found.start()]
         position = found.end()
-        escaped, name, spec = found.groups()
         if escaped:
             given += found.group()[1:]
             continue
         if given:
             parts.append(given)
         given = ""
-        count = sum(isinstance(part, Hole) for part in parts) + 1
-        parts.append(_hole(name or str(count), spec, found.group()))
+        hole = _hole(name or str(len(names) + 1), spec, found.group())
+        parts.append(hole)
+        if hole.name in names:
+            raise TemplateError(f"two holes are called {hole.name}")
+        names.add(hole.name)
+        if len(names) > MOST_HOLES:
+            raise TemplateError(f"the template has more than {MOST_HOLES} holes")
     if given + template[position:]:
         parts.append(given + template[position:])
-    names = [part.name for part in parts if isinstance(part, Hole)]
     if not names:
         raise TemplateError("the template has no hole such as {{}} or {{name}}")
-    if len(names) > len(set(names)):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise TemplateError(f"two holes are called {twice}")
     return parts
 
 
-def _hole(name: str, spec: str | None, written: str) -> Hole:
+def _hole(name: str, spec: str, written: str) -> Hole:
     if not spec:
         return Hole(name)
     if spec == "int":

@@ -546,7 +546,7 @@ class Stopper:
             waits = (
                 n
                 for stop in self._stop
-                for n in range(len(stop) - 1, 0, -1)
+                for n in range(min(len(stop) - 1, len(self._held)), 0, -1)
                 if self._held.endswith(stop[:n])
             )
             end -= max(waits, default=0)

@@ -124,7 +124,7 @@ class FillBody(Body):
 
 class ChooseBody(Body):
     prompt: NotBlank
-    labels: dict[str, list[str]] | list[str]
+    labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
     template: str | None = None
     isolated: bool = False
     seed: NonNegative = 0

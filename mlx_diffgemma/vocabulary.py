@@ -31,6 +31,7 @@ class Vocabulary:
         turn = tokenizer.token_id("<turn|>")
         self.end = turn if turn in ends else ends[0]
         self.fill = ends[0]
+        self._without: dict[str, Tokens] = {}
         self._plain = {i: t for i, t in tokenizer.plain.items() if i < self.size and i not in ends}
 
     def literal(self, text: str) -> Literal:
@@ -51,7 +52,10 @@ class Vocabulary:
 
     def text_without(self, characters: str) -> Tokens:
         """A token of ordinary text that has none of these characters."""
-        return Tokens(tuple(i for i, t in self._plain.items() if not set(characters) & set(t)))
+        if characters not in self._without:
+            ids = (i for i, t in self._plain.items() if not set(characters) & set(t))
+            self._without[characters] = Tokens(tuple(ids))
+        return self._without[characters]
 
     def words_without(self, characters: str) -> Tokens:
         """As `text_without`, of those that begin with one space and go on with something else."""

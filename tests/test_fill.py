@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_templates() -> None:
     ):
         with pytest.raises(TemplateError, match=message):
             parse_template(template)
+
+
+def test_no_template_takes_long_to_read() -> None:
+    """A few thousand spaces in braces took minutes, and a million holes would never have ended."""
+    began = time.monotonic()
+    for template in ("{{:" + " " * 100_000, "{{ " * 20_000 + " " * 20_000, "{{" * 100_000):
+        with pytest.raises(TemplateError, match="no hole"):
+            parse_template(template)
+    with pytest.raises(TemplateError, match="more than 1000 holes"):
+        parse_template("{{}}" * 200_000)
+    assert time.monotonic() - began < 10
 
 
 GIVEN = st.text("ab 1{}\n\"'é日.", max_size=12) | st.sampled_from(

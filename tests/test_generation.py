@@ -1,6 +1,7 @@
 """The loop and the layers above it, on the trained Sudoku checkpoint."""
 
 import gc
+import time
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -333,3 +334,12 @@ def test_an_answer_begins_with_its_opening(loaded: tuple[DiffusionGemma, Tokeniz
 def generate_text(loaded: tuple[DiffusionGemma, Tokenizer], **settings: Any) -> str:
     events = stream_generate(*loaded, rows(PUZZLES[0][0]), seed=0, **settings)
     return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def test_a_long_stop_string_costs_no_more_than_what_has_come() -> None:
+    """Each text was compared with all beginnings of a stop string, megabytes of it."""
+    stopper = Stopper(["a" * 1_000_000 + "b"])
+    began = time.monotonic()
+    assert stopper.feed("some text aa") == "some text "
+    assert stopper.rest() == "aa"
+    assert time.monotonic() - began < 2
