@@ -84,6 +84,7 @@ def main() -> None:
             compare("loading", "load_seconds", "s")
             if kind == "float32":
                 compare("a step", "step_seconds", "s")
+                compare("processor time of a step", "step_cpu", "s")
                 compare(f"a canvas of {arguments.steps} steps", "seconds", "s")
                 compare("first draft", "first", "s")
                 compare("reading a second turn, everything anew", "second_turn_cold", "s", 1, turns)

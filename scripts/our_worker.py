@@ -1,11 +1,10 @@
 """mlx-diffgemma for `compare_mlx_vlm.py`."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
-from worker import Answer, main
+from worker import Answer, between, main, now
 
 from mlx_diffgemma import Context, Done, Draft, load, stream_generate
 
@@ -25,7 +24,7 @@ class System:
 
     def answer(self, prompt: list[int], steps: int, max_tokens: int) -> Answer:
         started = perf_counter()
-        drafts: list[float] = []
+        drafts: list[tuple[float, float]] = []
         for event in stream_generate(
             self._model,
             self._tokenizer,
@@ -36,19 +35,20 @@ class System:
             context=self._context,
         ):
             if isinstance(event, Draft):
-                drafts.append(perf_counter())
+                drafts.append(now())
                 tokens = list(event.tokens)
             elif isinstance(event, Done):
                 done = event
         seconds = perf_counter() - started
         # Steps 3 to the last but one, as of mlx-vlm, which waits in those alone.
-        found = [b - a for a, b in pairwise(drafts[1:-1])]
+        clock, cpu = between(drafts[1:-1])
         return Answer(
             seconds=seconds,
-            first=drafts[0] - started,
+            first=drafts[0][0] - started,
             prompt_seconds=done.prompt_seconds,
             steps=done.denoising_steps,
-            step_seconds=found if done.canvases == 1 else [],
+            step_seconds=clock,
+            step_cpu=cpu,
             tokens=tokens[: done.generated_tokens],
         )
 

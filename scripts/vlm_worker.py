@@ -1,13 +1,12 @@
 """mlx-vlm driven through its public entry points, on text alone; runs in its own environment."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
 import mlx_vlm
-from worker import Answer, main
+from worker import Answer, between, main, now
 
 
 def load(directory: str) -> tuple[Any, Any]:
@@ -60,12 +59,12 @@ class System:
         self._apc = APCManager()
 
     def answer(self, prompt: list[int], steps: int, max_tokens: int) -> Answer:
-        waits: list[float] = []
+        waits: list[tuple[float, float]] = []
         item = mx.array.item
 
         def timed(array: mx.array) -> Any:
             value = item(array)
-            waits.append(perf_counter())
+            waits.append(now())
             return value
 
         # It says nothing before the end, but it waits once a step.
@@ -83,13 +82,14 @@ class System:
             mx.array.item = item
         seconds = perf_counter() - started
         # Of one canvas: it waits in steps 2 to the last but one.
-        found = [b - a for a, b in pairwise(waits[-(steps - 2) :])]
+        clock, cpu = between(waits[-(steps - 2) :] if steps > 3 else [])
         return Answer(
             seconds=seconds,
             first=first,
             prompt_seconds=last.prompt_tokens / last.prompt_tps,
             steps=last.diffusion_denoising_steps,
-            step_seconds=found if steps > 3 else [],
+            step_seconds=clock,
+            step_cpu=cpu,
             tokens=written,
         )
 

@@ -9,7 +9,8 @@ import json
 import resource
 import sys
 from dataclasses import dataclass
-from time import perf_counter
+from itertools import pairwise
+from time import perf_counter, process_time
 from typing import Protocol
 
 import mlx.core as mx
@@ -17,13 +18,17 @@ import mlx.core as mx
 
 @dataclass
 class Answer:
-    """One answer: seconds in all, to the first event, for the prompt, and of each further step."""
+    """One answer: seconds in all, to the first event, for the prompt, and of each further step.
+
+    `step_cpu` is the processor time of a step: on a busy machine it says more than the clock.
+    """
 
     seconds: float
     first: float
     prompt_seconds: float
     steps: int
     step_seconds: list[float]
+    step_cpu: list[float]
     tokens: list[int]
 
 
@@ -40,6 +45,17 @@ class System(Protocol):
 class Maker(Protocol):
     def __call__(self, directory: str) -> System:
         """Load a checkpoint."""
+
+
+def now() -> tuple[float, float]:
+    """The clock, and the processor time of all threads."""
+    return perf_counter(), process_time()
+
+
+def between(moments: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Seconds and processor seconds from each moment to the next."""
+    pairs = list(pairwise(moments))
+    return [b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs]
 
 
 def main(make: Maker) -> None:
@@ -83,6 +99,7 @@ def one_canvas(system: System, prompt: int, steps: int) -> dict[str, object]:
         "first": answer.first,
         "steps": answer.steps,
         "step_seconds": answer.step_seconds,
+        "step_cpu": answer.step_cpu,
     }
 
 
