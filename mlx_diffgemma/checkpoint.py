@@ -35,6 +35,14 @@ NEEDED = ("*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 WEIGHTS = ("model*.safetensors",)
 
 
+# Small trained models that ship inside the package. The first is the default; the second knows
+# nothing but Sudokus, and more of them.
+SHIPPED = {
+    name: Path(__file__).parent / "data" / name.replace("-", "_")
+    for name in ("tiny", "tiny-puzzles")
+}
+
+
 class CheckpointError(Error):
     """A checkpoint that cannot be found, fetched, read or trusted."""
 
@@ -52,7 +60,7 @@ class Tensor:
 
 
 def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory of a checkpoint: as given, or fetched from the hub into its cache.
+    """The directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
 
     Without a network the hub's cache serves alone. `weights` False leaves out the weights.
 
@@ -67,6 +75,8 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
     except (OSError, RuntimeError) as error:  # too long, no permission, ~nobody
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path_or_repo[:100]} cannot be read: {reason}") from None
+    if path_or_repo in SHIPPED:
+        return SHIPPED[path_or_repo]
     if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
         raise CheckpointError(f"{path_or_repo} is neither a directory nor a name on the hub")
 

@@ -17,6 +17,7 @@ from .errors import Error
 from .files import read_text, replacing
 
 if TYPE_CHECKING:
+    from .evaluate import Case
     from .generation import Request
     from .guards import Guards
     from .model import DiffusionGemma
@@ -43,7 +44,7 @@ Model = Annotated[
         "--model",
         "-m",
         envvar="MLX_DIFFGEMMA_MODEL",
-        help="Checkpoint directory, or a name on the hub. [the small one that ships with us]",
+        help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
@@ -625,14 +626,14 @@ def demo(
     from time import sleep
 
     from .demo import SCENES
-    from .evaluate import events_of
+    from .evaluate import SPECIALIST, events_of
     from .generation import Draft
     from .loading import load
     from .turns import Text
 
     introduce(None)
-    loaded, tokenizer = load()
     for scene in SCENES:
+        loaded, tokenizer = load(SPECIALIST.get(scene.case.task))
         print(f"\n{scene.title}\n{scene.case.prompt}\n", flush=True)
         events = events_of(loaded, tokenizer, scene.case, None, seed)
         for event in watch(events, tokenizer, live=True, lines=True):
@@ -668,13 +669,13 @@ def evaluate(
         fail(f"--steps takes numbers and commas, not {steps}", code=2)
     from contextlib import ExitStack
     from dataclasses import asdict
-    from itertools import groupby
+    from itertools import groupby, product
     from tempfile import TemporaryDirectory
 
     from .checkpoint import resolve
     from .convert import RECIPES, convert
-    from .evaluate import HELD_OUT, evaluate, read_cases
-    from .loading import EMBEDDED, load
+    from .evaluate import HELD_OUT, SPECIALIST, evaluate, read_cases
+    from .loading import load
 
     cases = read_cases(tasks or HELD_OUT)
     if limit is not None:
@@ -684,20 +685,23 @@ def evaluate(
     if unknown := [name for name in wanted if name not in RECIPES]:
         fail(f"there is no recipe {unknown[0]}; there are {', '.join(RECIPES)}", code=2)
     introduce(model)
-    source = resolve(model, revision=revision) if model else EMBEDDED
+    answers: dict[str, list[Case]] = {}  # by checkpoint
+    for case in cases:
+        answers.setdefault(model or SPECIALIST.get(case.task, "tiny"), []).append(case)
     if not as_json:
         print(f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}", end="")
         print(f"{'tokens/pass':>13}  repair")
     with ExitStack() as stack:
-        for name in wanted or ["as it is"]:
-            directory = source
+        for name, source in product(wanted or ["as it is"], answers):
+            directory = resolve(source, revision=revision)
             if wanted:
-                directory = Path(stack.enter_context(TemporaryDirectory())) / name
-                convert(source, directory, recipe=RECIPES[name])
+                made = Path(stack.enter_context(TemporaryDirectory())) / name
+                convert(directory, made, recipe=RECIPES[name])
+                directory = made
             loaded, tokenizer = load(
                 directory, dtype=dtype, max_memory=size(max_memory), speed=speed
             )
-            for score in evaluate(loaded, tokenizer, cases, budgets, seeds):
+            for score in evaluate(loaded, tokenizer, answers[source], budgets, seeds):
                 if as_json:
                     print(json.dumps({"recipe": name, **asdict(score)}), flush=True)
                     continue

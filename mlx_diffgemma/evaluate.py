@@ -71,6 +71,10 @@ class Score:
     clean_damaged: float | None = None
 
 
+# Which shipped checkpoint answers a task, where none is named and it is not the default one.
+SPECIALIST = {"sudoku": "tiny-puzzles"}
+
+
 def read_cases(path: Path) -> list[Case]:
     """One JSON object a line, with the fields of `Case`; `task` may be missing.
 

@@ -7,7 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import CheckpointError, Tensor, quantization_of, read_json, read_tensors, resolve
+from .checkpoint import (
+    SHIPPED,
+    CheckpointError,
+    Tensor,
+    quantization_of,
+    read_json,
+    read_tensors,
+    resolve,
+)
 from .config import GenerationConfig, Speed
 from .info import inspect
 from .memory import fit, free_memory
@@ -17,8 +25,7 @@ from .tokenizer import Tokenizer, TokenizerError
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-# The small trained model that ships inside the package.
-EMBEDDED = Path(__file__).parent / "data" / "tiny"
+EMBEDDED = SHIPPED["tiny"]
 
 
 def load(
@@ -35,7 +42,8 @@ def load(
 
     Args:
         path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
-            is the small demonstration model that ships with the package.
+            is "tiny", the small demonstration model that ships with the package, and "tiny-puzzles"
+            one that solves Sudokus better.
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.

@@ -1,4 +1,4 @@
-"""The embedded model's held-out success here and in transformers, on the same weights.
+"""The shipped models' held-out success here and in transformers, on the same weights.
 
     python scripts/compare_reference.py [--limit 200] [--seeds 1] [--tasks sudoku,json,json-sum]
 
@@ -14,8 +14,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 from mlx_diffgemma import Tokenizer, load
-from mlx_diffgemma.evaluate import HELD_OUT, Case, Outcome, read_cases, run_case, score
-from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.checkpoint import SHIPPED
+from mlx_diffgemma.evaluate import HELD_OUT, SPECIALIST, Case, Outcome, read_cases, run_case, score
 
 
 def reference_case(
@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tasks", default="sudoku,json,json-sum")
     arguments = parser.parse_args()
-    ours, tokenizer = load()
-    theirs = DiffusionGemmaForBlockDiffusion.from_pretrained(EMBEDDED, dtype="float32").eval()
     cases = read_cases(HELD_OUT)
     for task in arguments.tasks.split(","):
+        source = SHIPPED[SPECIALIST.get(task, "tiny")]
+        ours, tokenizer = load(source)
+        theirs = DiffusionGemmaForBlockDiffusion.from_pretrained(source, dtype="float32").eval()
         chosen = [case for case in cases if case.task == task][: arguments.limit]
         pairs = [(case, number) for number, case in enumerate(chosen * arguments.seeds)]
         mine = [(case, run_case(ours, tokenizer, case, None, seed)) for case, seed in pairs]

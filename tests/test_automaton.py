@@ -148,5 +148,5 @@ def test_rows_have_their_own_patterns_and_forced_tokens_are_known() -> None:
 
 
 def test_a_pattern_too_large_is_refused() -> None:
-    with pytest.raises(PatternError, match="more than 200,000 (edges|states)"):
+    with pytest.raises(PatternError, match=r"more than 200,000 (edges|states)"):
         compile_pattern(Repeat(Repeat(Tokens((1,)), 0, 1000), 0, 1000))
