@@ -356,6 +356,7 @@ class Attention(nn.Module):
         turning = mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
         self._wavelengths = mx.concatenate([turning, still])
         self._joined = Joined([])
+        self._scaled: tuple[mx.array, mx.array, mx.array] | None = None
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(
@@ -382,9 +383,8 @@ class Attention(nn.Module):
         size, shared = self.layer.head_dim, self.layer.num_key_value_heads
         heads = self._joined(self._parts, x).reshape(batch, length, -1, size).swapaxes(1, 2)
         normed = rms_norm(heads, self.eps)
-        queries = heads.shape[1] - shared * (len(self._parts) - 1)
-        scales = [self.q_norm.weight] * queries + [self.k_norm.weight] * shared
-        turning = normed[:, : queries + shared] * mx.stack(scales)[:, None]
+        scales = self._scales()
+        turning = normed[:, : len(scales)] * scales
         values = normed[:, -shared:]
         if len(views) == 1:
             seen = self._attend(turning, values, views[0])
@@ -394,6 +394,16 @@ class Attention(nn.Module):
             parts = zip(mx.split(turning, ends), mx.split(values, ends), views, strict=True)
             seen = mx.concatenate([self._attend(*part) for part in parts])
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def _scales(self) -> mx.array:
+        """Scales (heads, 1, head_dim) of queries, then keys; made anew where a weight is replaced."""
+        own = self.q_norm.weight, self.k_norm.weight
+        if self._scaled is None or any(a is not b for a, b in zip(own, self._scaled, strict=False)):
+            size, shared = self.layer.head_dim, self.layer.num_key_value_heads
+            counts = self.q_proj.weight.shape[0] // size, shared
+            spread = [mx.broadcast_to(w, (n, 1, size)) for w, n in zip(own, counts, strict=True)]
+            self._scaled = (*own, mx.concatenate(spread))
+        return self._scaled[2]
 
     def _attend(self, turning: mx.array, values: mx.array, view: View) -> mx.array:
         """`turning` are heads of queries, then of keys."""
