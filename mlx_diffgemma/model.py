@@ -396,7 +396,7 @@ class Attention(nn.Module):
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _scales(self) -> mx.array:
-        """Scales (heads, 1, head_dim) of queries, then keys; made anew where a weight is replaced."""
+        """Scales (heads, 1, head_dim) of queries, then keys; kept until a weight is replaced."""
         own = self.q_norm.weight, self.k_norm.weight
         if self._scaled is None or any(a is not b for a, b in zip(own, self._scaled, strict=False)):
             size, shared = self.layer.head_dim, self.layer.num_key_value_heads
