@@ -14,6 +14,7 @@ from huggingface_hub import errors
 
 from mlx_diffgemma import CheckpointError, load
 from mlx_diffgemma.checkpoint import (
+    SHIPPED,
     Quantization,
     quantization_of,
     read_header,
@@ -284,3 +285,14 @@ def test_weights_are_wired_where_metal_is(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 7 << 30})
     keep_in_memory()
     assert asked == [7 << 30]
+
+
+def test_shipped_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of the same name comes first: it is what the user made."""
+    monkeypatch.chdir(tmp_path)
+    for name, directory in SHIPPED.items():
+        assert resolve(name) == directory
+        assert (directory / "model.safetensors").exists()
+    assert sum(f.stat().st_size for d in SHIPPED.values() for f in d.iterdir()) <= 8e6
+    (tmp_path / "tiny").mkdir()
+    assert resolve("tiny") == Path("tiny")
