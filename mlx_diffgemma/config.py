@@ -114,9 +114,9 @@ _SPEEDS: dict[Speed, dict[str, Any]] = {
     },
     "fast": {
         "stability_threshold": 0,
-        "confidence_threshold": 0.05,
+        "confidence_threshold": 0.02,
         "plateau": 2,
         "min_steps": 2,
-        "sampler": EntropyBound(0.3),
+        "max_denoising_steps": 24,
     },
 }
