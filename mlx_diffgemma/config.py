@@ -106,12 +106,7 @@ class GenerationConfig:
 
 _SPEEDS: dict[Speed, dict[str, Any]] = {
     "faithful": {},
-    "balanced": {
-        "stability_threshold": 0,
-        "confidence_threshold": 0.01,
-        "plateau": 4,
-        "min_steps": 2,
-    },
+    "balanced": {"stability_threshold": 0, "plateau": 6, "min_steps": 2},
     "fast": {
         "stability_threshold": 0,
         "confidence_threshold": 0.02,

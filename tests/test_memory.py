@@ -88,7 +88,7 @@ def test_the_estimate_is_what_loading_takes() -> None:
 
 def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
     out = subprocess.run(
-        ["mlx-diffgemma", "generate", "hello", "--max-memory", "1MB"],
+        [sys.executable, "-m", "mlx_diffgemma", "generate", "hello", "--max-memory", "1MB"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
