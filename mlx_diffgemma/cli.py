@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -632,8 +632,9 @@ def demo(
     from .turns import Text
 
     introduce(None)
+    loaded_once = cache(load)
     for scene in SCENES:
-        loaded, tokenizer = load(SPECIALIST.get(scene.case.task))
+        loaded, tokenizer = loaded_once(SPECIALIST.get(scene.case.task))
         print(f"\n{scene.title}\n{scene.case.prompt}\n", flush=True)
         events = events_of(loaded, tokenizer, scene.case, None, seed)
         for event in watch(events, tokenizer, live=True, lines=True):
