@@ -22,7 +22,7 @@ MARK_BYTES = 1 << 30
 WORTH_A_MARK = 256
 # Contexts of earlier prompts kept at most: each is compared with every new prompt.
 MOST_CONTEXTS = 64
-FORMAT = "mlx-diffgemma context 1"
+FORMAT = "mlx-diffgemma context 2"
 
 
 class SessionError(Error):
@@ -49,7 +49,7 @@ def prefilling(
     """As `prefill`, with a pause after each chunk: how many tokens have been read by now."""
     for start in range(0, len(tokens), chunk):
         model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
-        mx.eval([layer.keys for layer in cache], [layer.values for layer in cache])
+        mx.eval([layer.held for layer in cache])
         mx.clear_cache()
         yield min(start + chunk, len(tokens))
 
@@ -64,8 +64,7 @@ class Mark:
     @property
     def nbytes(self) -> int:
         """Bytes of the sliding layers' arrays."""
-        arrays = (a for layer in self.layers for a in (layer.keys, layer.values))
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
 
 
 class Context:
@@ -92,8 +91,8 @@ class Context:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, marks included."""
-        held = (a for layer in self.cache for a in (layer.keys, layer.values) if a is not None)
-        return sum(array.nbytes for array in held) + sum(mark.nbytes for mark in self._marks)
+        held = sum(layer.held.nbytes for layer in self.cache if layer.held is not None)
+        return held + sum(mark.nbytes for mark in self._marks)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -203,9 +202,8 @@ class Context:
         held += [(f"marks.{i}.", mark.layers) for i, mark in enumerate(marks)]
         for prefix, layers in held:
             for i, layer in enumerate(layers):
-                if layer.keys is not None and layer.values is not None:
-                    yield f"{prefix}layers.{i}.keys", layer.keys
-                    yield f"{prefix}layers.{i}.values", layer.values
+                if layer.held is not None:
+                    yield f"{prefix}layers.{i}", layer.held
 
     @classmethod
     def load(cls, path: Path, model: DiffusionGemma) -> tuple["Context", object]:
@@ -224,17 +222,12 @@ class Context:
             context._tokens = json.loads(metadata["tokens"])
             lengths: list[int] = json.loads(metadata["marks"])
             for i, layer in enumerate(context.cache):
-                keys, values = (arrays.get(f"layers.{i}.{part}") for part in ("keys", "values"))
-                layer.hold(len(context._tokens), keys, values)
+                layer.hold(len(context._tokens), arrays.get(f"layers.{i}"))
             context._marks = [
                 Mark(
                     length,
                     tuple(
-                        LayerMark(
-                            length,
-                            arrays.get(f"marks.{j}.layers.{i}.keys"),
-                            arrays.get(f"marks.{j}.layers.{i}.values"),
-                        )
+                        LayerMark(length, arrays.get(f"marks.{j}.layers.{i}"))
                         for i in range(len(context.cache))
                     ),
                 )

@@ -5,7 +5,6 @@ blocks: the encoder calls it with a causal mask, its own layer scalars and a cac
 the decoder with no mask, its own scalars and a cache that is only read.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from .errors import Error
 Mask = mx.array | str | None
 # Bytes that the scores of one product of queries and keys may take.
 SCORE_BYTES = 1 << 28
-# What a layer's cache does with the new (B, heads, T, head_dim) keys and values, and answers:
-# the keys and values to attend to.
-CacheVerb = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+# What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
+# to attend to.
+CacheVerb = Callable[[mx.array], mx.array]
 
 
 class ConfigError(Error):
@@ -181,100 +180,90 @@ def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
 
 @dataclass(frozen=True)
 class LayerMark:
-    """A place to which a `LayerCache` can go back; only a sliding layer has to hold arrays."""
+    """A place to which a `LayerCache` can go back; only a sliding layer has to hold an array."""
 
     length: int
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    held: mx.array | None = None
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, heads, T, head_dim); `length` counts all tokens seen.
+    """Keys and values of one layer, one array (B, 2 x heads, T, head_dim): heads of keys first.
 
-    A sliding layer keeps its last `window - 1` tokens: a later token sees no more. The buffers have
-    room behind what is kept, where a canvas's keys and values stand while it is denoised. A write
-    makes a new array, in the old one's memory unless a mark or fork still needs that.
+    `length` counts all tokens seen; a sliding layer keeps its last `window - 1`: a later token sees
+    no more. The buffer has room behind what is kept, where a canvas's keys and values stand while
+    it is denoised. A write makes a new array, in the old one's memory unless a mark or fork still
+    needs that.
     """
 
     def __init__(self, window: int | None):
         self.window = window
         self.length = 0
         self.kept = 0
-        self._buffers: tuple[mx.array, mx.array] | None = None
+        self._buffer: mx.array | None = None
 
     @property
-    def keys(self) -> mx.array | None:
-        """The tokens kept; None is none."""
-        return None if self._buffers is None else self._buffers[0][:, :, : self.kept]
+    def held(self) -> mx.array | None:
+        """Keys and values of the tokens kept; None is none."""
+        return None if self._buffer is None else self._buffer[:, :, : self.kept]
 
-    @property
-    def values(self) -> mx.array | None:
-        """As `keys`."""
-        return None if self._buffers is None else self._buffers[1][:, :, : self.kept]
-
-    def hold(self, length: int, keys: mx.array | None, values: mx.array | None) -> None:
+    def hold(self, length: int, held: mx.array | None) -> None:
         """Replace everything: `length` tokens have been seen, and these are kept."""
         self.length = length
-        self.kept = 0 if keys is None else keys.shape[2]
-        self._buffers = None if keys is None or values is None else (keys, values)
+        self.kept = 0 if held is None else held.shape[2]
+        self._buffer = held
 
-    def read(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def read(self, new: mx.array) -> mx.array:
         """What is kept followed by the new keys and values, which are not kept.
 
         A held batch of one serves any number of new rows.
         """
-        if self._buffers is None:
-            return keys, values
-        held, end = self._buffers, self.kept + keys.shape[2]
-        if len(keys) != len(held[0]):
+        if self._buffer is None:
+            return new
+        end = self.kept + new.shape[2]
+        if len(new) != len(self._buffer):
             # Of many rows at once, none keeps its own copy of the context.
-            return self._join(held[0], keys), self._join(held[1], values)
-        if held[0].shape[2] < end:
-            self._buffers = self._join(held[0], keys), self._join(held[1], values)
+            return self._joined(self._buffer, new)
+        if self._buffer.shape[2] < end:
+            self._buffer = self._joined(self._buffer, new)
         else:
-            self._buffers = self._put(held[0], keys), self._put(held[1], values)
-        return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
+            own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
+            own[:, :, self.kept : end] = new
+            self._buffer = own
+        return self._buffer[:, :, :end]
 
-    def _join(self, buffer: mx.array, new: mx.array) -> mx.array:
+    def _joined(self, buffer: mx.array, new: mx.array) -> mx.array:
         kept = buffer[:, :, : self.kept]
         return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
 
-    def _put(self, buffer: mx.array, new: mx.array) -> mx.array:
-        own = copy(buffer)  # the object, not the numbers: a fork may hold it too
-        own[:, :, self.kept : self.kept + new.shape[2]] = new
-        return own
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, new: mx.array) -> mx.array:
         """As `read`, and keep them for later calls."""
-        count = keys.shape[2]
-        keys, values = self.read(keys, values)
+        count = new.shape[2]
+        seen = self.read(new)
         self.length += count
-        drop = 0 if self.window is None else keys.shape[2] - (self.window - 1)
-        if self._buffers is None or drop > 0:
-            most = max(drop, 0)
-            kept = [mx.contiguous(each[:, :, most:]) for each in (keys, values)]
-            self.hold(self.length, *kept)
+        drop = 0 if self.window is None else seen.shape[2] - (self.window - 1)
+        if self._buffer is None or drop > 0:
+            self.hold(self.length, mx.contiguous(seen[:, :, max(drop, 0) :]))
         else:
             self.kept += count
-        return keys, values
+        return seen
 
     def mark(self) -> LayerMark:
         """Where the cache stands. A full layer holds all tokens, so its length says enough."""
         if self.window is None:
             return LayerMark(self.length)
-        return LayerMark(self.length, self.keys, self.values)
+        return LayerMark(self.length, self.held)
 
     def restore(self, mark: LayerMark) -> None:
         """Go back to a mark made earlier in the same sequence of tokens."""
         if self.window is not None or not mark.length:
-            self.hold(mark.length, mark.keys, mark.values)
+            self.hold(mark.length, mark.held)
         else:
             self.length = self.kept = mark.length
 
     def fork(self) -> "LayerCache":
         """Another that holds the same; memory is shared until one of them writes."""
         other = LayerCache(self.window)
-        other.length, other.kept, other._buffers = self.length, self.kept, self._buffers
+        other.length, other.kept, other._buffer = self.length, self.kept, self._buffer
         return other
 
     def encoder_mask(self, count: int) -> Mask:
@@ -287,11 +276,10 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class View:
-    """What the first `rows` rows not yet served attend to: their mask, place and cache verb."""
+    """What the first `rows` rows not yet served attend to: their mask and cache verb."""
 
     rows: int
     mask: Mask
-    offset: int
     verb: CacheVerb
 
 
@@ -330,6 +318,21 @@ class Joined:
         return mx.concatenate([part(x) for part in parts], axis=-1)
 
 
+class Derived:
+    """An array made of parameters, and kept until one of them is replaced."""
+
+    def __init__(self, make: Callable[..., mx.array]):
+        self._make = make
+        self._of: tuple[mx.array, ...] = ()
+        self._made: mx.array | None = None
+
+    def __call__(self, *own: mx.array) -> mx.array:
+        """Of these parameters, as `make` makes it."""
+        if self._made is None or any(a is not b for a, b in zip(own, self._of, strict=True)):
+            self._of, self._made = own, self._make(*own)
+        return self._made
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed queries, keys and values and a scale of 1.
 
@@ -340,7 +343,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.eps = config.rms_norm_eps
-        queries = config.num_attention_heads * layer.head_dim
+        self.heads = config.num_attention_heads
+        queries = self.heads * layer.head_dim
         keys = layer.num_key_value_heads * layer.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -349,25 +353,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
-        # Wavelengths over 2 pi. The denominator is the whole head also where only a part of it
-        # turns ("proportional"); an infinite wavelength is a pair that does not turn.
+        # The denominator is the whole head also where only a part of it turns ("proportional").
         pairs = mx.arange(layer.rotated_pairs, dtype=mx.float32)
-        still = mx.full((layer.head_dim // 2 - layer.rotated_pairs,), math.inf)
-        turning = mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
-        self._wavelengths = mx.concatenate([turning, still])
+        frequencies = 1 / mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
+        still = mx.zeros((layer.head_dim // 2 - layer.rotated_pairs,))
+        self._frequencies = mx.concatenate([frequencies, still])
         self._joined = Joined([])
-        self._scaled: tuple[mx.array, mx.array, mx.array] | None = None
+        self._scales = Derived(self._spread)
+        turning = self.heads + layer.num_key_value_heads
+        values = 0 if layer.window is None else layer.num_key_value_heads
+        self._still = (mx.arange(turning + values) >= turning)[:, None, None]
 
-    def _rope(self, x: mx.array, offset: int) -> mx.array:
-        return mx.fast.rope(
-            x,
-            self.layer.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._wavelengths,
-        )
+    def rotation(self, positions: mx.array) -> mx.array:
+        """Cosines and sines (B or 1, T, 1, 2, head_dim / 2) at float32 positions (B or 1, T)."""
+        return cos_and_sin(positions, self._frequencies)
 
     @property
     def _parts(self) -> list[nn.Linear]:
@@ -378,62 +377,97 @@ class Attention(nn.Module):
         """One product instead of three, from now on."""
         self._joined = Joined(self._parts)
 
-    def __call__(self, x: mx.array, views: Sequence[View]) -> mx.array:
+    def _spread(self, queries: mx.array, keys: mx.array) -> mx.array:
+        """Scales (heads, head_dim) of heads of queries, of keys and, which have none, of values."""
+        shape = self.layer.num_key_value_heads, self.layer.head_dim
+        parts = [mx.broadcast_to(queries, (self.heads, self.layer.head_dim))]
+        parts.append(mx.broadcast_to(keys, shape))
+        if self.layer.window is not None:
+            parts.append(mx.ones(shape, dtype=keys.dtype))
+        return mx.concatenate(parts)
+
+    def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
         batch, length, _ = x.shape
-        size, shared = self.layer.head_dim, self.layer.num_key_value_heads
-        heads = self._joined(self._parts, x).reshape(batch, length, -1, size).swapaxes(1, 2)
-        normed = rms_norm(heads, self.eps)
-        scales = self._scales()
-        turning = normed[:, : len(scales)] * scales
-        values = normed[:, -shared:]
+        projected = self._joined(self._parts, x)
+        normed = rms_norm(projected.reshape(batch, length, -1, self.layer.head_dim), self.eps)
+        scales = self._scales(self.q_norm.weight, self.k_norm.weight)
+        turned = scaled_and_turned(normed, scales, rotation, self._still)
+        queries, new = turned[:, :, : self.heads], turned[:, :, self.heads :]
+        if self.layer.window is None:
+            new = mx.concatenate([new, normed[:, :, self.heads :]], axis=2)
+        queries, new = queries.swapaxes(1, 2), new.swapaxes(1, 2)
         if len(views) == 1:
-            seen = self._attend(turning, values, views[0])
+            seen = self._attend(queries, new, views[0])
         else:
             # Contexts differ in length: rows of each attend by themselves, without padding.
             ends = list(accumulate(view.rows for view in views))[:-1]
-            parts = zip(mx.split(turning, ends), mx.split(values, ends), views, strict=True)
+            parts = zip(mx.split(queries, ends), mx.split(new, ends), views, strict=True)
             seen = mx.concatenate([self._attend(*part) for part in parts])
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
 
-    def _scales(self) -> mx.array:
-        """Scales (heads, 1, head_dim) of queries, then keys; kept until a weight is replaced."""
-        own = self.q_norm.weight, self.k_norm.weight
-        if self._scaled is None or any(a is not b for a, b in zip(own, self._scaled, strict=False)):
-            size, shared = self.layer.head_dim, self.layer.num_key_value_heads
-            counts = self.q_proj.weight.shape[0] // size, shared
-            spread = [mx.broadcast_to(w, (n, 1, size)) for w, n in zip(own, counts, strict=True)]
-            self._scaled = (*own, mx.concatenate(spread))
-        return self._scaled[2]
-
-    def _attend(self, turning: mx.array, values: mx.array, view: View) -> mx.array:
-        """`turning` are heads of queries, then of keys."""
-        turning = self._rope(turning, view.offset)
-        queries, keys = mx.split(turning, [turning.shape[1] - values.shape[1]], axis=1)
-        keys, values = view.verb(keys, values)
+    def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
+        keys, values = mx.split(view.verb(new), 2, axis=1)
         count, seen = queries.shape[2], keys.shape[2]
         # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
         rows = max(1, SCORE_BYTES // (4 * queries.shape[0] * queries.shape[1] * seen))
         parts = []
         for first in range(0, count, rows):
-            last = min(first + rows, count)
+            some, last = queries[:, :, first : first + rows], min(first + rows, count)
+            if view.mask is None:
+                parts.append(attention(some, keys, values))
+                continue
             mask, end = view.mask, seen
             if isinstance(mask, mx.array):
                 mask = mask[first:last]
             elif mask == "causal":
                 end = seen - count + last
-            parts.append(
-                mx.fast.scaled_dot_product_attention(
-                    queries[:, :, first:last],
-                    keys[:, :, :end],
-                    values[:, :, :end],
-                    scale=1.0,
-                    mask=mask,
-                )
-            )
+            known = keys[:, :, :end], values[:, :, :end]
+            # Fused where MLX finds that faster: long prompts on newer chips.
+            parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
+def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Every query sees every key, at a scale of 1; (B, heads, T, head_dim), grouped.
+
+    MLX's own function never fuses this (256 queries, heads of 256 or 512), and would multiply the
+    queries by the scale.
+    """
+    groups = mx.unflatten(queries, 1, (keys.shape[1], -1))
+    scores = groups @ keys[:, :, None].swapaxes(-1, -2)
+    seen = mx.softmax(scores, axis=-1, precise=True) @ values[:, :, None]
+    return mx.flatten(seen, 1, 2)
+
+
 # Elementwise chains between the products, each one kernel.
+
+
+@mx.compile
+def cos_and_sin(positions: mx.array, frequencies: mx.array) -> mx.array:
+    """Of all angles, (..., T) and (pairs,) -> (..., T, 1, 2, pairs)"""
+    shape = (*positions.shape, 1, 2, len(frequencies))
+    angles = mx.broadcast_to(positions[..., None, None, None], shape) * frequencies
+    return mx.where(mx.array([[True], [False]]), mx.cos(angles), mx.sin(angles))
+
+
+@mx.compile
+def scaled_and_turned(
+    x: mx.array, scales: mx.array, rotation: mx.array, still: mx.array
+) -> mx.array:
+    """Heads (B, T, heads, head_dim) times scales (heads, head_dim), then rotary embedding (arXiv
+    2104.09864, eq. 34, of pairs half a head apart) of those that are not `still` (heads, 1, 1)."""
+    halves, scales = mx.unflatten(x, -1, (2, -1)), mx.unflatten(scales, -1, (2, -1))
+    # Spread before anything is computed: MLX fuses only what has one shape.
+    a, b, cos, sin = (
+        mx.broadcast_to(half, halves.shape)
+        for both in (halves, rotation)
+        for half in mx.split(both, 2, axis=-2)
+    )
+    scale_a, scale_b = mx.split(scales, 2, axis=-2)
+    a, b = a * scale_a, b * scale_b
+    first = mx.array([[True], [False]])
+    turned = mx.where(first, a * cos - b * sin, b * cos + a * sin)
+    return mx.flatten(mx.where(still, halves, turned).astype(x.dtype), -2)
 
 
 @mx.compile
@@ -443,9 +477,9 @@ def gated(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @mx.compile
-def gated_by(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
-    """gelu(gate) * up * weights, in the type of `up`."""
-    return nn.gelu_approx(gate) * up * weights.astype(up.dtype)
+def gated_by(gate: mx.array, up: mx.array, weights: mx.array, scales: mx.array) -> mx.array:
+    """gelu(gate) * up * weights * scales, in the type of `up`."""
+    return nn.gelu_approx(gate) * up * (weights * scales).astype(up.dtype)
 
 
 @mx.compile
@@ -474,24 +508,21 @@ class GatedMLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token from the raw residual."""
+    """Chooses the experts of each token, by its normed residual times `scale` / sqrt(hidden)."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.top_k = config.top_k_experts
-        self.eps = config.rms_norm_eps
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Expert ids and weights, (..., top_k) each."""
-        x = mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self.eps)
+        """Expert ids and weights, (..., top_k) each; weights add up to one."""
         scores = self.proj(x).astype(mx.float32)
         top = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         # A softmax over the chosen equals a softmax over all, renormalised over the chosen.
-        weights = mx.softmax(mx.take_along_axis(scores, top, axis=-1), axis=-1)
-        return top, weights * self.per_expert_scale[top]
+        return top, mx.softmax(mx.take_along_axis(scores, top, axis=-1), axis=-1)
 
 
 class ExpertLinear(nn.Module):
@@ -547,21 +578,21 @@ class Experts(nn.Module):
         self.gate_up_proj = ExpertLinear(config.num_experts, hidden, 2 * inner)
         self.down_proj = ExpertLinear(config.num_experts, inner, hidden)
 
-    def __call__(self, x: mx.array, top: mx.array, weights: mx.array) -> mx.array:
-        rows = x.reshape(-1, 1, x.shape[-1])
-        top_k = top.shape[-1]
+    def __call__(self, x: mx.array, top: mx.array, weights: mx.array, scales: mx.array) -> mx.array:
+        """Of x (..., hidden), the experts `top` (..., k) by `weights` (..., k) and a scale each."""
         # Rows in the order of their expert let the kernel read each matrix once.
-        order = mx.argsort(top.flatten())
-        experts = top.flatten()[order]
-        gate, up = mx.split(self.gate_up_proj(rows[order // top_k], experts, True), 2, axis=-1)
+        chosen = top.flatten()
+        order = mx.argsort(chosen)
+        experts = chosen[order]
+        rows = x.reshape(-1, 1, x.shape[-1])[order // top.shape[-1]]
+        gate, up = mx.split(self.gate_up_proj(rows, experts, True), 2, axis=-1)
         # Weighed here, where rows are narrow: the next product is linear.
-        inner = gated_by(gate, up, weights.flatten()[order][:, None, None])
-        out = self.down_proj(inner, experts, True)
-        # Back in the order of tokens, then summed: adding into place would be one pass less, but
-        # Metal adds in any order, and a seed must give the same text again.
-        unsorted = copy(out)
-        unsorted[order] = out
-        return unsorted.reshape(*top.shape, -1).sum(axis=-2)
+        weighing = (weights.flatten()[order], scales[experts])
+        inner = gated_by(gate, up, *(each[:, None, None] for each in weighing))
+        # Back in the order of tokens, in the memory of what went in, then summed: adding into place
+        # would be one pass less, but Metal adds in any order, and a seed must give the same text.
+        rows[order] = self.down_proj(inner, experts, True)
+        return rows.reshape(*top.shape, -1).sum(axis=-2)
 
 
 class Block(nn.Module):
@@ -582,14 +613,27 @@ class Block(nn.Module):
         self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps=eps)
         self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
         self.layer_scalar = mx.ones((1,))
+        self.eps = eps
+        self._scales = Derived(_stacked)
 
-    def __call__(self, x: mx.array, views: Sequence[View], scalar: mx.array) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), views)
+    def __call__(
+        self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), views, rotation)
         x = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        # Three norms of one input are one norm and one product with three scales.
+        norms = self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
+        scales = self._scales(*(norm.weight for norm in norms), self.router.scale)
+        to_mlp, to_experts, to_router = rms_norm(x, self.eps) * scales
+        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
+        routed = self.experts(to_experts, *self.router(to_router), self.router.per_expert_scale)
         routed = self.post_feedforward_layernorm_2(routed)
         return scaled_sum(x, self.post_feedforward_layernorm(dense + routed), scalar)
+
+
+def _stacked(mlp: mx.array, experts: mx.array, router: mx.array) -> mx.array:
+    """Scales (3, 1, 1, hidden) of a layer's three norms before the feed-forward layer."""
+    return mx.stack([mlp, experts, router * router.shape[-1] ** -0.5])[:, None, None]
 
 
 class SelfConditioning(GatedMLP):
@@ -678,11 +722,12 @@ class DiffusionGemma(nn.Module):
         Lazy: nobody who only evaluates the cache pays for the last layer's experts.
         """
         x = self.embed(tokens)
+        rotations = self._rotations([cache[0].length], tokens.shape[1])
         scalars = self.model.encoder["language_model"]["layers"]
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             mask = layer.encoder_mask(tokens.shape[1])
-            view = View(tokens.shape[0], mask, layer.length, layer.append)
-            x = block(x, [view], own["layer_scalar"])
+            view = View(tokens.shape[0], mask, layer.append)
+            x = block(x, [view], rotations[block.self_attn.layer], own["layer_scalar"])
         return self.model.decoder.norm(x)
 
     def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
@@ -702,14 +747,22 @@ class DiffusionGemma(nn.Module):
                     [z if p.belief is None else p.belief for p, z in zip(passes, none, strict=True)]
                 )
         x = self.model.decoder.self_conditioning(self.embed(canvas), belief)
+        offsets = [each.cache[0].length for each in passes for _ in range(len(each.canvas))]
+        rotations = self._rotations(offsets[:1] if len(passes) == 1 else offsets, canvas.shape[1])
         for i, block in enumerate(self.model.decoder.layers):
             layers = [(len(each.canvas), each.cache[i]) for each in passes]
-            views = [View(rows, None, layer.length, layer.read) for rows, layer in layers]
-            x = block(x, views, block.layer_scalar)
+            views = [View(rows, None, layer.read) for rows, layer in layers]
+            x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
         x = self.model.decoder.norm(x)
         if len(passes) == 1:
             return [x]
         return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
+
+    def _rotations(self, offsets: list[int], count: int) -> dict[LayerConfig, mx.array]:
+        """Rotation of `count` positions from each row's offset on, for each kind of layer."""
+        positions = mx.array([[float(offset + i) for i in range(count)] for offset in offsets])
+        kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
+        return {layer: attention.rotation(positions) for layer, attention in kinds.items()}
 
     def join(self) -> None:
         """Products of one input become one product; for weights that stay as they are."""

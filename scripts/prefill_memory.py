@@ -29,12 +29,7 @@ def measure(directory: str, tokens: int, chunk: int) -> dict[str, float]:
     mx.reset_peak_memory()
     started = perf_counter()
     context.read([100 + i % 600 for i in range(tokens)], chunk)
-    cache = sum(
-        array.nbytes
-        for layer in context.cache
-        for array in (layer.keys, layer.values)
-        if array.size
-    )
+    cache = sum(layer.held.nbytes for layer in context.cache if layer.held is not None)
     return {
         "cache": cache,
         "above": mx.get_peak_memory() - weights - cache,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mlx_diffgemma import model as model_module
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import (
+    Attention,
     Config,
     ConfigError,
     DiffusionGemma,
@@ -27,7 +29,10 @@ from mlx_diffgemma.model import (
     Experts,
     Joined,
     LayerCache,
+    LayerConfig,
     Router,
+    attention,
+    scaled_and_turned,
 )
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -75,32 +80,31 @@ def test_attention_in_blocks_of_queries_changes_nothing(monkeypatch: pytest.Monk
 def test_a_canvas_is_written_behind_the_context_in_place() -> None:
     """The context used to be copied in every layer at every step."""
     cache = LayerCache(None)
-    held = mx.random.normal((1, 2, 20_000, 16), key=mx.random.key(0))
-    cache.append(held, held)
-    new = mx.ones((1, 2, 8, 16))
-    mx.eval(cache.read(new, new))
+    held = mx.random.normal((1, 4, 20_000, 16), key=mx.random.key(0))
+    cache.append(held)
+    new = mx.ones((1, 4, 8, 16))
+    mx.eval(cache.read(new))
     del held
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    keys, values = cache.read(2 * new, 3 * new)
-    mx.eval(keys, values)
+    seen = cache.read(2 * new)
+    mx.eval(seen)
     assert mx.get_peak_memory() - before < 1e5
-    assert (keys[:, :, -8:] == 2).all()
-    assert (values[:, :, -8:] == 3).all()
+    assert (seen[:, :, -8:] == 2).all()
 
 
 def test_a_fork_is_not_written_by_the_other() -> None:
     cache = LayerCache(None)
-    first = mx.ones((1, 1, 3, 4))
-    cache.append(first, first)
-    cache.read(first, first)  # room for three
+    first = mx.ones((1, 2, 3, 4))
+    cache.append(first)
+    cache.read(first)  # room for three
     fork = cache.fork()
-    fork.append(5 * first, 5 * first)
-    cache.append(7 * first, 7 * first)
-    assert fork.keys is not None
-    assert cache.keys is not None
-    assert fork.keys[0, 0, :, 0].tolist() == [1, 1, 1, 5, 5, 5]
-    assert cache.keys[0, 0, :, 0].tolist() == [1, 1, 1, 7, 7, 7]
+    fork.append(5 * first)
+    cache.append(7 * first)
+    assert fork.held is not None
+    assert cache.held is not None
+    assert fork.held[0, 0, :, 0].tolist() == [1, 1, 1, 5, 5, 5]
+    assert cache.held[0, 0, :, 0].tolist() == [1, 1, 1, 7, 7, 7]
 
 
 def test_a_canvas_does_not_write_the_cache() -> None:
@@ -126,15 +130,16 @@ def test_a_copy_of_the_cache_is_a_checkpoint() -> None:
 def test_encoder_mask_by_hand() -> None:
     cache = LayerCache(window=3)
     assert cache.encoder_mask(3) == "causal"
-    kept = mx.zeros((1, 1, 2, 4))
-    cache.append(kept, kept)
+    cache.append(mx.zeros((1, 2, 2, 4)))
     # Two kept keys, then two new tokens; each sees itself and the two before it.
     mask = cache.encoder_mask(2)
     assert isinstance(mask, mx.array)
     assert mask.tolist() == [[True, True, True, False], [False, True, True, True]]
 
 
-def slow_experts(layer: Experts, x: mx.array, top: mx.array, weights: mx.array) -> np.ndarray:
+def slow_experts(
+    layer: Experts, x: mx.array, top: mx.array, weights: mx.array, scales: mx.array
+) -> np.ndarray:
     """A token at a time, an expert at a time."""
 
     def dense(linear: ExpertLinear, expert: int) -> mx.array:
@@ -148,6 +153,7 @@ def slow_experts(layer: Experts, x: mx.array, top: mx.array, weights: mx.array) 
     for at in np.ndindex(*x.shape[:-1]):
         for expert, weight in zip(top[at].tolist(), weights[at].tolist(), strict=True):
             gate, up = mx.split(dense(layer.gate_up_proj, expert) @ x[at], 2)
+            weight *= scales[expert].item()
             out[at] += weight * np.array(
                 dense(layer.down_proj, expert) @ (nn.gelu_approx(gate) * up)
             )
@@ -164,9 +170,8 @@ def test_experts_equal_one_token_at_a_time(quantization: tuple[int, int, str] | 
     if quantization:
         layer.gate_up_proj.to_quantized(*quantization)
         layer.down_proj.to_quantized(*quantization)
-    top, weights = router(x)
-    error = np.abs(np.array(layer(x, top, weights)) - slow_experts(layer, x, top, weights)).max()
-    assert error < 1e-4
+    routes = *router(x), mx.linspace(0.5, 2, 8)
+    assert np.abs(np.array(layer(x, *routes)) - slow_experts(layer, x, *routes)).max() < 1e-4
 
 
 @pytest.mark.parametrize("change", ["nothing", "weight", "module", "type"])
@@ -211,12 +216,71 @@ def test_router_takes_the_best_and_weighs_them_to_one() -> None:
     router = Router(config)
     x = mx.random.normal((5, 128), key=mx.random.key(0))
     top, weights = router(x)
-    normed = np.array(x) / np.sqrt((np.array(x) ** 2).mean(-1, keepdims=True) + 1e-6)
-    scores = normed @ np.array(router.proj.weight).T * 128**-0.5
+    scores = np.array(x) @ np.array(router.proj.weight).T
     assert (np.sort(np.array(top)) == np.sort(np.argsort(-scores)[:, :2])).all()
     assert np.array(weights).sum(-1) == pytest.approx(1, abs=1e-5)
-    router.per_expert_scale = mx.full((8,), 3.0)
-    assert np.array(router(x)[1]).sum(-1) == pytest.approx(3, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_heads_turn_as_rotary_embedding_does(dtype: Any) -> None:
+    """One kernel for scale and rotation; the last two heads are values, which do neither."""
+    attention = Attention(Config.from_dict(CONFIG), LayerConfig(16, 2, 4, 1e4, 5))
+    x = mx.random.normal((2, 3, 8, 16), key=mx.random.key(0)).astype(dtype)
+    scales = mx.concatenate([mx.random.normal((6, 16), key=mx.random.key(1)), mx.ones((2, 16))])
+    offsets = [70_000, 9]
+    rotation = attention.rotation(mx.array([[float(o + i) for i in range(3)] for o in offsets]))
+    still = (mx.arange(8) >= 6)[:, None, None]
+    turned = scaled_and_turned(x, scales.astype(dtype), rotation, still)
+    wavelengths = [1e4 ** (i / 8) for i in range(5)] + [math.inf] * 3
+    expected = mx.fast.rope(
+        (x * scales.astype(dtype))[:, :, :6].swapaxes(1, 2),
+        16,
+        traditional=False,
+        base=None,
+        scale=1.0,
+        offset=mx.array(offsets),
+        freqs=mx.array(wavelengths),
+    ).swapaxes(1, 2)
+    assert turned.dtype == dtype
+    within = 0.02 if dtype == mx.bfloat16 else 1e-4
+    assert mx.allclose(turned[:, :, :6], expected, rtol=within, atol=within)
+    assert mx.array_equal(turned[:, :, 6:], x[:, :, 6:])
+
+
+def test_attention_is_softmax_of_products() -> None:
+    queries, keys, values = (
+        mx.random.normal((2, heads, 5, 16), key=mx.random.key(heads + i))
+        for i, heads in enumerate((6, 3, 3))
+    )
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+    assert mx.allclose(attention(queries, keys, values), expected, atol=1e-5)
+
+
+def test_what_is_made_of_weights_is_made_anew_with_them() -> None:
+    """A scale replaced later, by training, must not go unnoticed; nor is it made at each step."""
+    model = load_model(SUDOKU, dtype="float32")
+    block = model.model.decoder.layers[0]
+
+    def logits() -> mx.array:
+        cache = model.make_cache()
+        prefill(model, PROMPT, cache)
+        return model(CANVAS, cache)
+
+    before = logits()
+    made = block._scales._made, block.self_attn._scales._made
+    assert mx.array_equal(logits(), before)
+    assert made[0] is block._scales._made
+    assert made[1] is block.self_attn._scales._made
+    norm, scale = block.pre_feedforward_layernorm, block.router.scale
+    for change in (
+        {"router": {"scale": scale[::-1]}},
+        {"pre_feedforward_layernorm": {"weight": norm.weight * 2}},
+        {"self_attn": {"k_norm": {"weight": block.self_attn.k_norm.weight * 2}}},
+    ):
+        model.update({"model": {"decoder": {"layers": [change]}}})
+        after = logits()
+        assert mx.abs(after - before).max() > 1e-3
+        before = after
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
