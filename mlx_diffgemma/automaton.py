@@ -423,7 +423,8 @@ class Plans:
             _score(row, sets, first, self._widest)
             for row, sets in zip(logits, self._sets, strict=True)
         ]
-        return Choices(mx.stack([r.scores for r in rows]), mx.stack([r.tokens for r in rows]))
+        scores, tokens = mx.stack([r.scores for r in rows]), mx.stack([r.tokens for r in rows])
+        return Choices(scores, tokens, first)
 
     def choose(self, choices: Choices, fixed: mx.array | None, canvas: mx.array) -> mx.array:
         """(B, L) ids of the allowed canvas with the highest sum of scores."""
@@ -455,7 +456,7 @@ def _outside(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
 
 
 def _score(logits: mx.array, sets: list[Ids], first: int, widest: int) -> Choices:
-    """Of a block (L, C): the best logit in each set and its token, (L, widest) each."""
+    """Of a block (L, C): the best logit in each set and its place, (L, widest) each."""
     count = logits.shape[-1]
     here = [ids[(ids >= first) & (ids < first + count)] - first for ids in sets]
     scores = [mx.full((len(logits), 1), NEVER)] * widest
@@ -465,11 +466,11 @@ def _score(logits: mx.array, sets: list[Ids], first: int, widest: int) -> Choice
         columns = logits[:, mx.array(np.concatenate([here[k] for k in single]))]
         for column, k in enumerate(single):
             scores[k] = columns[:, column : column + 1].astype(mx.float32)
-            tokens[k] = tokens[k] + int(here[k][0] + first)
+            tokens[k] = tokens[k] + int(here[k][0])
     for k, ids in enumerate(here):
         if len(ids) > 1:
             columns = logits[:, mx.array(ids)]
             at = mx.argmax(columns, axis=-1, keepdims=True)
             scores[k] = mx.take_along_axis(columns, at, axis=-1).astype(mx.float32)
-            tokens[k] = mx.array(ids + first).astype(mx.int32)[at]
+            tokens[k] = mx.array(ids).astype(mx.int32)[at]
     return Choices(mx.concatenate(scores, axis=1), mx.concatenate(tokens, axis=1))

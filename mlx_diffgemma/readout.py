@@ -5,18 +5,31 @@ passes by in blocks instead, and a step keeps what the next one needs: ids, entr
 expected embedding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from .model import DiffusionGemma
-from .sampler import ANYTHING, NEVER, Choices, Constraint, Draws, merge, sub_block
+from .sampler import (
+    ANYTHING,
+    NEVER,
+    Choices,
+    Constraint,
+    Draws,
+    fold,
+    highest,
+    merge,
+    sub_block,
+)
 
 # Bytes that one float32 array over a block may take. A step holds about a dozen of them: MLX runs
 # ahead of the computation by up to two blocks.
 BLOCK_BYTES = 3 << 23
 # Bytes that a block of the embedding table may take where it has to be dequantized.
 TABLE_BYTES = 1 << 26
+# Blocks whose three sums one kernel can join: MLX fuses 24 arrays at most.
+JOINED = 6
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def read_out(
             raw = mx.where(allowed, raw, NEVER)
         found = constraint.score(raw, first)
         levels = _level(found.scores, cap, warmth)
-        choices.append(Choices(levels, found.tokens))
+        choices.append(replace(found, scores=levels))
         if draws is not None and constraint.joint:
             noise = draws.gumbel(raw.shape)
             noisy.append(constraint.score(_level(raw, cap, warmth) + noise, first))
@@ -84,18 +97,18 @@ def read_out(
         # Computed before the next block is, or the blocks would pile up.
         kept = [vars(each[-1]) for each in (choices, noisy) if each]
         mx.async_eval(kept, masses[-1], slopes[-1], soft[-1:])  # type: ignore[no-untyped-call]
-    parts = (mx.concatenate(each, axis=-1) for each in (peaks, masses, slopes))
-    log_normalizer, entropy, shares = _total(*parts)
-    expected = None
-    if soft:
-        mixed = (mx.stack(soft, axis=-1) * shares[..., None, :]).sum(axis=-1)
-        expected = model.scaled(mixed.astype(hidden.dtype))
+    top = highest(peaks)
+    mass = _mass(top, peaks, masses)
+    several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))
+    slope = [_slope(top, peaks[some], masses[some], slopes[some]) for some in several]
+    log_normalizer = _log_normalizer(top, mass)
+    expected = model.scaled(_mixed(log_normalizer, peaks, soft)) if soft else None
     return Readout(
         choices=merge(choices),
         noisy=merge(noisy) if noisy else None,
         sampled=None if picker is None else picker.tokens(),
-        entropy=entropy,
-        log_normalizer=log_normalizer,
+        entropy=_entropy(mass, slope)[..., 0],
+        log_normalizer=log_normalizer[..., 0],
         belief=expected,
     )
 
@@ -141,16 +154,44 @@ def _weigh(
     return weights, weights * below, weights.astype(raw.dtype)
 
 
+# Sums over blocks (B, L, 1 each), of numbers relative to exp(a block's peak).
+
+
 @mx.compile
-def _total(
-    peaks: mx.array, masses: mx.array, slopes: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Log-normalizer and entropy (B, L) of the sums of n blocks (B, L, n), and for each block the
-    factor (B, L, n) that makes its weights probabilities."""
-    top = peaks.max(axis=-1, keepdims=True)
-    below = peaks - top
-    shrink = mx.exp(below)
-    mass = (shrink * masses).sum(axis=-1, keepdims=True)
-    slope = (shrink * (slopes + below * masses)).sum(axis=-1, keepdims=True)
-    log_mass = mx.log(mass)
-    return (top + log_mass)[..., 0], (log_mass - slope / mass)[..., 0], shrink / mass
+def _mass(top: mx.array, peaks: Sequence[mx.array], masses: Sequence[mx.array]) -> mx.array:
+    """Sum of exp(x - top) over all tokens."""
+    parts = [mx.exp(p - top) * mass for p, mass in zip(peaks, masses, strict=True)]
+    return fold(mx.add, parts)
+
+
+@mx.compile
+def _slope(
+    top: mx.array,
+    peaks: Sequence[mx.array],
+    masses: Sequence[mx.array],
+    slopes: Sequence[mx.array],
+) -> mx.array:
+    """Sum of (x - top) exp(x - top) over the tokens of these blocks."""
+    blocks = zip(peaks, masses, slopes, strict=True)
+    parts = [mx.exp(p - top) * (slope + (p - top) * mass) for p, mass, slope in blocks]
+    return fold(mx.add, parts)
+
+
+@mx.compile
+def _log_normalizer(top: mx.array, mass: mx.array) -> mx.array:
+    return top + mx.log(mass)
+
+
+@mx.compile
+def _entropy(mass: mx.array, slopes: Sequence[mx.array]) -> mx.array:
+    """-sum(p log p). Both sums are relative to the top: their difference may be tiny."""
+    return mx.log(mass) - fold(mx.add, slopes) / mass
+
+
+@mx.compile
+def _mixed(
+    log_normalizer: mx.array, peaks: Sequence[mx.array], soft: Sequence[mx.array]
+) -> mx.array:
+    """Expected row of the table (B, L, hidden), of each block's."""
+    parts = [mx.exp(p - log_normalizer) * part for p, part in zip(peaks, soft, strict=True)]
+    return fold(mx.add, parts).astype(soft[0].dtype)

@@ -4,13 +4,14 @@ Entropies are in nats. Positions run along the last axis of (B, L) arrays, token
 along the last axis of (B, L, C) arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
 
+Part = TypeVar("Part")
 # A logit of what must not be chosen. Finite, so that 0 * log 0 in an entropy stays 0.
 NEVER = -1e9
 
@@ -102,34 +103,65 @@ Sampler = EntropyBound | ConfidenceThreshold
 
 @dataclass(frozen=True)
 class Choices:
-    """The best token of each of S sets of tokens: scores and ids, (B, L, S)."""
+    """The best token of each of S sets of tokens: scores and ids, (B, L, S).
+
+    Ids count from `first`, the block's.
+    """
 
     scores: mx.array
     tokens: mx.array
+    first: int = 0
 
 
 def best(logits: mx.array, first: int) -> Choices:
     """Of all tokens of a block (B, L, C) whose ids begin at `first`, as one set."""
     at = mx.argmax(logits, axis=-1, keepdims=True)
-    return Choices(mx.take_along_axis(logits, at, axis=-1), _ids(at, mx.array(first)))
-
-
-@mx.compile
-def _ids(at: mx.array, first: mx.array) -> mx.array:
-    return at.astype(mx.int32) + first
+    return Choices(mx.take_along_axis(logits, at, axis=-1), at, first)
 
 
 def merge(blocks: Sequence[Choices]) -> Choices:
-    """The best of what several blocks have, the earlier at a tie."""
-    if len(blocks) == 1:
-        return blocks[0]
-    scores = mx.stack([block.scores for block in blocks], axis=-1)
-    tokens = mx.stack([block.tokens for block in blocks], axis=-1)
-    at = mx.argmax(scores, axis=-1, keepdims=True)
-    return Choices(
-        mx.take_along_axis(scores, at, axis=-1)[..., 0],
-        mx.take_along_axis(tokens, at, axis=-1)[..., 0],
-    )
+    """The best of what several blocks have, the earlier at a tie; ids count from 0."""
+    scores = [block.scores for block in blocks]
+    tokens = [block.tokens for block in blocks]
+    return Choices(highest(scores), _best_id(scores, tokens, [block.first for block in blocks]))
+
+
+def fold(function: Callable[[Part, Part], Part], parts: Sequence[Part]) -> Part:
+    """All parts joined, neighbours first: MLX fuses eleven operations in a row, and no more."""
+    while len(parts) > 1:
+        pairs = (parts[i : i + 2] for i in range(0, len(parts), 2))
+        parts = [function(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return parts[0]
+
+
+# Blocks are joined by one kernel over all of them: to concatenate them takes a copy of each.
+
+
+@mx.compile
+def highest(scores: Sequence[mx.array]) -> mx.array:
+    """The best score of all blocks."""
+    return fold(mx.maximum, scores)
+
+
+@mx.compile
+def _of_best(scores: Sequence[mx.array], things: Sequence[mx.array]) -> mx.array:
+    """What the block with the best score has, the earlier at a tie."""
+
+    def better(
+        one: tuple[mx.array, mx.array], other: tuple[mx.array, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        later = other[0] > one[0]
+        return mx.maximum(one[0], other[0]), mx.where(later, other[1], one[1])
+
+    return fold(better, list(zip(scores, things, strict=True)))[1]
+
+
+@mx.compile
+def _best_id(scores: Sequence[mx.array], at: Sequence[mx.array], firsts: list[int]) -> mx.array:
+    """The place in the block with the best score, counted from 0."""
+    ids = [place.astype(mx.int32) + first for place, first in zip(at, firsts, strict=True)]
+    found: mx.array = _of_best(scores, ids)
+    return found
 
 
 class Constraint(Protocol):
@@ -220,8 +252,9 @@ class TwoStage:
     def __init__(self, outer: mx.array, inner: mx.array):
         """Gumbel noise (B, L, sub-blocks) and (B, L, ids of a sub-block)."""
         self._outer, self._inner = outer, inner
-        # The best sub-block of each block: its score, its number, the weights in it.
-        self._best: list[tuple[mx.array, mx.array, mx.array]] = []
+        # The best sub-block of each block, and the weights in it.
+        self._best: list[Choices] = []
+        self._inside: list[mx.array] = []
 
     def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
         width = self._inner.shape[-1]
@@ -230,31 +263,29 @@ class TwoStage:
         grouped = weights.reshape(*weights.shape[:2], -1, width)
         mass = grouped.sum(axis=-1)
         start = first // width
-        score = _perturbed(mass, peak, self._outer[..., start : start + mass.shape[-1]])
-        at = mx.argmax(score, axis=-1, keepdims=True)
-        found = (
-            mx.take_along_axis(score, at, axis=-1),
-            _ids(at, mx.array(start)),
-            mx.take_along_axis(grouped, at[..., None], axis=2),
-        )
-        mx.async_eval(found)  # type: ignore[no-untyped-call]
+        outer = self._outer[..., start : start + mass.shape[-1]]
+        found = best(_perturbed(mass, peak, outer), start)
+        inside = mx.take_along_axis(grouped, found.tokens[..., None], axis=2)[:, :, 0]
+        mx.async_eval(found.scores, inside)  # type: ignore[no-untyped-call]
         self._best.append(found)
+        self._inside.append(inside)
         return mass.sum(axis=-1, keepdims=True)
 
     def tokens(self) -> mx.array:
-        scores = mx.concatenate([score for score, _, _ in self._best], axis=-1)
-        numbers = mx.concatenate([number for _, number, _ in self._best], axis=-1)
-        insides = mx.concatenate([inside for _, _, inside in self._best], axis=2)
-        at = mx.argmax(scores, axis=-1, keepdims=True)
-        number = mx.take_along_axis(numbers, at, axis=-1)
-        inside = mx.take_along_axis(insides, at[..., None], axis=2)
-        score = _perturbed(inside[:, :, 0], mx.array(0.0), self._inner)
-        return _ids(mx.argmax(score, axis=-1), number[..., 0] * self._inner.shape[-1])
+        number = merge(self._best).tokens[..., 0]
+        inside = _of_best([each.scores for each in self._best], self._inside)
+        score = _perturbed(inside, mx.array(0.0), self._inner)
+        return _id_in(number, mx.argmax(score, axis=-1), mx.array(score.shape[-1]))
 
 
 @mx.compile
 def _perturbed(weights: mx.array, peak: mx.array, gumbel: mx.array) -> mx.array:
     return mx.log(weights) + peak + gumbel
+
+
+@mx.compile
+def _id_in(number: mx.array, at: mx.array, width: mx.array) -> mx.array:
+    return number * width + at.astype(mx.int32)
 
 
 @mx.compile
