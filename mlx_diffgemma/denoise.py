@@ -142,7 +142,8 @@ def refine(
         stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
         if config.plateau is not None:
             stop = stop | rules.is_stable(argmax, history, config.plateau)
-        stop = stop & (step >= config.min_steps)
+        if step < config.min_steps:
+            stop = mx.zeros_like(stop)
         if config.sampler.keeps:
             # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted

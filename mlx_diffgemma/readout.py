@@ -120,8 +120,8 @@ def log_probability(
     rows = model.embedding(tokens).astype(mx.float32)
     raw = (hidden.astype(mx.float32) * rows).sum(axis=-1)
     cap = mx.array(model.config.final_logit_softcapping)
-    # Rounded apart from the sum, a certain token could seem more than certain.
-    return mx.minimum(_level(raw, cap, mx.array(heat)) - seen.log_normalizer, 0.0)
+    found: mx.array = _log_chance(raw, cap, mx.array(heat), seen.log_normalizer)
+    return found
 
 
 def _tokens_at_once(model: DiffusionGemma, positions: int) -> int:
@@ -142,6 +142,12 @@ def _capped(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
 def _level(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
     """The head's product, softly capped (what must NEVER be chosen stays so) and tempered."""
     return _capped(raw, cap, heat)
+
+
+@mx.compile
+def _log_chance(raw: mx.array, cap: mx.array, heat: mx.array, log_normalizer: mx.array) -> mx.array:
+    # Rounded apart from the sum, a certain token could seem more than certain.
+    return mx.minimum(_capped(raw, cap, heat) - log_normalizer, 0.0)
 
 
 @mx.compile

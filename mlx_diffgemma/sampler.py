@@ -6,7 +6,6 @@ along the last axis of (B, L, C) arrays.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float
     return t_min + (t_max - t_min) * (remaining / steps)
 
 
+@mx.compile
 def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
     """Take positions from the most certain on while the entropies *before* each sum to <= bound.
 
@@ -36,6 +36,7 @@ def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
     return mx.take_along_axis(passes, mx.argsort(order, axis=-1), axis=-1)
 
 
+@mx.compile
 def accept_by_confidence(
     confidence: mx.array, threshold: float, fixed: mx.array | None
 ) -> mx.array:
@@ -56,12 +57,13 @@ def is_stable(argmax: mx.array, history: Sequence[mx.array], threshold: int) -> 
     """(B,) whether the argmax canvas equals each of the previous `threshold` ones."""
     if len(history) < threshold:
         return mx.zeros((argmax.shape[0],), dtype=mx.bool_)
-    stable = mx.ones((argmax.shape[0],), dtype=mx.bool_)
-    for earlier in islice(history, len(history) - threshold, None):
-        stable = stable & (argmax == earlier).all(axis=-1)
-    return stable
+    if not threshold:
+        return mx.ones((argmax.shape[0],), dtype=mx.bool_)
+    recent = list(history)[-threshold:]
+    return fold(mx.logical_and, [(argmax == earlier).all(axis=-1) for earlier in recent])
 
 
+@mx.compile
 def is_confident(entropies: mx.array, threshold: float, pinned: mx.array | None) -> mx.array:
     """(B,) whether the mean entropy, over the positions not pinned, is below the threshold."""
     if pinned is None:
@@ -289,6 +291,11 @@ def _id_in(number: mx.array, at: mx.array, width: mx.array) -> mx.array:
 
 
 @mx.compile
+def _uniform(shape: tuple[int, ...], count: int, key: mx.array) -> mx.array:
+    return mx.random.randint(0, count, shape, key=key)
+
+
+@mx.compile
 def _gumbel(shape: tuple[int, ...], key: mx.array) -> mx.array:
     return mx.random.gumbel(shape, key=key)
 
@@ -305,12 +312,13 @@ class SeededDraws:
         return key
 
     def tokens(self, shape: tuple[int, ...]) -> mx.array:
-        return mx.random.randint(0, self._vocab_size, shape, key=self._next())
+        drawn: mx.array = _uniform(shape, self._vocab_size, self._next())
+        return drawn
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         return _gumbel(shape, self._next())
 
     def categorical(self, shape: tuple[int, ...]) -> Picker:
         width = sub_block(self._vocab_size)
-        outer = self.gumbel((*shape, -(-self._vocab_size // width)))
-        return TwoStage(outer, self.gumbel((*shape, width)))
+        count = -(-self._vocab_size // width)
+        return TwoStage(*mx.split(self.gumbel((*shape, count + width)), [count], axis=-1))
