@@ -85,13 +85,13 @@ def read_out(
             noisy.append(constraint.score(_level(raw, cap, warmth) + noise, first))
         # With one set of all tokens, the best of it is the peak.
         peak = levels.max(axis=-1, keepdims=True) if levels.shape[-1] > 1 else levels
-        weights, products, chances = _weigh(raw, peak, cap, warmth)
+        weights, chances = _weigh(raw, peak, cap, warmth)
         if picker is None:
             masses.append(weights.sum(axis=-1, keepdims=True))
         else:
             masses.append(picker.add(weights, peak, first))
         peaks.append(peak)
-        slopes.append(products.sum(axis=-1, keepdims=True))
+        slopes.append(_times_log(weights).sum(axis=-1, keepdims=True))
         if belief:
             soft.append(chances @ table)
         # Computed before the next block is, or the blocks would pile up.
@@ -153,11 +153,16 @@ def _log_chance(raw: mx.array, cap: mx.array, heat: mx.array, log_normalizer: mx
 @mx.compile
 def _weigh(
     raw: mx.array, peak: mx.array, cap: mx.array, heat: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """exp(x) for x below the peak, x exp(x), and exp(x) in the model's type."""
-    below = _capped(raw, cap, heat) - peak
-    weights = mx.exp(below)
-    return weights, weights * below, weights.astype(raw.dtype)
+) -> tuple[mx.array, mx.array]:
+    """exp(x) for x below the peak, in float32 and in the model's type."""
+    weights = mx.exp(_capped(raw, cap, heat) - peak)
+    return weights, weights.astype(raw.dtype)
+
+
+@mx.compile
+def _times_log(weights: mx.array) -> mx.array:
+    """x exp(x) for exp(x), from it alone: one array less is read, and the product dies sooner."""
+    return mx.where(weights > 0, weights * mx.log(weights), 0.0)
 
 
 # Sums over blocks (B, L, 1 each), of numbers relative to exp(a block's peak).
