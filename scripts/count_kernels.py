@@ -14,11 +14,16 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   each, while the CPU backend spells them out: they count as one. Attention counts as spelled out,
   which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
   Inside `mx.compile`, a chain of elementwise primitives is one kernel.
+- Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
+  doubt: a reshape is one if strides cannot tell the new shape.
+  Strides are followed through the graph, from those of arrays that were computed before.
+- What a primitive launches by itself does not count: sums, sorts and products of some sizes take
+  several kernels, and rotating may copy. So kernels are a lower bound, in the same way for all.
 - Bytes are those that a kernel reads and writes. An array is of vocabulary size if its last axis
   has at least 1/64 of the vocabulary, or it has as many elements as the logits; the embedding
   matrix counts apart. Gathers read what they write.
 
-Numbers are counted, not timed. This module needs MLX alone, so that it runs in mlx-vlm's
+Numbers are counted, not timed. This module needs MLX and numpy alone, so that it runs in mlx-vlm's
 environment too; `install` must be called before anything imports `mlx.nn`.
 """
 
@@ -37,13 +42,16 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
+Array = npt.NDArray[np.uint8]
 VIEWS = frozenset(
     "Reshape Transpose Broadcast BroadcastAxes Slice ExpandDims Squeeze Flatten Unflatten Split "
-    "AsStrided View StopGradient Depends NumberOfElements".split()
+    "AsStrided View StopGradient Depends NumberOfElements Copy".split()
 )
 # What mx.compile merges, as in MLX's `is_fusable`.
 FUSABLE = frozenset(
@@ -92,11 +100,20 @@ class Region:
 
 @dataclass
 class Node:
-    """A primitive of an exported graph; arrays are names."""
+    """A primitive of an exported graph; arrays are names. Only views know their arguments."""
 
     name: str
     inputs: list[str]
     outputs: list[str]
+    arguments: list[Any] = field(default_factory=list)
+
+
+class Form(NamedTuple):
+    """Shape of an array, bytes of an item, and strides in items if it is computed already."""
+
+    shape: tuple[int, ...]
+    width: int
+    strides: tuple[int, ...] | None = None
 
 
 def arrays_in(tree: Any) -> list[mx.array]:
@@ -213,29 +230,29 @@ class Recorder:
         if not nodes:
             return
         groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
-        cost = self._cost(nodes, shapes, groups, set(goals))
+        memory = Memory(nodes, shapes, groups)
+        cost = self._cost(nodes, shapes, groups, set(goals), memory)
         cost.syncs = 1
         self.steps[-1].add(cost)
 
     def _cost(
         self,
         nodes: list[Node],
-        shapes: dict[str, tuple[tuple[int, ...], int]],
+        shapes: dict[str, Form],
         groups: dict[int, str],
         goals: set[str],
+        memory: "Memory",
     ) -> Cost:
         cost = Cost()
-        size = {name: prod(shape) for name, (shape, _) in shapes.items()}
+        size = {name: prod(form.shape) for name, form in shapes.items()}
         table = {
             name
-            for name, (shape, _) in shapes.items()
+            for name, (shape, *_) in shapes.items()
             if len(shape) == 2 and shape[0] == self.vocabulary
         }
         # What a view shows is read, and no more than what it is a view of.
-        behind = {name: size[name] * width for name, (_, width) in shapes.items()}
+        behind = {name: size[name] * form.width for name, form in shapes.items()}
         group_of = {name: groups.get(id(node)) for node in nodes for name in node.outputs}
-        copied: set[int] = set()
-        turned: set[str] = set()
         for node in nodes:
             if all(name in table or size[name] == 1 for name in node.inputs) and any(
                 name in table for name in node.inputs
@@ -246,13 +263,6 @@ class Recorder:
             if node.name in VIEWS and groups.get(id(node)) is None:
                 for name in node.outputs:
                     behind[name] = min(behind[name], behind[node.inputs[0]])
-                if node.name == "Transpose":
-                    turned.update(node.outputs)
-                elif node.name in ("Reshape", "Flatten", "Unflatten"):
-                    if turned & set(node.inputs):
-                        copied.add(id(node))
-                elif turned & set(node.inputs):
-                    turned.update(node.outputs)
         readers: dict[str, set[str | int]] = {}
         for node in nodes:
             for name in node.inputs:
@@ -261,11 +271,14 @@ class Recorder:
         counted: set[str] = set()
         for node in nodes:
             group = groups.get(id(node))
-            if group is None and node.name in VIEWS and id(node) not in copied:
+            if group is None and node.name in VIEWS and id(node) not in memory.copied:
                 cost.views[node.name] += 1
                 continue
             if group is None:
-                cost.kernels["Copy" if id(node) in copied else node.name] += 1
+                if id(node) in memory.copied:
+                    cost.kernels["Copy"] += 1
+                else:
+                    cost.kernels[node.name] += 1
             elif group not in counted:
                 counted.add(group)
                 cost.kernels[group.split(" ")[0]] += 1
@@ -279,14 +292,14 @@ class Recorder:
                 read = [name for name in dict.fromkeys(read) if (group, name) not in seen]
                 seen.update((group, name) for name in read)
             for name in written:
-                if self._is_vocabulary(shapes[name][0]) and name not in table:
+                if self._is_vocabulary(shapes[name].shape) and name not in table:
                     cost.vocabulary_arrays += 1
                     cost.vocabulary_written += behind[name]
             for name in read:
                 gathers = node.name in ("Gather", "GatherAxis")
                 if name in table:
                     cost.table_read += behind[node.outputs[0]] if gathers else behind[name]
-                elif self._is_vocabulary(shapes[name][0]):
+                elif self._is_vocabulary(shapes[name].shape):
                     cost.vocabulary_arrays += 1
                     cost.vocabulary_read += behind[node.outputs[0]] if gathers else behind[name]
         return cost
@@ -297,10 +310,123 @@ class Recorder:
         )
 
 
+class Memory:
+    """How MLX's Metal backend lays arrays out, and what it copies because of that.
+
+    An array is a numpy array of bytes with the same strides; nothing ever touches its memory.
+    """
+
+    def __init__(self, nodes: list[Node], forms: dict[str, Form], groups: dict[int, str]):
+        self._forms, self._groups = forms, groups
+        self._arrays: dict[str, Array] = {}
+        self.copied: set[int] = set()  # views that cannot be views, by id
+        for node in nodes:
+            self._lay(node)
+
+    def _array(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = blank(self._forms[name].shape, self._forms[name].strides)
+        return self._arrays[name]
+
+    def _lay(self, node: Node) -> None:
+        inputs = [self._array(name) for name in node.inputs]
+        shapes = [self._forms[name].shape for name in node.outputs]
+        if node.name in VIEWS:
+            widths = [self._forms[name].width for name in (node.inputs[0], node.outputs[0])]
+            views = shown(node, inputs, shapes, widths[0], widths[1])
+            if views is not None:
+                self._arrays.update(zip(node.outputs, views, strict=True))
+                return
+            if id(node) not in self._groups:
+                self.copied.add(id(node))
+        elif node.name in FUSABLE - {"Full"} and inputs:
+            self._arrays[node.outputs[0]] = elementwise(inputs, shapes[0])
+        elif node.name.startswith("SliceUpdate") and full(inputs[0]):
+            self._arrays[node.outputs[0]] = blank(shapes[0], inputs[0].strides)
+        # All else is written row by row, as `_array` has it.
+
+
+def blank(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Array:
+    """An array with these strides; without any, rows follow each other."""
+    if strides is None or not prod(shape) or min(strides, default=0) < 0:
+        return np.empty(shape, np.uint8)
+    last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    return np.ndarray(shape, np.uint8, np.empty(last + 1, np.uint8), strides=strides)
+
+
+def shown(
+    node: Node, inputs: list[Array], shapes: list[tuple[int, ...]], width: int, other: int
+) -> list[Array] | None:
+    """What a view shows of arrays; None if it must copy. Items have `width` bytes, then `other`."""
+    array, shape = inputs[0], shapes[0]
+    if not array.size or not prod(shape):
+        return [blank(each) for each in shapes]
+    match node.name:
+        case "Transpose":
+            return [array.transpose(node.arguments[0])]
+        case "Slice":
+            parts = []
+            for first, step, n in zip(node.arguments[0], node.arguments[2], shape, strict=True):
+                end = first + step * n
+                parts.append(slice(first, None if end < 0 else end, step))
+            return [array[tuple(parts)]]
+        case "Split":
+            return list(np.split(array, node.arguments[0], node.arguments[1]))
+        case "Broadcast" | "BroadcastAxes":
+            return [np.broadcast_to(array, shape)]
+        case "AsStrided":
+            _, strides, offset = node.arguments
+            return [np.ndarray(shape, np.uint8, array.reshape(-1)[offset:], strides=strides)]
+        case "Reshape" | "Flatten" | "Unflatten" | "ExpandDims" | "Squeeze":
+            try:
+                return [np.reshape(array, shape, copy=False)]
+            except ValueError:
+                return None
+        case "View" if width != other:
+            fits = array.flags.c_contiguous or (other < width and array.strides[-1] == 1)
+            return [blank(shape)] if fits else None
+        case "NumberOfElements":
+            return [blank(shape)]
+        case _:
+            return inputs[: len(shapes)]
+
+
+def elementwise(inputs: list[Array], shape: tuple[int, ...]) -> Array:
+    """The layout of what an elementwise kernel writes: if it can be, that of what it reads."""
+    wide = [array for array in inputs if spread(array) > 1]
+    if not wide:
+        return blank(shape, inputs[0].strides)
+    alone = len(inputs) < 3 and len(wide) == 1 and dense(wide[0])
+    if alone or all(array.flags.f_contiguous for array in wide):
+        return blank(shape, wide[0].strides)
+    return blank(shape)
+
+
+def spread(array: Array) -> int:
+    """Items in memory: those that a broadcast repeats count once."""
+    return prod(n for n, step in zip(array.shape, array.strides, strict=True) if step)
+
+
+def dense(array: Array) -> bool:
+    """Whether an array has no holes, in whatever order its axes lie."""
+    size = 1
+    for step, n in sorted(zip(array.strides, array.shape, strict=True)):
+        if n > 1 and step:
+            if step != size:
+                return False
+            size *= n
+    return True
+
+
+def full(array: Array) -> bool:
+    """Whether an array has no holes and repeats nothing."""
+    return dense(array) and spread(array) == array.size
+
+
 def exported(
     arrays: list[mx.array],
-) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
-    """The graph behind arrays: nodes in order, (shape, bytes of an item) by name, and their names.
+) -> tuple[list[Node], dict[str, Form], list[str]]:
+    """The graph behind arrays: nodes in order, the form of each array by name, and their names.
 
     What is computed already is a constant and has no node. `mx.export_to_dot` knows the nodes but
     no shapes; `mx.export_function` knows shapes, but merges equal nodes, in the graph itself. So
@@ -310,7 +436,7 @@ def exported(
     theirs, shape_of, others = in_fork(lambda: traced(arrays))
     made = {name: node for node in nodes for name in node.outputs}
     other_made = {name: node for node in theirs for name in node.outputs}
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    shapes: dict[str, Form] = {}
     pairs = list(zip(names, others, strict=True))
     while pairs:
         mine, other = pairs.pop()
@@ -319,6 +445,7 @@ def exported(
         shapes[mine] = shape_of[other]
         if mine in made:
             node, match = made[mine], other_made[other]
+            node.arguments = match.arguments
             pairs += zip(node.inputs, match.inputs, strict=True)
             pairs += zip(node.outputs, match.outputs, strict=True)
     return nodes, shapes, names
@@ -335,7 +462,7 @@ def drawn(arrays: list[mx.array]) -> tuple[list[Node], list[str]]:
     lines = draw(list(range(len(arrays))))
     nodes: dict[str, Node] = {}
     for line in lines:
-        if found := re.match(r'\{ (\d+) \[label ="(\w+)"', line):
+        if found := re.match(r'\{ (\d+) \[label ="(View|[^"]+)', line):
             nodes[found[1]] = Node(found[2], [], [])
         elif found := re.match(r'"(\w+)" -> (\d+)', line):
             nodes[found[2]].inputs.append(found[1])
@@ -362,23 +489,38 @@ def drawn(arrays: list[mx.array]) -> tuple[list[Node], list[str]]:
 
 def traced(
     arrays: list[mx.array],
-) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
+) -> tuple[list[Node], dict[str, Form], list[str]]:
     """As `exported`, with equal nodes merged."""
     nodes: list[Node] = []
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    shapes: dict[str, Form] = {}
     names: list[str] = []
+    strides: dict[str, tuple[int, ...]] = {}
 
     def take(event: dict[str, Any]) -> None:
+        if event["type"] == "constants":
+            for name, array in event["constants"]:
+                view = memoryview(array)
+                strides[name] = tuple(step // view.itemsize for step in view.strides)
+            return
         if event["type"] == "outputs":
             names.extend(name for name, _, _ in event["outputs"])
             known = event["outputs"]
         elif event["type"] == "primitive":
             inputs, outputs = event["inputs"], event["outputs"]
-            nodes.append(Node(event["name"], [n for n, *_ in inputs], [n for n, *_ in outputs]))
+            # Other arguments do not matter, and a type goes through no pipe.
+            told = event["arguments"] if event["name"] in VIEWS - {"View"} else []
+            nodes.append(
+                Node(event["name"], [n for n, *_ in inputs], [n for n, *_ in outputs], told)
+            )
             known = [*inputs, *outputs]
         else:
             return
-        shapes.update({name: (tuple(shape), dtype.size) for name, shape, dtype in known})
+        shapes.update(
+            {
+                name: Form(tuple(shape), dtype.size, strides.get(name))
+                for name, shape, dtype in known
+            }
+        )
 
     mx.export_function(take, lambda: arrays)
     return nodes, shapes, names

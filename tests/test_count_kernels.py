@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 BEGIN = """
 import json
@@ -68,3 +70,26 @@ def test_norms_and_compiled_chains_are_one_kernel() -> None:
         "mx.eval(f(n) + nn.gelu_approx(x))"
     )
     assert step["kernels"] == {"rms_norm": 1, "compiled": 2, "Add": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        ("mx.eval(x.T.reshape(-1))", {"Copy": 1}),
+        ("mx.eval(x.T.reshape(2, 4, 4))", {}),
+        ("mx.eval(x[:, ::3].reshape(-1))", {"Copy": 1}),
+        ("mx.eval(x[:, ::2].reshape(-1))", {}),  # every second item of all
+        ("mx.eval(mx.split(x, 2, axis=1)[0].flatten())", {"Copy": 1}),
+        ("mx.eval(x[1:3].reshape(-1))", {}),
+        ("mx.eval(x.view(mx.int16).reshape(-1))", {}),
+        ("mx.eval(x.T.view(mx.int16))", {"Copy": 1}),
+        ("mx.eval(mx.broadcast_to(x[:1], (4, 8)).reshape(-1))", {"Copy": 1}),
+        # What reads a turned array alone writes a turned one.
+        ("mx.eval(mx.exp(x.T).reshape(-1))", {"Exp": 1, "Copy": 1}),
+        ("mx.eval((x.T + x.reshape(8, 4)).reshape(-1))", {"Add": 1}),
+        # Arrays computed before lie as they lie.
+        ("y = x.T; mx.eval(y); recorder.mark(); mx.eval(y.reshape(-1))", {"Copy": 1}),
+    ],
+)
+def test_views_that_cannot_be_are_copies(code: str, kernels: dict[str, int]) -> None:
+    assert count(code)[-1]["kernels"] == kernels
