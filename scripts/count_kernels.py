@@ -15,7 +15,7 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
   Inside `mx.compile`, a chain of elementwise primitives is one kernel.
 - Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
-  doubt: a reshape is one if strides cannot tell the new shape.
+  doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape.
   Strides are followed through the graph, from those of arrays that were computed before.
 - What a primitive launches by itself does not count: sums, sorts and products of some sizes take
   several kernels, and rotating may copy. So kernels are a lower bound, in the same way for all.
@@ -277,6 +277,8 @@ class Recorder:
             if group is None:
                 if id(node) in memory.copied:
                     cost.kernels["Copy"] += 1
+                elif node.name == "Concatenate":
+                    cost.kernels[node.name] += sum(size[name] > 0 for name in node.inputs)
                 else:
                     cost.kernels[node.name] += 1
             elif group not in counted:

@@ -75,6 +75,19 @@ def test_norms_and_compiled_chains_are_one_kernel() -> None:
 @pytest.mark.parametrize(
     ("code", "kernels"),
     [
+        ("mx.eval(mx.concatenate([x, x, mx.exp(x)]))", {"Exp": 1, "Concatenate": 3}),
+        ("mx.eval(mx.concatenate([x, x[:0]]))", {"Concatenate": 1}),
+        ("mx.eval(mx.stack([x, x], axis=-1))", {"Concatenate": 2}),
+    ],
+)
+def test_each_array_joined_is_a_copy(code: str, kernels: dict[str, int]) -> None:
+    (step,) = count(code)
+    assert step["kernels"] == kernels
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
         ("mx.eval(x.T.reshape(-1))", {"Copy": 1}),
         ("mx.eval(x.T.reshape(2, 4, 4))", {}),
         ("mx.eval(x[:, ::3].reshape(-1))", {"Copy": 1}),
