@@ -15,7 +15,8 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
   Inside `mx.compile`, a chain of elementwise primitives is one kernel.
 - Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
-  doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape.
+  doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape;
+  changing a part of an array first copies the array if its memory cannot be taken over.
   Strides are followed through the graph, from those of arrays that were computed before.
 - What a primitive launches by itself does not count: sums, sorts and products of some sizes take
   several kernels, and rotating may copy. So kernels are a lower bound, in the same way for all.
@@ -230,7 +231,7 @@ class Recorder:
         if not nodes:
             return
         groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
-        memory = Memory(nodes, shapes, groups)
+        memory = Memory(nodes, shapes, groups, set(goals))
         cost = self._cost(nodes, shapes, groups, set(goals), memory)
         cost.syncs = 1
         self.steps[-1].add(cost)
@@ -281,6 +282,7 @@ class Recorder:
                     cost.kernels[node.name] += sum(size[name] > 0 for name in node.inputs)
                 else:
                     cost.kernels[node.name] += 1
+                cost.kernels += Counter(Copy=int(memory.overwritten(node)))
             elif group not in counted:
                 counted.add(group)
                 cost.kernels[group.split(" ")[0]] += 1
@@ -318,12 +320,22 @@ class Memory:
     An array is a numpy array of bytes with the same strides; nothing ever touches its memory.
     """
 
-    def __init__(self, nodes: list[Node], forms: dict[str, Form], groups: dict[int, str]):
+    def __init__(
+        self, nodes: list[Node], forms: dict[str, Form], groups: dict[int, str], goals: set[str]
+    ):
         self._forms, self._groups = forms, groups
         self._arrays: dict[str, Array] = {}
+        self._owner: dict[str, str] = {}  # whose memory an array shows; its own name by default
+        self._made = {name: node for node in nodes for name in node.outputs}
         self.copied: set[int] = set()  # views that cannot be views, by id
         for node in nodes:
             self._lay(node)
+        self._held = {self._owner.get(name, name) for name in goals}
+        self._readers: dict[str, list[Node]] = {}
+        for node in nodes:
+            if node.name not in VIEWS or id(node) in self.copied:
+                for name in node.inputs:
+                    self._readers.setdefault(self._owner.get(name, name), []).append(node)
 
     def _array(self, name: str) -> Array:
         if name not in self._arrays:
@@ -338,6 +350,9 @@ class Memory:
             views = shown(node, inputs, shapes, widths[0], widths[1])
             if views is not None:
                 self._arrays.update(zip(node.outputs, views, strict=True))
+                for i, name in enumerate(node.outputs):
+                    source = node.inputs[i if node.name == "Depends" else 0]
+                    self._owner[name] = self._owner.get(source, source)
                 return
             if id(node) not in self._groups:
                 self.copied.add(id(node))
@@ -346,6 +361,45 @@ class Memory:
         elif node.name.startswith("SliceUpdate") and full(inputs[0]):
             self._arrays[node.outputs[0]] = blank(shapes[0], inputs[0].strides)
         # All else is written row by row, as `_array` has it.
+
+    def overwritten(self, node: Node) -> bool:
+        """Whether a node changes a part of an array and has to copy the array first.
+
+        What it depends on has read the array before and is done with it. (On Metal only once the
+        command buffer is: there may be a copy more, which is a question of time.)
+        """
+        kind = node.name.split(" ")[0]
+        if kind not in ("Scatter", "ScatterAxis", "SliceUpdate"):
+            return False
+        base, root = self._array(node.inputs[0]), self._owner.get(node.inputs[0], node.inputs[0])
+        fits = full(base) if kind == "SliceUpdate" else base.flags.c_contiguous
+        if spread(base) == 1 or not fits:
+            return True  # one item everywhere is written out, other layouts are put in order
+        if root in self._held or any(self._owner.get(i, i) == root for i in node.inputs[1:]):
+            return True
+        others = [reader for reader in self._readers[root] if reader is not node]
+        if root not in self._made:
+            # Who else holds an array that was there before is not known. Buffers of keys and
+            # values are made to be taken over, which a test of our cache checks; others are not.
+            return kind != "SliceUpdate" or bool(others)
+        # MLX does not hand on a buffer that is much too large.
+        spare = spread(self._array(root)) * self._forms[root].width
+        if spare > prod(base.shape) * self._forms[node.inputs[0]].width + 16384:
+            return True
+        done = self._before(node)
+        over = {self._groups.get(each) for each in done} - {None}
+        return any(id(o) not in done and self._groups.get(id(o)) not in over for o in others)
+
+    def _before(self, node: Node) -> set[int]:
+        """Nodes that a node depends on, by id."""
+        done: set[int] = set()
+        stack = [self._made[name] for name in node.inputs if name in self._made]
+        while stack:
+            each = stack.pop()
+            if id(each) not in done:
+                done.add(id(each))
+                stack += [self._made[name] for name in each.inputs if name in self._made]
+        return done
 
 
 def blank(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Array:

@@ -106,3 +106,42 @@ def test_each_array_joined_is_a_copy(code: str, kernels: dict[str, int]) -> None
 )
 def test_views_that_cannot_be_are_copies(code: str, kernels: dict[str, int]) -> None:
     assert count(code)[-1]["kernels"] == kernels
+
+
+COPY = "from copy import copy; i = mx.array([1, 0]); y = mx.exp(x); z = copy(y); "
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        # Nobody needs the array any more.
+        ("z[i] = x[:2]; mx.eval(z)", {"Exp": 1, "Scatter": 1}),
+        ("z[1:2] = x[:1]; mx.eval(z)", {"Exp": 1, "SliceUpdate": 1}),
+        ("z[1:2] = (y * 2)[:1]; mx.eval(z)", {"Exp": 1, "Multiply": 1, "SliceUpdate": 1}),
+        ("mx.eval(z.at[i].add(x[:2]))", {"Exp": 1, "Scatter Sum": 1}),
+        # It is what is written, too; is read later; is wanted.
+        ("z[i] = y[:2]; mx.eval(z)", {"Exp": 1, "Copy": 1, "Scatter": 1}),
+        ("z[1:2] = y[:1]; mx.eval(z)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        ("z[i] = x[:2]; mx.eval(z + y.T.T)", {"Exp": 1, "Copy": 1, "Scatter": 1, "Add": 1}),
+        ("z[1:2] = x[:1]; mx.eval(y, z)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        # It is turned; it is one item, or a part of many.
+        ("z = z.T; z[i] = w[:2, :4]; mx.eval(z)", {"Exp": 1, "Copy": 1, "Scatter": 1}),
+        (
+            "z = mx.broadcast_to(y[:1, :1], (4, 8)); z[1:2] = x[:1]; mx.eval(z)",
+            {"Exp": 1, "Copy": 1, "SliceUpdate": 1},
+        ),
+        (
+            "z = mx.exp(mx.arange(80000.0))[:8]; z[1:2] = x[0, :1]; mx.eval(z)",
+            {"Arange": 1, "Exp": 1, "Copy": 1, "SliceUpdate": 1},
+        ),
+        # It was there before: a buffer is taken over, if nothing else reads it.
+        ("z = copy(x); z[1:2] = w[:1]; mx.eval(z)", {"SliceUpdate": 1}),
+        ("z = copy(x); z[1:2] = w[:1]; mx.eval(z, y)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        ("z = copy(x); z[i] = w[:2]; mx.eval(z)", {"Copy": 1, "Scatter": 1}),
+    ],
+)
+def test_changing_a_part_copies_what_cannot_be_taken_over(
+    code: str, kernels: dict[str, int]
+) -> None:
+    (step,) = count(COPY + code)
+    assert step["kernels"] == kernels
