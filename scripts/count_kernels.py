@@ -16,8 +16,9 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   Inside `mx.compile`, a chain of elementwise primitives is one kernel.
 - Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
   doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape;
-  changing a part of an array first copies the array if its memory cannot be taken over.
-  Strides are followed through the graph, from those of arrays that were computed before.
+  changing a part of an array first copies the array if its memory cannot be taken over; products,
+  softmax and `rms_norm` copy operands whose items or rows do not follow each other as their kernels
+  need it. Strides are followed through the graph, from those of arrays that were computed before.
 - What a primitive launches by itself does not count: sums, sorts and products of some sizes take
   several kernels, and rotating may copy. So kernels are a lower bound, in the same way for all.
 - Bytes are those that a kernel reads and writes. An array is of vocabulary size if its last axis
@@ -232,7 +233,12 @@ class Recorder:
             return
         groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
         memory = Memory(nodes, shapes, groups, set(goals))
-        cost = self._cost(nodes, shapes, groups, set(goals), memory)
+        normed = {
+            f"{region.name} {number}": ins[0]
+            for number, (region, ins, _) in enumerate(regions)
+            if region.name == "rms_norm"
+        }
+        cost = self._cost(nodes, shapes, groups, set(goals), memory, normed)
         cost.syncs = 1
         self.steps[-1].add(cost)
 
@@ -243,6 +249,7 @@ class Recorder:
         groups: dict[int, str],
         goals: set[str],
         memory: "Memory",
+        normed: dict[str, str],
     ) -> Cost:
         cost = Cost()
         size = {name: prod(form.shape) for name, form in shapes.items()}
@@ -275,6 +282,7 @@ class Recorder:
             if group is None and node.name in VIEWS and id(node) not in memory.copied:
                 cost.views[node.name] += 1
                 continue
+            first: list[str] = []  # what is copied before the kernel starts
             if group is None:
                 if id(node) in memory.copied:
                     cost.kernels["Copy"] += 1
@@ -282,10 +290,18 @@ class Recorder:
                     cost.kernels[node.name] += sum(size[name] > 0 for name in node.inputs)
                 else:
                     cost.kernels[node.name] += 1
+                    first = memory.rearranged(node)
                 cost.kernels += Counter(Copy=int(memory.overwritten(node)))
             elif group not in counted:
                 counted.add(group)
                 cost.kernels[group.split(" ")[0]] += 1
+                first = memory.unfit(normed[group]) if group in normed else []
+            cost.kernels += Counter(Copy=len(first))
+            for name in first:
+                if self._is_vocabulary(shapes[name].shape) and name not in table:
+                    cost.vocabulary_arrays += 2
+                    cost.vocabulary_read += behind[name]
+                    cost.vocabulary_written += size[name] * shapes[name].width
             written = [
                 name
                 for name in node.outputs
@@ -317,7 +333,8 @@ class Recorder:
 class Memory:
     """How MLX's Metal backend lays arrays out, and what it copies because of that.
 
-    An array is a numpy array of bytes with the same strides; nothing ever touches its memory.
+    An array is a numpy array of bytes with the same strides; nothing ever touches its memory. An
+    axis of length 1 has no stride worth the name, so it never is the reason for a copy.
     """
 
     def __init__(
@@ -361,6 +378,32 @@ class Memory:
         elif node.name.startswith("SliceUpdate") and full(inputs[0]):
             self._arrays[node.outputs[0]] = blank(shapes[0], inputs[0].strides)
         # All else is written row by row, as `_array` has it.
+
+    def rearranged(self, node: Node) -> list[str]:
+        """The operands that a product or a softmax has copied, since its kernel needs rows."""
+        arrays = [self._array(name) for name in node.inputs]
+        match node.name:
+            case "Matmul" | "GatherMM":
+                a, b = arrays[:2]
+                fits = [in_rows_or_columns(a, a.shape[-2] == 1)]
+                fits += [in_rows_or_columns(b, b.shape[-1] == 1)]
+            case "QuantizedMatmul":
+                fits = [in_rows(array) for array in arrays]
+            case "GatherQMM":
+                fits = [in_rows(array) for array in arrays[:-2]]  # all but indices
+            case "Softmax":
+                fits = [dense(arrays[0]) and step_is(arrays[0], -1, 1)]
+            case _:
+                fits = []
+        return [name for name, fit in zip(node.inputs, fits, strict=False) if not fit]
+
+    def unfit(self, name: str) -> list[str]:
+        """The array again, if `rms_norm` has to copy it."""
+        array = self._array(name)
+        fits = dense(array) and step_is(array, -1, 1)
+        if array.ndim > 1:
+            fits = fits and (array.strides[-2] == 0 or step_is(array, -2, array.shape[-1]))
+        return [] if fits else [name]
 
     def overwritten(self, node: Node) -> bool:
         """Whether a node changes a part of an array and has to copy the array first.
@@ -477,6 +520,23 @@ def dense(array: Array) -> bool:
 def full(array: Array) -> bool:
     """Whether an array has no holes and repeats nothing."""
     return dense(array) and spread(array) == array.size
+
+
+def step_is(array: Array, axis: int, step: int) -> bool:
+    """Whether an axis has this stride, or only one place, where any stride will do."""
+    return array.strides[axis] == step or array.shape[axis] == 1
+
+
+def in_rows(array: Array) -> bool:
+    """Whether rows follow each other in each matrix of a stack."""
+    return step_is(array, -1, 1) and (array.ndim < 2 or step_is(array, -2, array.shape[-1]))
+
+
+def in_rows_or_columns(array: Array, vector: bool) -> bool:
+    """Whether rows, or columns, have their items side by side; a vector's must also be close."""
+    rows, columns = array.shape[-2:]
+    plain = step_is(array, -1, 1) and (not vector or step_is(array, -2, columns))
+    return plain or (step_is(array, -2, 1) and (not vector or step_is(array, -1, rows)))
 
 
 def exported(

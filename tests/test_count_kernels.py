@@ -145,3 +145,35 @@ def test_changing_a_part_copies_what_cannot_be_taken_over(
 ) -> None:
     (step,) = count(COPY + code)
     assert step["kernels"] == kernels
+
+
+QUANTIZED = """
+recorder.stop(); q, v = mx.quantize(mx.ones((64, 64))), mx.ones((4, 128)); mx.eval(q, v)
+recorder.start(640, 4); mx.eval(mx.quantized_matmul("""
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        ("mx.eval(x @ x.T)", {"Matmul": 1}),
+        ("mx.eval(x[:, :4] @ w[:4, 2:6])", {"Matmul": 1}),
+        ("mx.eval(x[:, ::2] @ w[:, ::2].T)", {"Copy": 2, "Matmul": 1}),
+        # The items of a single row or column must follow each other.
+        ("mx.eval(x[:1, ::2] @ w[:4])", {"Copy": 1, "Matmul": 1}),
+        ("mx.eval(x[:, :4] @ w[:4, :1])", {"Copy": 1, "Matmul": 1}),
+        (QUANTIZED + "v[:, :64], *q))", {"Copy": 1, "QuantizedMatmul": 1}),
+        (QUANTIZED + "v.reshape(8, 64), *q))", {"QuantizedMatmul": 1}),
+        ("mx.eval(mx.softmax(x.T, axis=-1))", {"Copy": 1, "Softmax": 1}),
+        ("mx.eval(mx.softmax(x[:2], axis=-1))", {"Softmax": 1}),
+        ("mx.eval(mx.fast.rms_norm(x.T, None, 1e-6))", {"Copy": 1, "rms_norm": 1}),
+        # Heads of 4: norms before heads and rows change places read what the product wrote.
+        ("mx.eval(mx.fast.rms_norm(x.reshape(4, 2, 4), None, 1e-6))", {"rms_norm": 1}),
+        (
+            "mx.eval(mx.fast.rms_norm(x.reshape(4, 2, 4).swapaxes(0, 1), None, 1e-6))",
+            {"Copy": 1, "rms_norm": 1},
+        ),
+    ],
+)
+def test_operands_that_are_not_in_rows_are_copied(code: str, kernels: dict[str, int]) -> None:
+    (step,) = count(code)
+    assert step["kernels"] == kernels
