@@ -14,11 +14,18 @@ width, and the cost of a layer is the difference of two layer counts. What the n
   each, while the CPU backend spells them out: they count as one. Attention counts as spelled out,
   which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
   Inside `mx.compile`, a chain of elementwise primitives is one kernel.
+- Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
+  doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape;
+  changing a part of an array first copies the array if its memory cannot be taken over; products,
+  softmax and `rms_norm` copy operands whose items or rows do not follow each other as their kernels
+  need it. Strides are followed through the graph, from those of arrays that were computed before.
+- What a primitive launches by itself does not count: sums, sorts and products of some sizes take
+  several kernels, and rotating may copy. So kernels are a lower bound, in the same way for all.
 - Bytes are those that a kernel reads and writes. An array is of vocabulary size if its last axis
   has at least 1/64 of the vocabulary, or it has as many elements as the logits; the embedding
   matrix counts apart. Gathers read what they write.
 
-Numbers are counted, not timed. This module needs MLX alone, so that it runs in mlx-vlm's
+Numbers are counted, not timed. This module needs MLX and numpy alone, so that it runs in mlx-vlm's
 environment too; `install` must be called before anything imports `mlx.nn`.
 """
 
@@ -37,13 +44,16 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
+Array = npt.NDArray[np.uint8]
 VIEWS = frozenset(
     "Reshape Transpose Broadcast BroadcastAxes Slice ExpandDims Squeeze Flatten Unflatten Split "
-    "AsStrided View StopGradient Depends NumberOfElements".split()
+    "AsStrided View StopGradient Depends NumberOfElements Copy".split()
 )
 # What mx.compile merges, as in MLX's `is_fusable`.
 FUSABLE = frozenset(
@@ -92,11 +102,20 @@ class Region:
 
 @dataclass
 class Node:
-    """A primitive of an exported graph; arrays are names."""
+    """A primitive of an exported graph; arrays are names. Only views know their arguments."""
 
     name: str
     inputs: list[str]
     outputs: list[str]
+    arguments: list[Any] = field(default_factory=list)
+
+
+class Form(NamedTuple):
+    """Shape of an array, bytes of an item, and strides in items if it is computed already."""
+
+    shape: tuple[int, ...]
+    width: int
+    strides: tuple[int, ...] | None = None
 
 
 def arrays_in(tree: Any) -> list[mx.array]:
@@ -213,29 +232,35 @@ class Recorder:
         if not nodes:
             return
         groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
-        cost = self._cost(nodes, shapes, groups, set(goals))
+        memory = Memory(nodes, shapes, groups, set(goals))
+        normed = {
+            f"{region.name} {number}": ins[0]
+            for number, (region, ins, _) in enumerate(regions)
+            if region.name == "rms_norm"
+        }
+        cost = self._cost(nodes, shapes, groups, set(goals), memory, normed)
         cost.syncs = 1
         self.steps[-1].add(cost)
 
     def _cost(
         self,
         nodes: list[Node],
-        shapes: dict[str, tuple[tuple[int, ...], int]],
+        shapes: dict[str, Form],
         groups: dict[int, str],
         goals: set[str],
+        memory: "Memory",
+        normed: dict[str, str],
     ) -> Cost:
         cost = Cost()
-        size = {name: prod(shape) for name, (shape, _) in shapes.items()}
+        size = {name: prod(form.shape) for name, form in shapes.items()}
         table = {
             name
-            for name, (shape, _) in shapes.items()
+            for name, (shape, *_) in shapes.items()
             if len(shape) == 2 and shape[0] == self.vocabulary
         }
         # What a view shows is read, and no more than what it is a view of.
-        behind = {name: size[name] * width for name, (_, width) in shapes.items()}
+        behind = {name: size[name] * form.width for name, form in shapes.items()}
         group_of = {name: groups.get(id(node)) for node in nodes for name in node.outputs}
-        copied: set[int] = set()
-        turned: set[str] = set()
         for node in nodes:
             if all(name in table or size[name] == 1 for name in node.inputs) and any(
                 name in table for name in node.inputs
@@ -246,13 +271,6 @@ class Recorder:
             if node.name in VIEWS and groups.get(id(node)) is None:
                 for name in node.outputs:
                     behind[name] = min(behind[name], behind[node.inputs[0]])
-                if node.name == "Transpose":
-                    turned.update(node.outputs)
-                elif node.name in ("Reshape", "Flatten", "Unflatten"):
-                    if turned & set(node.inputs):
-                        copied.add(id(node))
-                elif turned & set(node.inputs):
-                    turned.update(node.outputs)
         readers: dict[str, set[str | int]] = {}
         for node in nodes:
             for name in node.inputs:
@@ -261,14 +279,29 @@ class Recorder:
         counted: set[str] = set()
         for node in nodes:
             group = groups.get(id(node))
-            if group is None and node.name in VIEWS and id(node) not in copied:
+            if group is None and node.name in VIEWS and id(node) not in memory.copied:
                 cost.views[node.name] += 1
                 continue
+            first: list[str] = []  # what is copied before the kernel starts
             if group is None:
-                cost.kernels["Copy" if id(node) in copied else node.name] += 1
+                if id(node) in memory.copied:
+                    cost.kernels["Copy"] += 1
+                elif node.name == "Concatenate":
+                    cost.kernels[node.name] += sum(size[name] > 0 for name in node.inputs)
+                else:
+                    cost.kernels[node.name] += 1
+                    first = memory.rearranged(node)
+                cost.kernels += Counter(Copy=int(memory.overwritten(node)))
             elif group not in counted:
                 counted.add(group)
                 cost.kernels[group.split(" ")[0]] += 1
+                first = memory.unfit(normed[group]) if group in normed else []
+            cost.kernels += Counter(Copy=len(first))
+            for name in first:
+                if self._is_vocabulary(shapes[name].shape) and name not in table:
+                    cost.vocabulary_arrays += 2
+                    cost.vocabulary_read += behind[name]
+                    cost.vocabulary_written += size[name] * shapes[name].width
             written = [
                 name
                 for name in node.outputs
@@ -279,14 +312,14 @@ class Recorder:
                 read = [name for name in dict.fromkeys(read) if (group, name) not in seen]
                 seen.update((group, name) for name in read)
             for name in written:
-                if self._is_vocabulary(shapes[name][0]) and name not in table:
+                if self._is_vocabulary(shapes[name].shape) and name not in table:
                     cost.vocabulary_arrays += 1
                     cost.vocabulary_written += behind[name]
             for name in read:
                 gathers = node.name in ("Gather", "GatherAxis")
                 if name in table:
                     cost.table_read += behind[node.outputs[0]] if gathers else behind[name]
-                elif self._is_vocabulary(shapes[name][0]):
+                elif self._is_vocabulary(shapes[name].shape):
                     cost.vocabulary_arrays += 1
                     cost.vocabulary_read += behind[node.outputs[0]] if gathers else behind[name]
         return cost
@@ -297,10 +330,219 @@ class Recorder:
         )
 
 
+class Memory:
+    """How MLX's Metal backend lays arrays out, and what it copies because of that.
+
+    An array is a numpy array of bytes with the same strides; nothing ever touches its memory. An
+    axis of length 1 has no stride worth the name, so it never is the reason for a copy.
+    """
+
+    def __init__(
+        self, nodes: list[Node], forms: dict[str, Form], groups: dict[int, str], goals: set[str]
+    ):
+        self._forms, self._groups = forms, groups
+        self._arrays: dict[str, Array] = {}
+        self._owner: dict[str, str] = {}  # whose memory an array shows; its own name by default
+        self._made = {name: node for node in nodes for name in node.outputs}
+        self.copied: set[int] = set()  # views that cannot be views, by id
+        for node in nodes:
+            self._lay(node)
+        self._held = {self._owner.get(name, name) for name in goals}
+        self._readers: dict[str, list[Node]] = {}
+        for node in nodes:
+            if node.name not in VIEWS or id(node) in self.copied:
+                for name in node.inputs:
+                    self._readers.setdefault(self._owner.get(name, name), []).append(node)
+
+    def _array(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = blank(self._forms[name].shape, self._forms[name].strides)
+        return self._arrays[name]
+
+    def _lay(self, node: Node) -> None:
+        inputs = [self._array(name) for name in node.inputs]
+        shapes = [self._forms[name].shape for name in node.outputs]
+        if node.name in VIEWS:
+            widths = [self._forms[name].width for name in (node.inputs[0], node.outputs[0])]
+            views = shown(node, inputs, shapes, widths[0], widths[1])
+            if views is not None:
+                self._arrays.update(zip(node.outputs, views, strict=True))
+                for i, name in enumerate(node.outputs):
+                    source = node.inputs[i if node.name == "Depends" else 0]
+                    self._owner[name] = self._owner.get(source, source)
+                return
+            if id(node) not in self._groups:
+                self.copied.add(id(node))
+        elif node.name in FUSABLE - {"Full"} and inputs:
+            self._arrays[node.outputs[0]] = elementwise(inputs, shapes[0])
+        elif node.name.startswith("SliceUpdate") and full(inputs[0]):
+            self._arrays[node.outputs[0]] = blank(shapes[0], inputs[0].strides)
+        # All else is written row by row, as `_array` has it.
+
+    def rearranged(self, node: Node) -> list[str]:
+        """The operands that a product or a softmax has copied, since its kernel needs rows."""
+        arrays = [self._array(name) for name in node.inputs]
+        match node.name:
+            case "Matmul" | "GatherMM":
+                a, b = arrays[:2]
+                fits = [in_rows_or_columns(a, a.shape[-2] == 1)]
+                fits += [in_rows_or_columns(b, b.shape[-1] == 1)]
+            case "QuantizedMatmul":
+                fits = [in_rows(array) for array in arrays]
+            case "GatherQMM":
+                fits = [in_rows(array) for array in arrays[:-2]]  # all but indices
+            case "Softmax":
+                fits = [dense(arrays[0]) and step_is(arrays[0], -1, 1)]
+            case _:
+                fits = []
+        return [name for name, fit in zip(node.inputs, fits, strict=False) if not fit]
+
+    def unfit(self, name: str) -> list[str]:
+        """The array again, if `rms_norm` has to copy it."""
+        array = self._array(name)
+        fits = dense(array) and step_is(array, -1, 1)
+        if array.ndim > 1:
+            fits = fits and (array.strides[-2] == 0 or step_is(array, -2, array.shape[-1]))
+        return [] if fits else [name]
+
+    def overwritten(self, node: Node) -> bool:
+        """Whether a node changes a part of an array and has to copy the array first.
+
+        What it depends on has read the array before and is done with it. (On Metal only once the
+        command buffer is: there may be a copy more, which is a question of time.)
+        """
+        kind = node.name.split(" ")[0]
+        if kind not in ("Scatter", "ScatterAxis", "SliceUpdate"):
+            return False
+        base, root = self._array(node.inputs[0]), self._owner.get(node.inputs[0], node.inputs[0])
+        fits = full(base) if kind == "SliceUpdate" else base.flags.c_contiguous
+        if spread(base) == 1 or not fits:
+            return True  # one item everywhere is written out, other layouts are put in order
+        if root in self._held or any(self._owner.get(i, i) == root for i in node.inputs[1:]):
+            return True
+        others = [reader for reader in self._readers[root] if reader is not node]
+        if root not in self._made:
+            # Who else holds an array that was there before is not known. Buffers of keys and
+            # values are made to be taken over, which a test of our cache checks; others are not.
+            return kind != "SliceUpdate" or bool(others)
+        # MLX does not hand on a buffer that is much too large.
+        spare = spread(self._array(root)) * self._forms[root].width
+        if spare > prod(base.shape) * self._forms[node.inputs[0]].width + 16384:
+            return True
+        done = self._before(node)
+        over = {self._groups.get(each) for each in done} - {None}
+        return any(id(o) not in done and self._groups.get(id(o)) not in over for o in others)
+
+    def _before(self, node: Node) -> set[int]:
+        """Nodes that a node depends on, by id."""
+        done: set[int] = set()
+        stack = [self._made[name] for name in node.inputs if name in self._made]
+        while stack:
+            each = stack.pop()
+            if id(each) not in done:
+                done.add(id(each))
+                stack += [self._made[name] for name in each.inputs if name in self._made]
+        return done
+
+
+def blank(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Array:
+    """An array with these strides; without any, rows follow each other."""
+    if strides is None or not prod(shape) or min(strides, default=0) < 0:
+        return np.empty(shape, np.uint8)
+    last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    return np.ndarray(shape, np.uint8, np.empty(last + 1, np.uint8), strides=strides)
+
+
+def shown(
+    node: Node, inputs: list[Array], shapes: list[tuple[int, ...]], width: int, other: int
+) -> list[Array] | None:
+    """What a view shows of arrays; None if it must copy. Items have `width` bytes, then `other`."""
+    array, shape = inputs[0], shapes[0]
+    if not array.size or not prod(shape):
+        return [blank(each) for each in shapes]
+    match node.name:
+        case "Transpose":
+            return [array.transpose(node.arguments[0])]
+        case "Slice":
+            parts = []
+            for first, step, n in zip(node.arguments[0], node.arguments[2], shape, strict=True):
+                end = first + step * n
+                parts.append(slice(first, None if end < 0 else end, step))
+            return [array[tuple(parts)]]
+        case "Split":
+            return list(np.split(array, node.arguments[0], node.arguments[1]))
+        case "Broadcast" | "BroadcastAxes":
+            return [np.broadcast_to(array, shape)]
+        case "AsStrided":
+            _, strides, offset = node.arguments
+            return [np.ndarray(shape, np.uint8, array.reshape(-1)[offset:], strides=strides)]
+        case "Reshape" | "Flatten" | "Unflatten" | "ExpandDims" | "Squeeze":
+            try:
+                return [np.reshape(array, shape, copy=False)]
+            except ValueError:
+                return None
+        case "View" if width != other:
+            fits = array.flags.c_contiguous or (other < width and array.strides[-1] == 1)
+            return [blank(shape)] if fits else None
+        case "NumberOfElements":
+            return [blank(shape)]
+        case _:
+            return inputs[: len(shapes)]
+
+
+def elementwise(inputs: list[Array], shape: tuple[int, ...]) -> Array:
+    """The layout of what an elementwise kernel writes: if it can be, that of what it reads."""
+    wide = [array for array in inputs if spread(array) > 1]
+    if not wide:
+        return blank(shape, inputs[0].strides)
+    alone = len(inputs) < 3 and len(wide) == 1 and dense(wide[0])
+    if alone or all(array.flags.f_contiguous for array in wide):
+        return blank(shape, wide[0].strides)
+    return blank(shape)
+
+
+def spread(array: Array) -> int:
+    """Items in memory: those that a broadcast repeats count once."""
+    return prod(n for n, step in zip(array.shape, array.strides, strict=True) if step)
+
+
+def dense(array: Array) -> bool:
+    """Whether an array has no holes, in whatever order its axes lie."""
+    size = 1
+    for step, n in sorted(zip(array.strides, array.shape, strict=True)):
+        if n > 1 and step:
+            if step != size:
+                return False
+            size *= n
+    return True
+
+
+def full(array: Array) -> bool:
+    """Whether an array has no holes and repeats nothing."""
+    return dense(array) and spread(array) == array.size
+
+
+def step_is(array: Array, axis: int, step: int) -> bool:
+    """Whether an axis has this stride, or only one place, where any stride will do."""
+    return array.strides[axis] == step or array.shape[axis] == 1
+
+
+def in_rows(array: Array) -> bool:
+    """Whether rows follow each other in each matrix of a stack."""
+    return step_is(array, -1, 1) and (array.ndim < 2 or step_is(array, -2, array.shape[-1]))
+
+
+def in_rows_or_columns(array: Array, vector: bool) -> bool:
+    """Whether rows, or columns, have their items side by side; a vector's must also be close."""
+    rows, columns = array.shape[-2:]
+    plain = step_is(array, -1, 1) and (not vector or step_is(array, -2, columns))
+    return plain or (step_is(array, -2, 1) and (not vector or step_is(array, -1, rows)))
+
+
 def exported(
     arrays: list[mx.array],
-) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
-    """The graph behind arrays: nodes in order, (shape, bytes of an item) by name, and their names.
+) -> tuple[list[Node], dict[str, Form], list[str]]:
+    """The graph behind arrays: nodes in order, the form of each array by name, and their names.
 
     What is computed already is a constant and has no node. `mx.export_to_dot` knows the nodes but
     no shapes; `mx.export_function` knows shapes, but merges equal nodes, in the graph itself. So
@@ -310,7 +552,7 @@ def exported(
     theirs, shape_of, others = in_fork(lambda: traced(arrays))
     made = {name: node for node in nodes for name in node.outputs}
     other_made = {name: node for node in theirs for name in node.outputs}
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    shapes: dict[str, Form] = {}
     pairs = list(zip(names, others, strict=True))
     while pairs:
         mine, other = pairs.pop()
@@ -319,6 +561,7 @@ def exported(
         shapes[mine] = shape_of[other]
         if mine in made:
             node, match = made[mine], other_made[other]
+            node.arguments = match.arguments
             pairs += zip(node.inputs, match.inputs, strict=True)
             pairs += zip(node.outputs, match.outputs, strict=True)
     return nodes, shapes, names
@@ -335,7 +578,7 @@ def drawn(arrays: list[mx.array]) -> tuple[list[Node], list[str]]:
     lines = draw(list(range(len(arrays))))
     nodes: dict[str, Node] = {}
     for line in lines:
-        if found := re.match(r'\{ (\d+) \[label ="(\w+)"', line):
+        if found := re.match(r'\{ (\d+) \[label ="(View|[^"]+)', line):
             nodes[found[1]] = Node(found[2], [], [])
         elif found := re.match(r'"(\w+)" -> (\d+)', line):
             nodes[found[2]].inputs.append(found[1])
@@ -362,23 +605,38 @@ def drawn(arrays: list[mx.array]) -> tuple[list[Node], list[str]]:
 
 def traced(
     arrays: list[mx.array],
-) -> tuple[list[Node], dict[str, tuple[tuple[int, ...], int]], list[str]]:
+) -> tuple[list[Node], dict[str, Form], list[str]]:
     """As `exported`, with equal nodes merged."""
     nodes: list[Node] = []
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+    shapes: dict[str, Form] = {}
     names: list[str] = []
+    strides: dict[str, tuple[int, ...]] = {}
 
     def take(event: dict[str, Any]) -> None:
+        if event["type"] == "constants":
+            for name, array in event["constants"]:
+                view = memoryview(array)
+                strides[name] = tuple(step // view.itemsize for step in view.strides)
+            return
         if event["type"] == "outputs":
             names.extend(name for name, _, _ in event["outputs"])
             known = event["outputs"]
         elif event["type"] == "primitive":
             inputs, outputs = event["inputs"], event["outputs"]
-            nodes.append(Node(event["name"], [n for n, *_ in inputs], [n for n, *_ in outputs]))
+            # Other arguments do not matter, and a type goes through no pipe.
+            told = event["arguments"] if event["name"] in VIEWS - {"View"} else []
+            nodes.append(
+                Node(event["name"], [n for n, *_ in inputs], [n for n, *_ in outputs], told)
+            )
             known = [*inputs, *outputs]
         else:
             return
-        shapes.update({name: (tuple(shape), dtype.size) for name, shape, dtype in known})
+        shapes.update(
+            {
+                name: Form(tuple(shape), dtype.size, strides.get(name))
+                for name, shape, dtype in known
+            }
+        )
 
     mx.export_function(take, lambda: arrays)
     return nodes, shapes, names

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 BEGIN = """
 import json
@@ -68,3 +70,110 @@ def test_norms_and_compiled_chains_are_one_kernel() -> None:
         "mx.eval(f(n) + nn.gelu_approx(x))"
     )
     assert step["kernels"] == {"rms_norm": 1, "compiled": 2, "Add": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        ("mx.eval(mx.concatenate([x, x, mx.exp(x)]))", {"Exp": 1, "Concatenate": 3}),
+        ("mx.eval(mx.concatenate([x, x[:0]]))", {"Concatenate": 1}),
+        ("mx.eval(mx.stack([x, x], axis=-1))", {"Concatenate": 2}),
+    ],
+)
+def test_each_array_joined_is_a_copy(code: str, kernels: dict[str, int]) -> None:
+    (step,) = count(code)
+    assert step["kernels"] == kernels
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        ("mx.eval(x.T.reshape(-1))", {"Copy": 1}),
+        ("mx.eval(x.T.reshape(2, 4, 4))", {}),
+        ("mx.eval(x[:, ::3].reshape(-1))", {"Copy": 1}),
+        ("mx.eval(x[:, ::2].reshape(-1))", {}),  # every second item of all
+        ("mx.eval(mx.split(x, 2, axis=1)[0].flatten())", {"Copy": 1}),
+        ("mx.eval(x[1:3].reshape(-1))", {}),
+        ("mx.eval(x.view(mx.int16).reshape(-1))", {}),
+        ("mx.eval(x.T.view(mx.int16))", {"Copy": 1}),
+        ("mx.eval(mx.broadcast_to(x[:1], (4, 8)).reshape(-1))", {"Copy": 1}),
+        # What reads a turned array alone writes a turned one.
+        ("mx.eval(mx.exp(x.T).reshape(-1))", {"Exp": 1, "Copy": 1}),
+        ("mx.eval((x.T + x.reshape(8, 4)).reshape(-1))", {"Add": 1}),
+        # Arrays computed before lie as they lie.
+        ("y = x.T; mx.eval(y); recorder.mark(); mx.eval(y.reshape(-1))", {"Copy": 1}),
+    ],
+)
+def test_views_that_cannot_be_are_copies(code: str, kernels: dict[str, int]) -> None:
+    assert count(code)[-1]["kernels"] == kernels
+
+
+COPY = "from copy import copy; i = mx.array([1, 0]); y = mx.exp(x); z = copy(y); "
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        # Nobody needs the array any more.
+        ("z[i] = x[:2]; mx.eval(z)", {"Exp": 1, "Scatter": 1}),
+        ("z[1:2] = x[:1]; mx.eval(z)", {"Exp": 1, "SliceUpdate": 1}),
+        ("z[1:2] = (y * 2)[:1]; mx.eval(z)", {"Exp": 1, "Multiply": 1, "SliceUpdate": 1}),
+        ("mx.eval(z.at[i].add(x[:2]))", {"Exp": 1, "Scatter Sum": 1}),
+        # It is what is written, too; is read later; is wanted.
+        ("z[i] = y[:2]; mx.eval(z)", {"Exp": 1, "Copy": 1, "Scatter": 1}),
+        ("z[1:2] = y[:1]; mx.eval(z)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        ("z[i] = x[:2]; mx.eval(z + y.T.T)", {"Exp": 1, "Copy": 1, "Scatter": 1, "Add": 1}),
+        ("z[1:2] = x[:1]; mx.eval(y, z)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        # It is turned; it is one item, or a part of many.
+        ("z = z.T; z[i] = w[:2, :4]; mx.eval(z)", {"Exp": 1, "Copy": 1, "Scatter": 1}),
+        (
+            "z = mx.broadcast_to(y[:1, :1], (4, 8)); z[1:2] = x[:1]; mx.eval(z)",
+            {"Exp": 1, "Copy": 1, "SliceUpdate": 1},
+        ),
+        (
+            "z = mx.exp(mx.arange(80000.0))[:8]; z[1:2] = x[0, :1]; mx.eval(z)",
+            {"Arange": 1, "Exp": 1, "Copy": 1, "SliceUpdate": 1},
+        ),
+        # It was there before: a buffer is taken over, if nothing else reads it.
+        ("z = copy(x); z[1:2] = w[:1]; mx.eval(z)", {"SliceUpdate": 1}),
+        ("z = copy(x); z[1:2] = w[:1]; mx.eval(z, y)", {"Exp": 1, "Copy": 1, "SliceUpdate": 1}),
+        ("z = copy(x); z[i] = w[:2]; mx.eval(z)", {"Copy": 1, "Scatter": 1}),
+    ],
+)
+def test_changing_a_part_copies_what_cannot_be_taken_over(
+    code: str, kernels: dict[str, int]
+) -> None:
+    (step,) = count(COPY + code)
+    assert step["kernels"] == kernels
+
+
+QUANTIZED = """
+recorder.stop(); q, v = mx.quantize(mx.ones((64, 64))), mx.ones((4, 128)); mx.eval(q, v)
+recorder.start(640, 4); mx.eval(mx.quantized_matmul("""
+
+
+@pytest.mark.parametrize(
+    ("code", "kernels"),
+    [
+        ("mx.eval(x @ x.T)", {"Matmul": 1}),
+        ("mx.eval(x[:, :4] @ w[:4, 2:6])", {"Matmul": 1}),
+        ("mx.eval(x[:, ::2] @ w[:, ::2].T)", {"Copy": 2, "Matmul": 1}),
+        # The items of a single row or column must follow each other.
+        ("mx.eval(x[:1, ::2] @ w[:4])", {"Copy": 1, "Matmul": 1}),
+        ("mx.eval(x[:, :4] @ w[:4, :1])", {"Copy": 1, "Matmul": 1}),
+        (QUANTIZED + "v[:, :64], *q))", {"Copy": 1, "QuantizedMatmul": 1}),
+        (QUANTIZED + "v.reshape(8, 64), *q))", {"QuantizedMatmul": 1}),
+        ("mx.eval(mx.softmax(x.T, axis=-1))", {"Copy": 1, "Softmax": 1}),
+        ("mx.eval(mx.softmax(x[:2], axis=-1))", {"Softmax": 1}),
+        ("mx.eval(mx.fast.rms_norm(x.T, None, 1e-6))", {"Copy": 1, "rms_norm": 1}),
+        # Heads of 4: norms before heads and rows change places read what the product wrote.
+        ("mx.eval(mx.fast.rms_norm(x.reshape(4, 2, 4), None, 1e-6))", {"rms_norm": 1}),
+        (
+            "mx.eval(mx.fast.rms_norm(x.reshape(4, 2, 4).swapaxes(0, 1), None, 1e-6))",
+            {"Copy": 1, "rms_norm": 1},
+        ),
+    ],
+)
+def test_operands_that_are_not_in_rows_are_copied(code: str, kernels: dict[str, int]) -> None:
+    (step,) = count(code)
+    assert step["kernels"] == kernels
