@@ -752,7 +752,12 @@ def main() -> None:
     )
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=262144)
-    parser.add_argument("--quantized", action="store_true", help="in the published 4-bit layout")
+    parser.add_argument(
+        "--kind",
+        choices=("float32", "bfloat16", "quantized"),
+        default="float32",
+        help="of weights; quantized is the published 4-bit layout",
+    )
     parser.add_argument("--layers", type=int, help="count this many, instead of a real model's 30")
     parser.add_argument("--vlm-python", help="Python of an environment with mlx-vlm")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -766,7 +771,6 @@ def main() -> None:
     systems = {"ours": sys.executable}
     if arguments.vlm_python:
         systems["vlm"] = arguments.vlm_python
-    kind = "quantized" if arguments.quantized else "float32"
     # The cost of a layer does not depend on the vocabulary: one run with the real one is enough.
     sizes = [(1, arguments.vocabulary), (1, 4096), (2, 4096), (7, 4096)]
     if arguments.layers:
@@ -777,7 +781,7 @@ def main() -> None:
 
         for number, (layers, vocabulary) in enumerate(sizes):
             place = Path(folder) / str(number)
-            directory = write_small(place, layers, arguments.hidden, vocabulary, kind)
+            directory = write_small(place, layers, arguments.hidden, vocabulary, arguments.kind)
             for name, python in systems.items():
                 found[name].append(count_in_process(python, name, directory))
     results = {
