@@ -5,6 +5,7 @@ blocks: the encoder calls it with a causal mask, its own layer scalars and a cac
 the decoder with no mask, its own scalars and a cache that is only read.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -470,16 +471,27 @@ def scaled_and_turned(
     return mx.flatten(mx.where(still, halves, turned).astype(x.dtype), -2)
 
 
+def gelu(x: mx.array) -> mx.array:
+    """x P(X <= x) of a standard normal X, by tanh (arXiv 1606.08415, section 2).
+
+    MLX's own takes a power, which is slow, and rounds in between; the reference computes in
+    float32. Few operations in a row, or MLX would split the chain.
+    """
+    y = x.astype(mx.float32)
+    root = math.sqrt(2 / math.pi)
+    return (0.5 * y * (1 + mx.tanh(y * (root + root * 0.044715 * (y * y))))).astype(x.dtype)
+
+
 @mx.compile
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up"""
-    return nn.gelu_approx(gate) * up
+    return gelu(gate) * up
 
 
 @mx.compile
 def gated_by(gate: mx.array, up: mx.array, weights: mx.array, scales: mx.array) -> mx.array:
     """gelu(gate) * up * weights * scales, in the type of `up`."""
-    return nn.gelu_approx(gate) * up * (weights * scales).astype(up.dtype)
+    return gelu(gate) * up * (weights * scales).astype(up.dtype)
 
 
 @mx.compile
@@ -589,10 +601,10 @@ class Experts(nn.Module):
         # Weighed here, where rows are narrow: the next product is linear.
         weighing = (weights.flatten()[order], scales[experts])
         inner = gated_by(gate, up, *(each[:, None, None] for each in weighing))
-        # Back in the order of tokens, in the memory of what went in, then summed: adding into place
-        # would be one pass less, but Metal adds in any order, and a seed must give the same text.
-        rows[order] = self.down_proj(inner, experts, True)
-        return rows.reshape(*top.shape, -1).sum(axis=-2)
+        out = self.down_proj(inner, experts, True)
+        # Back in the order of tokens, then summed. Adding into place would be one pass less, but
+        # Metal adds in any order, and a seed must give the same text again.
+        return out[mx.argsort(order)].reshape(*top.shape, -1).sum(axis=-2)
 
 
 class Block(nn.Module):

@@ -23,9 +23,9 @@ from .sampler import (
     sub_block,
 )
 
-# Bytes that one float32 array over a block may take. A step holds about a dozen of them: MLX runs
-# ahead of the computation by up to two blocks.
-BLOCK_BYTES = 3 << 23
+# Bytes that one float32 array over a block may take: nine blocks of the real vocabulary and canvas.
+# A step holds about ten such arrays, as MLX runs ahead of the computation by up to two blocks.
+BLOCK_BYTES = 57 << 19
 # Bytes that a block of the embedding table may take where it has to be dequantized.
 TABLE_BYTES = 1 << 26
 # Blocks whose three sums one kernel can join: MLX fuses 24 arrays at most.

@@ -161,9 +161,8 @@ def _of_best(scores: Sequence[mx.array], things: Sequence[mx.array]) -> mx.array
 @mx.compile
 def _best_id(scores: Sequence[mx.array], at: Sequence[mx.array], firsts: list[int]) -> mx.array:
     """The place in the block with the best score, counted from 0."""
-    ids = [place.astype(mx.int32) + first for place, first in zip(at, firsts, strict=True)]
-    found: mx.array = _of_best(scores, ids)
-    return found
+    found: mx.array = _of_best(scores, [a + first for a, first in zip(at, firsts, strict=True)])
+    return found.astype(mx.int32)
 
 
 class Constraint(Protocol):

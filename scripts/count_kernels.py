@@ -13,7 +13,8 @@ width, and the cost of a layer is the difference of two layer counts. What the n
 - A kernel is a primitive that is no view. On Metal `rms_norm`, `rope`, `dequantize` are one kernel
   each, while the CPU backend spells them out: they count as one. Attention counts as spelled out,
   which is what Metal does by default with heads of 256 and 512 (ml-explore/mlx#3658, #3885).
-  Inside `mx.compile`, a chain of elementwise primitives is one kernel.
+  Inside `mx.compile`, a chain of elementwise primitives is one kernel; that MLX splits those of
+  more than 24 arrays is not followed (two kernels of a step of ours).
 - Copies that MLX's Metal backend makes on the way are kernels, too, where the graph leaves no
   doubt: joining n arrays is n copies; a reshape is one if strides cannot tell the new shape;
   changing a part of an array first copies the array if its memory cannot be taken over; products,

@@ -1,5 +1,7 @@
 """Reading off in blocks gives what all logits at once give; see slow.py."""
 
+import io
+import re
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ from random_model import untrained
 from slow import best_canvas, entropy, soft_embedding
 
 from mlx_diffgemma import DiffusionGemma, readout
+from mlx_diffgemma import sampler as rules
 from mlx_diffgemma.automaton import Plans, Sequence, Tokens, compile_pattern
 from mlx_diffgemma.guards import ForbidFirst
 from mlx_diffgemma.readout import Readout, log_probability, read_out
@@ -166,3 +169,35 @@ def test_memory_of_a_step_does_not_grow_with_the_vocabulary() -> None:
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 2 * peaks[0]  # of four times the vocabulary
     assert peaks[1] < 4 * 64 * (1 << 16)  # one copy
+
+
+def test_blocks_are_joined_by_one_kernel() -> None:
+    """As `scripts/count_kernels.py` counts: a concatenation would be a copy of each block."""
+    blocks = range(9)  # of the real vocabulary and canvas
+
+    def some(key: int, *shape: int) -> list[mx.array]:
+        keys = mx.random.split(mx.random.key(key), len(blocks))
+        return [mx.random.uniform(0.1, 1, (2, LENGTH, *shape), key=k) for k in keys]
+
+    peaks, masses, slopes, soft = some(0, 1), some(1, 1), some(2, 1), some(3, 32)
+    places, top, few = [m.astype(mx.uint32) for m in masses], some(4, 1)[0], slice(readout.JOINED)
+    mx.eval(peaks, masses, slopes, soft, places, top)
+    joins = {
+        "highest": rules.highest(peaks),
+        "_best_id": rules._best_id(peaks, places, [100 * i for i in blocks]),
+        "_of_best": rules._of_best(peaks, soft),
+        "_mass": readout._mass(top, peaks, masses),
+        "_slope": readout._slope(top, peaks[few], masses[few], slopes[few]),
+        "_mixed": readout._mixed(top, peaks, soft),
+    }
+    for name, joined in joins.items():
+        drawn = io.StringIO()
+        mx.export_to_dot(drawn, joined)
+        kernels = [n for n in re.findall(r'label ="(\w+)"', drawn.getvalue()) if n != "Broadcast"]
+        # The ids of nine blocks are 27 arrays with their firsts: over what one kernel joins.
+        assert len(kernels) == (2 if name == "_best_id" else 1), (name, kernels)
+    mixed = sum(mx.exp(p - top) * s for p, s in zip(peaks, soft, strict=True))
+    assert close(joins["_mixed"], mixed)
+    at = np.stack([np.array(p) for p in peaks]).argmax(0)
+    assert (np.array(joins["_best_id"]) == 100 * at).all()
+    assert (np.array(joins["_of_best"]) == np.choose(at, [np.array(s) for s in soft])).all()
