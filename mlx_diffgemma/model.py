@@ -765,6 +765,8 @@ class DiffusionGemma(nn.Module):
             layers = [(len(each.canvas), each.cache[i]) for each in passes]
             views = [View(rows, None, layer.read) for rows, layer in layers]
             x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
+            # Layers are computed while the graphs of later ones are being built.
+            mx.async_eval(x)  # type: ignore[no-untyped-call]
         x = self.model.decoder.norm(x)
         if len(passes) == 1:
             return [x]

@@ -73,7 +73,8 @@ SLIDING, FULL = 25, 5
 class Cost:
     """What was computed: kernels and views by name; vocabulary-sized arrays, and the table.
 
-    `vocabulary_arrays` counts each reading and each writing of one.
+    `vocabulary_arrays` counts each reading and each writing of one, `syncs` how often the host had
+    to wait for something.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -136,7 +137,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[Cost] = []
         self.vocabulary = self.logits = 0
-        self._on = False
+        self._on = self._busy = False
         self._depth = 0
         self._regions: list[Region] = []
 
@@ -162,10 +163,10 @@ class Recorder:
         for name in ("rms_norm", "rope"):
             setattr(mx.fast, name, self._region(name, getattr(mx.fast, name)))
         mx.dequantize = self._region("dequantize", mx.dequantize)
-        for name in ("eval", "async_eval"):
-            setattr(mx, name, self._sync(getattr(mx, name)))
+        mx.eval = self._watched(mx.eval)
+        mx.async_eval = self._watched(mx.async_eval, waits=False)
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__array__"):
-            setattr(mx.array, name, self._sync(getattr(mx.array, name)))
+            setattr(mx.array, name, self._watched(getattr(mx.array, name)))
         if on_item is not None:
             item, called = mx.array.item, on_item
 
@@ -176,14 +177,17 @@ class Recorder:
 
             setattr(mx.array, "item", marked)  # noqa: B010 (mypy knows its type)
 
-    def _sync(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, function: Callable[..., Any], waits: bool = True) -> Callable[..., Any]:
         @wraps(function)
-        def synced(*args: Any, **kwargs: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
             if self._on:
-                self._count(arrays_in(args))
+                self._busy |= self._count(arrays_in(args))
+                if waits and self._busy:
+                    self.steps[-1].syncs += 1
+                    self._busy = False
             return function(*args, **kwargs)
 
-        return synced
+        return called
 
     def _compile(
         self,
@@ -209,8 +213,8 @@ class Recorder:
 
         return called
 
-    def _count(self, wanted: list[mx.array]) -> None:
-        """Add what computing these arrays takes to the current step."""
+    def _count(self, wanted: list[mx.array]) -> bool:
+        """Add what computing these arrays takes to the current step; whether that is anything."""
         extra = [a for region in self._regions for a in (*region.inputs, *region.outputs)]
         nodes, shapes, names = exported([*wanted, *extra])
         made = {name: node for node in nodes for name in node.outputs}
@@ -231,7 +235,7 @@ class Recorder:
                 stack += [made[name] for name in node.inputs if name in made]
         nodes = [node for node in nodes if id(node) in needed]
         if not nodes:
-            return
+            return False
         groups = grouped(nodes, made, [(r.name, ins, outs) for r, ins, outs in regions])
         memory = Memory(nodes, shapes, groups, set(goals))
         normed = {
@@ -240,8 +244,8 @@ class Recorder:
             if region.name == "rms_norm"
         }
         cost = self._cost(nodes, shapes, groups, set(goals), memory, normed)
-        cost.syncs = 1
         self.steps[-1].add(cost)
+        return True
 
     def _cost(
         self,

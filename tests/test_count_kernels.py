@@ -177,3 +177,12 @@ recorder.start(640, 4); mx.eval(mx.quantized_matmul("""
 def test_operands_that_are_not_in_rows_are_copied(code: str, kernels: dict[str, int]) -> None:
     (step,) = count(code)
     assert step["kernels"] == kernels
+
+
+def test_waiting_is_counted_and_starting_is_not() -> None:
+    """Every `async_eval` used to count as a wait, 23 of them in a step that waits once."""
+    first, second = count(
+        "y = mx.exp(x); mx.async_eval(y); z = mx.log(y); mx.async_eval(z); z.tolist(); z.tolist(); "
+        "recorder.mark(); mx.async_eval(mx.exp(z))"
+    )
+    assert (first["syncs"], second["syncs"]) == (1, 0)
