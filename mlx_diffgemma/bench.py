@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .config import Speed
 from .generation import Done, Draft, stream_generate
 from .loading import DType, load
 from .model import DiffusionGemma
@@ -55,13 +56,22 @@ class Subject:
     """A loaded checkpoint that is measured run by run."""
 
     def __init__(
-        self, name: str, path: str | Path | None, revision: str | None, dtype: DType | None
+        self,
+        name: str,
+        path: str | Path | None,
+        revision: str | None,
+        *,
+        dtype: DType | None,
+        max_memory: int | None,
+        speed: Speed,
     ):
         self.name = name
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         started = time.perf_counter()
-        self._model, self._tokenizer = load(path, revision=revision, dtype=dtype)
+        self._model, self._tokenizer = load(
+            path, revision=revision, dtype=dtype, max_memory=max_memory, speed=speed
+        )
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before

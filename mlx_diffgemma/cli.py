@@ -724,6 +724,8 @@ def bench(
     model: Model = None,
     revision: Revision = None,
     dtype: DType = None,
+    max_memory: MaxMemory = None,
+    speed: SpeedOption = "faithful",
     compare: Annotated[
         str | None, typer.Option(help="Measure this checkpoint too, in turns with --model.")
     ] = None,
@@ -742,9 +744,12 @@ def bench(
 
     if not quiet:
         introduce(model)
-    subjects = [measuring.Subject(model or "the small model", model, revision, dtype)]
-    if compare is not None:
-        subjects.append(measuring.Subject(compare, compare, None, dtype))
+    memory = size(max_memory)
+    named = [(model or "the small model", model, revision)]
+    named += [] if compare is None else [(compare, compare, None)]
+    subjects = [
+        measuring.Subject(*each, dtype=dtype, max_memory=memory, speed=speed) for each in named
+    ]
     reports = measuring.bench(
         subjects,
         prompt_tokens,
@@ -846,6 +851,8 @@ def info(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
     *,
     revision: Revision = None,
+    dtype: DType = None,
+    max_memory: MaxMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is: size by part, quantization, memory it needs."""
@@ -855,9 +862,11 @@ def info(
 
     from .checkpoint import resolve
     from .info import inspect
-    from .memory import fit, free_memory
+    from .loading import computed_in
+    from .memory import TooLarge, fit, free_memory
 
-    found = inspect(resolve(model, revision=revision))
+    given = size(max_memory)
+    found = inspect(resolve(model, revision=revision), computed_in(dtype))
     if as_json:
         print(json.dumps(asdict(found)))
         return
@@ -871,16 +880,19 @@ def info(
             f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
             f"{'; '.join(part.formats)}"
         )
-    if found.table_bytes:
-        # Which of the two it is follows from the memory that is free when the model is loaded.
-        kept = fit(found, max(free_memory(), found.memory_needed(found.context))).keep_table
-        print(
-            f"embedding table: {'kept dequantized' if kept else 'dequantized at each step'} here "
-            f"({decimal(found.table_bytes)})"
-        )
     for context in sorted({min(4096, found.context), found.context}):
         needed = decimal(found.memory_needed(context))
         print(f"needs about {needed} with {context:,} tokens of context")
+    # What loading would decide, by the memory that is free now.
+    try:
+        here = fit(found, free_memory() if given is None else given)
+    except TooLarge as error:
+        print(f"here: {error}")
+        return
+    print(f"here: a context of {here.context:,} tokens")
+    if found.table_bytes:
+        table = "kept dequantized" if here.keep_table else "dequantized at each step"
+        print(f"here: embedding table {table} ({decimal(found.table_bytes)})")
 
 
 def size(given: str | None) -> int | None:

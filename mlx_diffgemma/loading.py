@@ -60,10 +60,8 @@ def load(
     directory = EMBEDDED
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
-    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-        dtype = "float32"
-    found = inspect(directory, dtype)
-    decided = fit(found, free_memory() if max_memory is None else max_memory)
+    dtype = computed_in(dtype)
+    decided = fit(inspect(directory, dtype), free_memory() if max_memory is None else max_memory)
     model = load_model(directory, dtype=dtype)
     model.context = decided.context
     model.generation = model.generation.at(speed)
@@ -73,6 +71,11 @@ def load(
         return model, Tokenizer.from_directory(directory)
     except TokenizerError as error:
         raise CheckpointError(str(error)) from None
+
+
+def computed_in(dtype: DType | None) -> DType | None:
+    """The type that `load` computes in where this one is asked for; None is the stored one."""
+    return "float32" if dtype is None and mx.default_device() == mx.Device(mx.cpu) else dtype
 
 
 def keep_in_memory() -> None:

@@ -78,11 +78,21 @@ def test_the_table_is_on_stdout_and_all_else_on_stderr() -> None:
     assert "ratio" not in quiet.stdout
 
 
+def test_speed_is_measured_as_asked() -> None:
+    """`bench` used to know `faithful` alone."""
+    seen = []
+    for speed in ("faithful", "fast"):
+        done = bench("--prompt-tokens", "40", "--repeats", "3", "--speed", speed, "--json")
+        seen.append(json.loads(done.stdout)["models"][0]["median"]["steps_per_canvas"])
+    assert seen[1] < seen[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--prompt-tokens", "100000"], "does not fit"),
         (["--compare", "no/such/place"], "no/such/place"),
+        (["--max-memory", "5MB"], "the model needs"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments: list[str], said: str) -> None:

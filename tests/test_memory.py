@@ -97,3 +97,18 @@ def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
     assert out.stdout == ""
     assert "are free: " in out.stderr.splitlines()[-1]
     assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("memory", ["1MB", "9MB", "12MB"])
+def test_info_says_what_loading_would_decide(memory: str) -> None:
+    """It used to speak of the stored type, and of a table kept where `load` did not keep it."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "mlx_diffgemma", "info", str(EMBEDDED), "--max-memory", memory],
+        capture_output=True,
+        text=True,
+    )
+    try:
+        decided = f"a context of {load(max_memory=read_size(memory))[0].context:,} tokens"
+    except TooLarge as error:
+        decided = str(error)
+    assert shown.stdout.splitlines()[-1] == f"here: {decided}"
