@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -360,7 +361,7 @@ class Attention(nn.Module):
         still = mx.zeros((layer.head_dim // 2 - layer.rotated_pairs,))
         self._frequencies = mx.concatenate([frequencies, still])
         self._joined = Joined([])
-        self._scales = Derived(self._spread)
+        self._scales = Derived(partial(_spread, self.heads, layer))
         turning = self.heads + layer.num_key_value_heads
         values = 0 if layer.window is None else layer.num_key_value_heads
         self._still = (mx.arange(turning + values) >= turning)[:, None, None]
@@ -377,15 +378,6 @@ class Attention(nn.Module):
     def join(self) -> None:
         """One product instead of three, from now on."""
         self._joined = Joined(self._parts)
-
-    def _spread(self, queries: mx.array, keys: mx.array) -> mx.array:
-        """Scales (heads, head_dim) of heads of queries, of keys and, which have none, of values."""
-        shape = self.layer.num_key_value_heads, self.layer.head_dim
-        parts = [mx.broadcast_to(queries, (self.heads, self.layer.head_dim))]
-        parts.append(mx.broadcast_to(keys, shape))
-        if self.layer.window is not None:
-            parts.append(mx.ones(shape, dtype=keys.dtype))
-        return mx.concatenate(parts)
 
     def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
         batch, length, _ = x.shape
@@ -426,6 +418,15 @@ class Attention(nn.Module):
             # Fused where MLX finds that faster: long prompts on newer chips.
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _spread(heads: int, layer: LayerConfig, queries: mx.array, keys: mx.array) -> mx.array:
+    """Scales (heads, head_dim) of heads of queries, of keys and, which have none, of values."""
+    shape = layer.num_key_value_heads, layer.head_dim
+    parts = [mx.broadcast_to(queries, (heads, layer.head_dim)), mx.broadcast_to(keys, shape)]
+    if layer.window is not None:
+        parts.append(mx.ones(shape, dtype=keys.dtype))
+    return mx.concatenate(parts)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:

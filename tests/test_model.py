@@ -211,6 +211,22 @@ def test_joining_takes_no_memory() -> None:
     assert float(out.stdout) < 1.02
 
 
+def test_a_model_is_freed_at_once() -> None:
+    """Nothing in it refers back to it, so its memory does not wait for the garbage collector."""
+    script = (
+        "import gc, mlx.core as mx\n"
+        "from mlx_diffgemma.loading import EMBEDDED, load_model\n"
+        "gc.disable()\n"
+        "model = load_model(EMBEDDED)\n"
+        "mx.eval(model(mx.array([[1, 2]]), model.make_cache()))\n"
+        "held = mx.get_active_memory()\n"
+        "del model\n"
+        "print(mx.get_active_memory() / held)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 0.02
+
+
 def test_router_takes_the_best_and_weighs_them_to_one() -> None:
     config = Config.from_dict(CONFIG)
     router = Router(config)
