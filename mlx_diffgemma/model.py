@@ -22,6 +22,8 @@ from .errors import Error
 Mask = mx.array | str | None
 # Bytes that the scores of one product of queries and keys may take.
 SCORE_BYTES = 1 << 28
+# Bytes that a block of the embedding table may take where it has to be dequantized.
+TABLE_BYTES = 1 << 26
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
 # to attend to.
 CacheVerb = Callable[[mx.array], mx.array]
@@ -795,8 +797,12 @@ class DiffusionGemma(nn.Module):
 
     def keep_table(self) -> None:
         """Hold the embedding table dequantized, beside its packed form."""
-        (_, self._table), *_ = self.vocabulary(self.config.vocab_size)
-        mx.eval(self._table)
+        width = self.config.hidden_size
+        table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
+        for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
+            table[first : first + len(rows)] = rows
+            mx.eval(table)  # in place: at once, temporaries would be several times as large
+        self._table = table
 
     def vocabulary(self, count: int) -> Iterator[tuple[int, mx.array]]:
         """The embedding table, `count` ids at a time: the first id and rows (count, hidden).

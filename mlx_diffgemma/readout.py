@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from .model import DiffusionGemma
+from .model import TABLE_BYTES, DiffusionGemma
 from .sampler import (
     ANYTHING,
     NEVER,
@@ -26,8 +26,6 @@ from .sampler import (
 # Bytes that one float32 array over a block may take: nine blocks of the real vocabulary and canvas.
 # A step holds about ten such arrays, as MLX runs ahead of the computation by up to two blocks.
 BLOCK_BYTES = 57 << 19
-# Bytes that a block of the embedding table may take where it has to be dequantized.
-TABLE_BYTES = 1 << 26
 # Blocks whose three sums one kernel can join: MLX fuses 24 arrays at most.
 JOINED = 6
 
@@ -129,7 +127,8 @@ def _tokens_at_once(model: DiffusionGemma, positions: int) -> int:
     width = sub_block(model.config.vocab_size)
     tokens = BLOCK_BYTES // (4 * positions)
     if model.dequantizes:
-        tokens = min(tokens, TABLE_BYTES // (4 * model.config.hidden_size))
+        item = model.model.decoder.norm.weight.dtype.size
+        tokens = min(tokens, TABLE_BYTES // (item * model.config.hidden_size))
     return max(tokens // width, 1) * width
 
 

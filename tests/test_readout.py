@@ -152,6 +152,19 @@ def test_fused_kernels_compute_the_same() -> None:
     assert fused.sampled.tolist() == plain.sampled.tolist()  # type: ignore[union-attr]
 
 
+def test_a_kept_table_is_dequantized_in_place() -> None:
+    """Dequantizing it at once took four times its size."""
+    model = untrained(1 << 18, LENGTH)
+    decoder = model.model.decoder
+    decoder.embed_tokens = decoder.embed_tokens.to_quantized(32, 4)
+    mx.eval(model.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    model.keep_table()
+    assert mx.get_active_memory() - before == pytest.approx(4 * 32 << 18, rel=0.01)
+    assert mx.get_peak_memory() - before < 2 * (4 * 32 << 18)
+
+
 def test_memory_of_a_step_does_not_grow_with_the_vocabulary() -> None:
     """Four copies of the logits used to exist at a step's peak."""
     peaks = []
