@@ -47,6 +47,8 @@ def prefilling(
     chunk: int = PREFILL_CHUNK,
 ) -> Generator[int, None, None]:
     """As `prefill`, with a pause after each chunk: how many tokens have been read by now."""
+    for layer in cache:
+        layer.reserve(len(tokens) + model.config.canvas_length)
     for start in range(0, len(tokens), chunk):
         model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
         mx.eval([layer.held for layer in cache])

@@ -23,7 +23,7 @@ Mask = mx.array | str | None
 # Bytes that the scores of one product of queries and keys may take.
 SCORE_BYTES = 1 << 28
 # Bytes that a block of the embedding table may take where it has to be dequantized.
-TABLE_BYTES = 1 << 26
+TABLE_BYTES = 1 << 25
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
 # to attend to.
 CacheVerb = Callable[[mx.array], mx.array]
@@ -204,6 +204,7 @@ class LayerCache:
         self.length = 0
         self.kept = 0
         self._buffer: mx.array | None = None
+        self._room = 0  # tokens that the next larger buffer shall hold at least
 
     @property
     def held(self) -> mx.array | None:
@@ -228,12 +229,25 @@ class LayerCache:
             # Of many rows at once, none keeps its own copy of the context.
             return self._joined(self._buffer, new)
         if self._buffer.shape[2] < end:
-            self._buffer = self._joined(self._buffer, new)
+            self._buffer = self._with_room(self._joined(self._buffer, new))
         else:
             own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
             own[:, :, self.kept : end] = new
             self._buffer = own
         return self._buffer[:, :, :end]
+
+    def reserve(self, count: int) -> None:
+        """That many tokens will come: appending them then copies nothing that is held."""
+        if self.window is None:
+            self._room = self.kept + count
+
+    def _with_room(self, buffer: mx.array) -> mx.array:
+        batch, heads, held, size = buffer.shape
+        if self._room <= held:
+            return mx.contiguous(buffer)
+        room = mx.zeros((batch, heads, self._room, size), dtype=buffer.dtype)
+        room[:, :, :held] = buffer
+        return room
 
     def _joined(self, buffer: mx.array, new: mx.array) -> mx.array:
         kept = buffer[:, :, : self.kept]
@@ -245,10 +259,12 @@ class LayerCache:
         seen = self.read(new)
         self.length += count
         drop = 0 if self.window is None else seen.shape[2] - (self.window - 1)
-        if self._buffer is None or drop > 0:
-            self.hold(self.length, mx.contiguous(seen[:, :, max(drop, 0) :]))
-        else:
-            self.kept += count
+        if drop > 0:
+            self.hold(self.length, mx.contiguous(seen[:, :, drop:]))
+            return seen
+        if self._buffer is None:
+            self._buffer = self._with_room(seen)
+        self.kept += count
         return seen
 
     def mark(self) -> LayerMark:
@@ -268,6 +284,7 @@ class LayerCache:
         """Another that holds the same; memory is shared until one of them writes."""
         other = LayerCache(self.window)
         other.length, other.kept, other._buffer = self.length, self.kept, self._buffer
+        other._room = self._room
         return other
 
     def encoder_mask(self, count: int) -> Mask:
@@ -799,7 +816,7 @@ class DiffusionGemma(nn.Module):
         """Hold the embedding table dequantized, beside its packed form."""
         width = self.config.hidden_size
         table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
-        for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
+        for first, rows in self.vocabulary(TABLE_BYTES // (16 * width)):
             table[first : first + len(rows)] = rows
             mx.eval(table)  # in place: at once, temporaries would be several times as large
         self._table = table

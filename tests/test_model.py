@@ -93,6 +93,23 @@ def test_a_canvas_is_written_behind_the_context_in_place() -> None:
     assert (seen[:, :, -8:] == 2).all()
 
 
+def test_a_long_prompt_is_not_copied_at_each_chunk() -> None:
+    """Each chunk used to copy all that was read into a larger buffer: two of them at a time."""
+    cache = LayerCache(None)
+    chunk = mx.random.normal((1, 4, 1000, 16), key=mx.random.key(0))
+    mx.eval(chunk)
+    cache.reserve(20_000 + 8)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(20):
+        cache.append(chunk)
+        mx.eval(cache.held)
+    mx.eval(cache.read(chunk[:, :, :8]))
+    assert cache.held is not None
+    assert cache.held.shape[2] == cache.length == 20_000
+    assert mx.get_peak_memory() - before < 1.15 * 20_008 * 4 * 16 * 4
+
+
 def test_a_fork_is_not_written_by_the_other() -> None:
     cache = LayerCache(None)
     first = mx.ones((1, 2, 3, 4))
