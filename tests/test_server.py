@@ -633,7 +633,7 @@ def test_schemathesis_finds_no_crash(small: Server, tmp_path: Path) -> None:
             "--checks=not_a_server_error",
             "--max-examples=3",
             "--phases=coverage,fuzzing",
-            "--request-timeout=60",
+            "--request-timeout=240",
             "--seed=1",
         ],
         capture_output=True,
