@@ -124,6 +124,8 @@ class Context:
         kept = self._reusable(agreed)
         departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
         self._restore(kept)
+        for layer in self.cache:
+            layer.reserve(len(tokens) - len(self) + self._model.config.canvas_length)
         for goal in [agreed] * departs + [len(tokens)]:
             while len(self) < goal:
                 self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)

@@ -21,7 +21,7 @@ from .errors import Error
 
 Mask = mx.array | str | None
 # Bytes that the scores of one product of queries and keys may take.
-SCORE_BYTES = 1 << 28
+SCORE_BYTES = 1 << 27
 # Bytes that a block of the embedding table may take where it has to be dequantized.
 TABLE_BYTES = 1 << 25
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
@@ -239,7 +239,7 @@ class LayerCache:
     def reserve(self, count: int) -> None:
         """That many tokens will come: appending them then copies nothing that is held."""
         if self.window is None:
-            self._room = self.kept + count
+            self._room = max(self._room, self.kept + count)
 
     def _with_room(self, buffer: mx.array) -> mx.array:
         batch, heads, held, size = buffer.shape
@@ -436,6 +436,10 @@ class Attention(nn.Module):
             known = keys[:, :, :end], values[:, :, :end]
             # Fused where MLX finds that faster: long prompts on newer chips.
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
+            if rows < count:
+                mx.eval(
+                    parts
+                )  # or several blocks would be under way; there is no hurry in a prompt
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 

@@ -63,6 +63,26 @@ def test_only_what_is_new_is_encoded() -> None:
     assert context.read([9]) == 1
 
 
+def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
+    """The copy of a full layer into a larger buffer, at each chunk, used to grow with the prompt.
+
+    Of three layers the last is not computed, as nobody asks for its output.
+    """
+    model = untrained(20, 8, windows=(6, None, None), context=1 << 15)
+    above = []
+    for length in (1_000, 1_000, 16_000):  # the first compiles
+        context = Context(model)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        context.read([i % 20 for i in range(length)], 64)
+        above.append(mx.get_peak_memory() - before - context.nbytes)
+    scores = 2 * 64 * 16_000 * 4
+    assert above[2] - above[1] < 6 * scores  # attention's, which blocks of queries bound
+    assert context.nbytes > 4e6
+    assert above[2] < context.nbytes / 2 + 6 * scores
+
+
 def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     context = Context(MODEL)
     for count in range(20, 200, 20):
