@@ -13,6 +13,7 @@ import mlx.core as mx
 from .model import TABLE_BYTES, DiffusionGemma
 from .sampler import (
     ANYTHING,
+    APART,
     NEVER,
     Choices,
     Constraint,
@@ -69,7 +70,8 @@ def read_out(
     # One entry a block; sums are relative to exp(the block's peak), so no block waits for another.
     choices: list[Choices] = []
     noisy: list[Choices] = []
-    peaks, masses, slopes, soft = [], [], [], []
+    peaks, masses, slopes = [], [], []
+    soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
     for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
         raw = hidden @ table.T
         allowed = constraint.allowed(first, table.shape[0], shape[1])
@@ -91,16 +93,21 @@ def read_out(
         peaks.append(peak)
         slopes.append(_times_log(weights).sum(axis=-1, keepdims=True))
         if belief:
-            soft.append(chances @ table)
+            if len(soft) == APART:
+                most = highest([each for each, _ in soft])
+                soft = [(most, _mixed(most, *zip(*soft, strict=True)))]
+            soft.append((peak, chances @ table))
         # Computed before the next block is, or the blocks would pile up.
         kept = [vars(each[-1]) for each in (choices, noisy) if each]
-        mx.async_eval(kept, masses[-1], slopes[-1], soft[-1:])  # type: ignore[no-untyped-call]
+        mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
     top = highest(peaks)
     mass = _mass(top, peaks, masses)
     several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))
     slope = [_slope(top, peaks[some], masses[some], slopes[some]) for some in several]
     log_normalizer = _log_normalizer(top, mass)
-    expected = model.scaled(_mixed(log_normalizer, peaks, soft)) if soft else None
+    expected = None
+    if soft:
+        expected = model.scaled(_mixed(log_normalizer, *zip(*soft, strict=True)))
     return Readout(
         choices=merge(choices),
         noisy=merge(noisy) if noisy else None,
@@ -199,9 +206,8 @@ def _entropy(mass: mx.array, slopes: Sequence[mx.array]) -> mx.array:
 
 
 @mx.compile
-def _mixed(
-    log_normalizer: mx.array, peaks: Sequence[mx.array], soft: Sequence[mx.array]
-) -> mx.array:
-    """Expected row of the table (B, L, hidden), of each block's."""
-    parts = [mx.exp(p - log_normalizer) * part for p, part in zip(peaks, soft, strict=True)]
+def _mixed(reference: mx.array, peaks: Sequence[mx.array], soft: Sequence[mx.array]) -> mx.array:
+    """Sums of the table's rows (B, L, hidden), relative to exp(reference); the expected row, where
+    that is the log-normalizer."""
+    parts = [mx.exp(p - reference) * part for p, part in zip(peaks, soft, strict=True)]
     return fold(mx.add, parts).astype(soft[0].dtype)

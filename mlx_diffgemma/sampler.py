@@ -13,6 +13,8 @@ import mlx.core as mx
 Part = TypeVar("Part")
 # A logit of what must not be chosen. Finite, so that 0 * log 0 in an entropy stays 0.
 NEVER = -1e9
+# Blocks of the vocabulary whose parts are held apart before they are joined.
+APART = 12
 
 
 def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float:
@@ -267,15 +269,22 @@ class TwoStage:
         outer = self._outer[..., start : start + mass.shape[-1]]
         found = best(_perturbed(mass, peak, outer), start)
         inside = mx.take_along_axis(grouped, found.tokens[..., None], axis=2)[:, :, 0]
-        mx.async_eval(found.scores, inside)  # type: ignore[no-untyped-call]
+        if len(self._best) == APART:
+            self._inside = [self._inside_best()]
+            self._best = [merge(self._best)]
         self._best.append(found)
         self._inside.append(inside)
+        known = [vars(each) for each in self._best]
+        mx.async_eval(known, self._inside)  # type: ignore[no-untyped-call]
         return mass.sum(axis=-1, keepdims=True)
+
+    def _inside_best(self) -> mx.array:
+        found: mx.array = _of_best([each.scores for each in self._best], self._inside)
+        return found
 
     def tokens(self) -> mx.array:
         number = merge(self._best).tokens[..., 0]
-        inside = _of_best([each.scores for each in self._best], self._inside)
-        score = _perturbed(inside, mx.array(0.0), self._inner)
+        score = _perturbed(self._inside_best(), mx.array(0.0), self._inner)
         return _id_in(number, mx.argmax(score, axis=-1), mx.array(score.shape[-1]))
 
 
