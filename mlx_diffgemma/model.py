@@ -23,7 +23,7 @@ Mask = mx.array | str | None
 # Bytes that the scores of one product of queries and keys may take.
 SCORE_BYTES = 1 << 27
 # Bytes that a block of the embedding table may take where it has to be dequantized.
-TABLE_BYTES = 1 << 25
+TABLE_BYTES = 1 << 26
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
 # to attend to.
 CacheVerb = Callable[[mx.array], mx.array]
@@ -820,7 +820,7 @@ class DiffusionGemma(nn.Module):
         """Hold the embedding table dequantized, beside its packed form."""
         width = self.config.hidden_size
         table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
-        for first, rows in self.vocabulary(TABLE_BYTES // (16 * width)):
+        for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
             table[first : first + len(rows)] = rows
             mx.eval(table)  # in place: at once, temporaries would be several times as large
         self._table = table
