@@ -244,7 +244,7 @@ class LayerCache:
     def _with_room(self, buffer: mx.array) -> mx.array:
         batch, heads, held, size = buffer.shape
         if self._room <= held:
-            return mx.contiguous(buffer)
+            return buffer
         room = mx.zeros((batch, heads, self._room, size), dtype=buffer.dtype)
         room[:, :, :held] = buffer
         return room
@@ -263,7 +263,7 @@ class LayerCache:
             self.hold(self.length, mx.contiguous(seen[:, :, drop:]))
             return seen
         if self._buffer is None:
-            self._buffer = self._with_room(seen)
+            self._buffer = mx.contiguous(self._with_room(seen))
         self.kept += count
         return seen
 
