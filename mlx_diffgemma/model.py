@@ -297,11 +297,16 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class View:
-    """What the first `rows` rows not yet served attend to: their mask and cache verb."""
+    """What the first `rows` rows not yet served attend to: their mask and cache verb.
+
+    Where attention is computed in blocks of queries, `waits` says to compute each before the next
+    is begun, or several would be under way.
+    """
 
     rows: int
     mask: Mask
     verb: CacheVerb
+    waits: bool = False
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
@@ -436,10 +441,8 @@ class Attention(nn.Module):
             known = keys[:, :, :end], values[:, :, :end]
             # Fused where MLX finds that faster: long prompts on newer chips.
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
-            if rows < count:
-                mx.eval(
-                    parts
-                )  # or several blocks would be under way; there is no hurry in a prompt
+            if view.waits and rows < count:
+                mx.eval(parts)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
@@ -755,14 +758,15 @@ class DiffusionGemma(nn.Module):
     def encode(self, tokens: mx.array, cache: list[LayerCache]) -> mx.array:
         """Append (B, T) ids to the cache, causally -> hidden states (B, T, hidden).
 
-        Lazy: nobody who only evaluates the cache pays for the last layer's experts.
+        Nobody who only evaluates the cache pays for the last layer's attention and experts.
         """
         x = self.embed(tokens)
         rotations = self._rotations([cache[0].length], tokens.shape[1])
         scalars = self.model.encoder["language_model"]["layers"]
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             mask = layer.encoder_mask(tokens.shape[1])
-            view = View(tokens.shape[0], mask, layer.append)
+            # Nothing is waited for in the last layer: its output may not be wanted.
+            view = View(tokens.shape[0], mask, layer.append, waits=layer is not cache[-1])
             x = block(x, [view], rotations[block.self_attn.layer], own["layer_scalar"])
         return self.model.decoder.norm(x)
 
