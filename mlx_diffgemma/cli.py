@@ -863,7 +863,7 @@ def info(
     from .checkpoint import resolve
     from .info import inspect
     from .loading import computed_in
-    from .memory import TooLarge, fit, free_memory
+    from .memory import TooLarge, fit
 
     given = size(max_memory)
     found = inspect(resolve(model, revision=revision), computed_in(dtype))
@@ -885,7 +885,7 @@ def info(
         print(f"needs about {needed} with {context:,} tokens of context")
     # What loading would decide, by the memory that is free now.
     try:
-        here = fit(found, free_memory() if given is None else given)
+        here = fit(found, given)
     except TooLarge as error:
         print(f"here: {error}")
         return

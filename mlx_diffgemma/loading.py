@@ -18,7 +18,7 @@ from .checkpoint import (
 )
 from .config import GenerationConfig, Speed
 from .info import inspect
-from .memory import fit, free_memory
+from .memory import fit
 from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
 from .tokenizer import Tokenizer, TokenizerError
 
@@ -61,7 +61,7 @@ def load(
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
-    decided = fit(inspect(directory, dtype), free_memory() if max_memory is None else max_memory)
+    decided = fit(inspect(directory, dtype), max_memory)
     model = load_model(directory, dtype=dtype)
     model.context = decided.context
     model.generation = model.generation.at(speed)

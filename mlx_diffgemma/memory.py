@@ -34,12 +34,14 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fit(found: Info, memory: int) -> Fit:
-    """Run a model in so many bytes.
+def fit(found: Info, memory: int | None) -> Fit:
+    """Run a model in so many bytes; None is what is free.
 
     Raises:
         TooLarge: not even one canvas behind a short prompt fits; says what would.
     """
+    if memory is None:
+        memory = free_memory()
     fixed = found.memory_needed(0)
     context = found.context
     if found.cache_bytes_per_token:
