@@ -227,13 +227,13 @@ class LayerCache:
         end = self.kept + new.shape[2]
         if len(new) != len(self._buffer):
             # Of many rows at once, none keeps its own copy of the context.
-            return self._joined(self._buffer, new)
+            kept = self._buffer[:, :, : self.kept]
+            return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
         if self._buffer.shape[2] < end:
-            self._buffer = self._with_room(self._joined(self._buffer, new))
-        else:
-            own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
-            own[:, :, self.kept : end] = new
-            self._buffer = own
+            self._buffer = self._with_room(self._buffer[:, :, : self.kept], end)
+        own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
+        own[:, :, self.kept : end] = new
+        self._buffer = own
         return self._buffer[:, :, :end]
 
     def reserve(self, count: int) -> None:
@@ -241,17 +241,12 @@ class LayerCache:
         if self.window is None:
             self._room = max(self._room, self.kept + count)
 
-    def _with_room(self, buffer: mx.array) -> mx.array:
-        batch, heads, held, size = buffer.shape
-        if self._room <= held:
-            return buffer
-        room = mx.zeros((batch, heads, self._room, size), dtype=buffer.dtype)
-        room[:, :, :held] = buffer
-        return room
-
-    def _joined(self, buffer: mx.array, new: mx.array) -> mx.array:
-        kept = buffer[:, :, : self.kept]
-        return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
+    def _with_room(self, kept: mx.array, count: int) -> mx.array:
+        """A buffer that begins with what is kept and has room for `count` tokens at least."""
+        batch, heads, length, size = kept.shape
+        buffer = mx.zeros((batch, heads, max(self._room, count), size), dtype=kept.dtype)
+        buffer[:, :, :length] = kept
+        return buffer
 
     def append(self, new: mx.array) -> mx.array:
         """As `read`, and keep them for later calls."""
@@ -263,7 +258,7 @@ class LayerCache:
             self.hold(self.length, mx.contiguous(seen[:, :, drop:]))
             return seen
         if self._buffer is None:
-            self._buffer = mx.contiguous(self._with_room(seen))
+            self._buffer = self._with_room(seen, count)
         self.kept += count
         return seen
 
