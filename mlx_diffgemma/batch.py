@@ -88,7 +88,7 @@ class Batch(Generic[Item]):
         lengths = {asked.canvas.shape[1] for asked in passes.values()}
         for length in lengths:
             keys = [key for key, asked in passes.items() if asked.canvas.shape[1] == length]
-            hidden = self._model.decode([passes[key] for key in keys])
+            hidden = self._model.decode([passes[key] for key in keys], mx.async_eval)
             self._hidden |= dict(zip(keys, hidden, strict=True))
 
 

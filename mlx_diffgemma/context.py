@@ -50,7 +50,8 @@ def prefilling(
     for layer in cache:
         layer.reserve(len(tokens) + model.config.canvas_length)
     for start in range(0, len(tokens), chunk):
-        model.encode(mx.array([list(tokens[start : start + chunk])]), cache)
+        some = mx.array([list(tokens[start : start + chunk])])
+        model.encode(some, cache, evaluate=mx.eval)
         mx.eval([layer.held for layer in cache])
         mx.clear_cache()
         yield min(start + chunk, len(tokens))

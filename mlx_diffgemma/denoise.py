@@ -77,7 +77,7 @@ def drive(model: DiffusionGemma, run: Run[Item, object]) -> Generator[Item, None
             item = run.send(answer)
             answer = None
             if isinstance(item, Pass):
-                answer = model.decode([item])[0]
+                answer = model.decode([item], mx.async_eval)[0]
             else:
                 yield item
 

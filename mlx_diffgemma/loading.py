@@ -66,7 +66,7 @@ def load(
     model.context = decided.context
     model.generation = model.generation.at(speed)
     if decided.keep_table:
-        model.keep_table()
+        model.keep_table(mx.eval)
     try:
         return model, Tokenizer.from_directory(directory)
     except TokenizerError as error:
@@ -105,7 +105,7 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
     model.load_weights(list(weights.items()))
     del weights
     model.join()
-    mx.eval(model.parameters())
+    mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
 

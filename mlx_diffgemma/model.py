@@ -27,6 +27,10 @@ TABLE_BYTES = 1 << 26
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
 # to attend to.
 CacheVerb = Callable[[mx.array], mx.array]
+# What a caller does with arrays on the way: `mx.eval` bounds memory, `mx.async_eval` computes while
+# the graph of later layers is being built. The model itself only builds graphs, so that `mx.grad`
+# and `mx.compile` may go through it.
+Evaluate = Callable[[mx.array], None]
 
 
 class ConfigError(Error):
@@ -290,18 +294,22 @@ class LayerCache:
         return (ahead >= 0) & (ahead < self.window)
 
 
+# Of a layer's cache and a number of new tokens: what these see, causal or (T, kept + T).
+EncoderMask = Callable[[LayerCache, int], Mask]
+
+
 @dataclass(frozen=True)
 class View:
     """What the first `rows` rows not yet served attend to: their mask and cache verb.
 
-    Where attention is computed in blocks of queries, `waits` says to compute each before the next
-    is begun, or several would be under way.
+    Where attention is computed in blocks of queries, `evaluate` is called with each block before
+    the next is begun, or several would be under way.
     """
 
     rows: int
     mask: Mask
     verb: CacheVerb
-    waits: bool = False
+    evaluate: Evaluate | None = None
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
@@ -340,17 +348,29 @@ class Joined:
 
 
 class Derived:
-    """An array made of parameters, and kept until one of them is replaced."""
+    """An array made of parameters, kept once for those that stay as they are.
+
+    A forward pass keeps nothing: within `mx.grad` and `mx.compile` its arrays are placeholders.
+    """
 
     def __init__(self, make: Callable[..., mx.array]):
         self._make = make
         self._of: tuple[mx.array, ...] = ()
         self._made: mx.array | None = None
 
+    def keep(self, *own: mx.array) -> None:
+        """Make it of these parameters, from now on only where they are replaced."""
+        self._of, self._made = own, self._make(*own)
+
+    @property
+    def made(self) -> list[mx.array]:
+        """What is kept, if anything."""
+        return [] if self._made is None else [self._made]
+
     def __call__(self, *own: mx.array) -> mx.array:
         """Of these parameters, as `make` makes it."""
         if self._made is None or any(a is not b for a, b in zip(own, self._of, strict=True)):
-            self._of, self._made = own, self._make(*own)
+            return self._make(*own)
         return self._made
 
 
@@ -395,8 +415,14 @@ class Attention(nn.Module):
         return [self.q_proj, self.k_proj, *([] if self.layer.window is None else [self.v_proj])]
 
     def join(self) -> None:
-        """One product instead of three, from now on."""
+        """One product instead of three, and scales put together, from now on."""
         self._joined = Joined(self._parts)
+        self._scales.keep(self.q_norm.weight, self.k_norm.weight)
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """What a forward pass needs beside the parameters."""
+        return [self._frequencies, self._still, *self._scales.made]
 
     def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
         batch, length, _ = x.shape
@@ -436,8 +462,8 @@ class Attention(nn.Module):
             known = keys[:, :, :end], values[:, :, :end]
             # Fused where MLX finds that faster: long prompts on newer chips.
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
-            if view.waits and rows < count:
-                mx.eval(parts)
+            if view.evaluate is not None and rows < count:
+                view.evaluate(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
@@ -555,6 +581,7 @@ class Router(nn.Module):
         """Expert ids and weights, (..., top_k) each; weights add up to one."""
         scores = self.proj(x).astype(mx.float32)
         top = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        top = mx.stop_gradient(top)  # ids have no gradient, and MLX asks for one
         # A softmax over the chosen equals a softmax over all, renormalised over the chosen.
         return top, mx.softmax(mx.take_along_axis(scores, top, axis=-1), axis=-1)
 
@@ -650,14 +677,30 @@ class Block(nn.Module):
         self.eps = eps
         self._scales = Derived(_stacked)
 
+    @property
+    def _three(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Scales of the norms before the feed-forward layer: of MLP, experts and router."""
+        norms = self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
+        return norms[0].weight, norms[1].weight, self.router.scale
+
+    def join(self) -> None:
+        """Products of one input become one product, and scales are put together."""
+        self.self_attn.join()
+        self.mlp.join()
+        self._scales.keep(*self._three)
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """What a forward pass needs beside the parameters."""
+        return [*self.self_attn.constants, *self._scales.made]
+
     def __call__(
         self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
     ) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), views, rotation)
         x = x + self.post_attention_layernorm(attended)
         # Three norms of one input are one norm and one product with three scales.
-        norms = self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
-        scales = self._scales(*(norm.weight for norm in norms), self.router.scale)
+        scales = self._scales(*self._three)
         to_mlp, to_experts, to_router = rms_norm(x, self.eps) * scales
         dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
         routed = self.experts(to_experts, *self.router(to_router), self.router.per_expert_scale)
@@ -699,14 +742,37 @@ class Decoder(nn.Module):
         self.self_conditioning = SelfConditioning(config)
 
 
+class LayerScalar(nn.Module):
+    """What the encoder has of its own in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class LanguageModel(nn.Module):
+    """The encoder's layers, as far as they are not the decoder's."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layers = [LayerScalar() for _ in config.layers]
+
+
+class Encoder(nn.Module):
+    """`language_model`, as the checkpoint names it; the vision tower would stand beside it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.language_model = LanguageModel(config)
+
+
 class Backbone(nn.Module):
     """`decoder` and `encoder` as the checkpoint names them; the encoder owns only its scalars."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.decoder = Decoder(config)
-        scalars = [{"layer_scalar": mx.ones((1,))} for _ in config.layers]
-        self.encoder = {"language_model": {"layers": scalars}}
+        self.encoder = Encoder(config)
 
 
 @dataclass(frozen=True)
@@ -750,26 +816,43 @@ class DiffusionGemma(nn.Module):
         # The reference rounds the factor to the embedding's type.
         return embedded * mx.array(self.config.hidden_size**0.5, dtype=embedded.dtype)
 
-    def encode(self, tokens: mx.array, cache: list[LayerCache]) -> mx.array:
-        """Append (B, T) ids to the cache, causally -> hidden states (B, T, hidden).
+    def encode(
+        self,
+        tokens: mx.array,
+        cache: list[LayerCache],
+        input_embeddings: mx.array | None = None,
+        *,
+        mask: EncoderMask = LayerCache.encoder_mask,
+        evaluate: Evaluate | None = None,
+    ) -> mx.array:
+        """Append (B, T) ids to the cache -> hidden states (B, T, hidden).
 
         Nobody who only evaluates the cache pays for the last layer's attention and experts.
+
+        Args:
+            tokens: ids.
+            cache: written.
+            input_embeddings: (B, T, hidden) to take in place of `embed(tokens)`.
+            mask: what each layer's new tokens see, given its cache and their number; causal, and
+                within the window of a sliding layer, by default.
+            evaluate: called with parts of long prompts, so that their scores do not pile up.
         """
-        x = self.embed(tokens)
-        rotations = self._rotations([cache[0].length], tokens.shape[1])
-        scalars = self.model.encoder["language_model"]["layers"]
+        x = self.embed(tokens) if input_embeddings is None else input_embeddings
+        rotations = self._rotations([cache[0].length], x.shape[1])
+        scalars = self.model.encoder.language_model.layers
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
-            mask = layer.encoder_mask(tokens.shape[1])
-            # Nothing is waited for in the last layer: its output may not be wanted.
-            view = View(tokens.shape[0], mask, layer.append, waits=layer is not cache[-1])
-            x = block(x, [view], rotations[block.self_attn.layer], own["layer_scalar"])
+            # Nothing is evaluated in the last layer: its output may not be wanted.
+            on_the_way = None if layer is cache[-1] else evaluate
+            view = View(x.shape[0], mask(layer, x.shape[1]), layer.append, on_the_way)
+            x = block(x, [view], rotations[block.self_attn.layer], own.layer_scalar)
         return self.model.decoder.norm(x)
 
-    def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
+    def decode(self, passes: Sequence[Pass], evaluate: Evaluate | None = None) -> list[mx.array]:
         """Hidden states (B, L, hidden) of each pass's canvases; all have the same L.
 
         Every canvas position sees the whole canvas and, of its cache, all that is held: in a
-        sliding layer the last `window - 1` tokens. Passes do not see each other.
+        sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
+        called with each layer's output.
         """
         canvas, belief = passes[0].canvas, passes[0].belief
         if len(passes) > 1:
@@ -788,8 +871,8 @@ class DiffusionGemma(nn.Module):
             layers = [(len(each.canvas), each.cache[i]) for each in passes]
             views = [View(rows, None, layer.read) for rows, layer in layers]
             x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
-            # Layers are computed while the graphs of later ones are being built.
-            mx.async_eval(x)  # type: ignore[no-untyped-call]
+            if evaluate is not None:
+                evaluate(x)
         x = self.model.decoder.norm(x)
         if len(passes) == 1:
             return [x]
@@ -803,11 +886,17 @@ class DiffusionGemma(nn.Module):
 
     def join(self) -> None:
         """Products of one input become one product; for weights that stay as they are."""
-        decoder = self.model.decoder
-        for block in decoder.layers:
-            block.self_attn.join()
-            block.mlp.join()
-        decoder.self_conditioning.join()
+        for block in self.model.decoder.layers:
+            block.join()
+        self.model.decoder.self_conditioning.join()
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """Arrays beside the parameters that a forward pass needs, to be evaluated with them.
+
+        What stays lazy belongs to the thread that made it, and fails in any other.
+        """
+        return [array for block in self.model.decoder.layers for array in block.constants]
 
     @property
     def dequantizes(self) -> bool:
@@ -815,13 +904,16 @@ class DiffusionGemma(nn.Module):
         quantized = isinstance(self.model.decoder.embed_tokens, nn.QuantizedEmbedding)
         return quantized and self._table is None
 
-    def keep_table(self) -> None:
-        """Hold the embedding table dequantized, beside its packed form."""
+    def keep_table(self, evaluate: Evaluate) -> None:
+        """Hold the embedding table dequantized, beside its packed form.
+
+        `evaluate` is called with the table after each block of it.
+        """
         width = self.config.hidden_size
         table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
         for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
             table[first : first + len(rows)] = rows
-            mx.eval(table)  # in place: at once, temporaries would be several times as large
+            evaluate(table)  # in place: at once, temporaries would be several times as large
         self._table = table
 
     def vocabulary(self, count: int) -> Iterator[tuple[int, mx.array]]:

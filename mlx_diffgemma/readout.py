@@ -99,7 +99,8 @@ def read_out(
             soft.append((peak, chances @ table))
         # Computed before the next block is, or the blocks would pile up.
         kept = [vars(each[-1]) for each in (choices, noisy) if each]
-        mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
+        drawn = [] if picker is None else picker.held
+        mx.async_eval(kept, drawn, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
     top = highest(peaks)
     mass = _mass(top, peaks, masses)
     several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))

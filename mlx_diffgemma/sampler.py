@@ -223,6 +223,10 @@ class Picker(Protocol):
         Answers their sum (B, L, 1).
         """
 
+    @property
+    def held(self) -> list[mx.array]:
+        """What is kept of the blocks so far, for the caller to evaluate."""
+
     def tokens(self) -> mx.array:
         """The ids drawn, (B, L)."""
 
@@ -274,9 +278,11 @@ class TwoStage:
             self._best = [merge(self._best)]
         self._best.append(found)
         self._inside.append(inside)
-        known = [vars(each) for each in self._best]
-        mx.async_eval(known, self._inside)  # type: ignore[no-untyped-call]
         return mass.sum(axis=-1, keepdims=True)
+
+    @property
+    def held(self) -> list[mx.array]:
+        return [*self._inside, *(a for each in self._best for a in (each.scores, each.tokens))]
 
     def _inside_best(self) -> mx.array:
         found: mx.array = _of_best([each.scores for each in self._best], self._inside)

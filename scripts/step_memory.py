@@ -33,7 +33,7 @@ def main() -> None:
         write_small(directory, 1, arguments.hidden, arguments.vocabulary, "quantized")
         model = load_model(directory, dtype="float32")
         if arguments.kept:
-            model.keep_table()
+            model.keep_table(mx.eval)
         context = Context(model)
         context.read(list(range(64)))
         mx.clear_cache()

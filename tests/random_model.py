@@ -48,7 +48,7 @@ class Scripted(DiffusionGemma):
         self._next = 0
         self._beliefs: list[mx.array] = []
 
-    def decode(self, passes: Sequence[Pass]) -> list[mx.array]:
+    def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
         """Of each position the wanted token, one-hot, or zeros."""
         (asked,) = passes
         if asked.belief is None:

@@ -307,10 +307,9 @@ def test_what_is_made_of_weights_is_made_anew_with_them() -> None:
         return model(CANVAS, cache)
 
     before = logits()
-    made = block._scales._made, block.self_attn._scales._made
+    made = block.constants
     assert mx.array_equal(logits(), before)
-    assert made[0] is block._scales._made
-    assert made[1] is block.self_attn._scales._made
+    assert all(a is b for a, b in zip(made, block.constants, strict=True))
     norm, scale = block.pre_feedforward_layernorm, block.router.scale
     for change in (
         {"router": {"scale": scale[::-1]}},

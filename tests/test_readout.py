@@ -133,7 +133,7 @@ def test_other_types_and_quantized_tables(kind: str) -> None:
     assert close(seen.entropy, entropy(logits), within)
     assert close(seen.belief.astype(mx.float32), soft_embedding(model, logits), within)
     if model.dequantizes:
-        model.keep_table()
+        model.keep_table(mx.eval)
         assert not model.dequantizes
         kept = read_out(model, hidden, 0.7, ForbidFirst((1,)), belief=True)
         assert close(kept.entropy, seen.entropy, 1e-5)
@@ -162,7 +162,7 @@ def test_a_kept_table_is_dequantized_in_place() -> None:
     mx.eval(model.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    model.keep_table()
+    model.keep_table(mx.eval)
     assert mx.get_active_memory() - before == pytest.approx(4 * 32 << 18, rel=0.01)
     assert mx.get_peak_memory() - before < 2 * (4 * 32 << 18)
 

@@ -23,11 +23,11 @@ TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 class Stepping(DiffusionGemma):
     """Waits for leave before each pass, and keeps how many rows each pass has had."""
 
-    def decode(self, passes: Any) -> Any:
+    def decode(self, passes: Any, evaluate: Any = None) -> Any:
         self.sizes.append([len(each.canvas) for each in passes])
         if not self.leave.acquire(timeout=20):
             raise AssertionError("nobody gave leave")
-        return super().decode(passes)
+        return super().decode(passes, evaluate)
 
 
 class Asked:
