@@ -37,8 +37,8 @@ class Scripted(DiffusionGemma):
     """Writes the canvases of `script` in turn, each until it is stable.
 
     None in a canvas is a position where all tokens are equally likely, so that it never converges.
-    Hidden states are one-hot, as the embedding is, so `_beliefs`, which collects what the model was
-    given for self-conditioning, are probabilities times a constant.
+    Hidden states are rows of the embedding. `_beliefs` collects what the model was given for
+    self-conditioning.
     """
 
     script: Sequence[Sequence[int | None]]
@@ -49,7 +49,7 @@ class Scripted(DiffusionGemma):
         self._beliefs: list[mx.array] = []
 
     def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
-        """Of each position the wanted token, one-hot, or zeros."""
+        """Of each position the wanted token's embedding, or zeros."""
         (asked,) = passes
         if asked.belief is None:
             self._now = self.script[self._next]
@@ -62,8 +62,13 @@ class Scripted(DiffusionGemma):
         return [self.embedding(mx.array([[t or 0 for t in ids]])) * sure]
 
 
-def scripted(kind: type[Scripted] = Scripted) -> Scripted:
-    """For the small model's vocabulary and canvas; its embedding is one-hot."""
-    model: Scripted = untrained(768, 64, width=768, kind=kind)
-    model.model.decoder.embed_tokens.weight = mx.eye(768)
+def scripted(kind: type[Scripted] = Scripted, *, one_hot: bool = False) -> Scripted:
+    """For the small model's vocabulary and canvas; its embedding is a code of random signs.
+
+    One-hot, which takes six times as long, beliefs are probabilities times a constant.
+    """
+    width = 768 if one_hot else 128
+    model: Scripted = untrained(768, 64, width=width, kind=kind)
+    signs = mx.random.bernoulli(shape=(768, width), key=mx.random.key(0)) * 2.0 - 1.0
+    model.model.decoder.embed_tokens.weight = mx.eye(768) if one_hot else signs / width**0.5
     return model

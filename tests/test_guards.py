@@ -55,7 +55,7 @@ def test_an_empty_answer_is_tried_again() -> None:
 
 def test_the_forbidden_end_reaches_self_conditioning() -> None:
     """Masked only when sampling, the belief would go on telling the model to end at once."""
-    model = scripted()
+    model = scripted(one_hot=True)
     model.begin([END], [END, *ids("ello")])
     guards = Guards(not_converged=False)
     list(stream_generate(model, TOKENIZER, "x", seed=0, guards=guards))

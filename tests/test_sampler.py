@@ -84,7 +84,8 @@ def test_two_stage_draws_follow_the_weights_whatever_the_blocks(block: int) -> N
 
 
 @settings(deadline=None)  # the first call compiles
-@given(st.integers(0, 2**32 - 1), st.integers(2, 1000))
+# A vocabulary is a constant of the kernel: each other one is built anew.
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 64, 1000]))
 def test_seeded_draws_repeat_and_stay_in_the_vocabulary(seed: int, vocab: int) -> None:
     first, again = SeededDraws(seed, vocab), SeededDraws(seed, vocab)
     tokens = [first.tokens((1, 50)).tolist(), first.tokens((1, 50)).tolist()]
