@@ -566,7 +566,11 @@ def exported(
             continue
         shapes[mine] = shape_of[other]
         if mine in made:
-            node, match = made[mine], other_made[other]
+            node = made[mine]
+            if node.name == "StopGradient":  # which the export leaves out
+                pairs.append((node.inputs[0], other))
+                continue
+            match = other_made[other]
             node.arguments = match.arguments
             pairs += zip(node.inputs, match.inputs, strict=True)
             pairs += zip(node.outputs, match.outputs, strict=True)
