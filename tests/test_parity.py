@@ -143,6 +143,9 @@ def test_random_checkpoint(case: Case, tmp_path: Path) -> None:
         sampler={**case.sampler, "max_new_tokens": 24 * case.canvases},
     )
     model = load_model(tmp_path, dtype="float32")
+    theirs = reference.config.text_config  # a wrong default of eps is too small to be seen below
+    assert model.config.rms_norm_eps == theirs.rms_norm_eps
+    assert model.config.final_logit_softcapping == theirs.final_logit_softcapping
     rng = random.Random(case.name)
     prompt = [rng.randrange(97) for _ in range(case.prompt)]
     run = record(reference, prompt, seed=1)
