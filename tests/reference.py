@@ -20,6 +20,10 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
 from mlx_diffgemma.sampler import Choices, best, merge
 
+# The models here are so small that threads would mostly wait for each other.
+torch.set_num_threads(1)
+
+STEPS = 8  # of a canvas, unless the stop rule fires
 NO_EOS = 10**6  # an end token that no vocabulary here has
 
 # Small enough that a run takes a second, wide enough that no two dimensions agree by accident.
@@ -50,7 +54,7 @@ VISION = {
     "position_embedding_size": 16,
 }
 SAMPLER = {
-    "max_denoising_steps": 12,
+    "max_denoising_steps": STEPS,
     "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
     "t_min": 0.4,
     "t_max": 0.8,
@@ -73,12 +77,14 @@ def random_checkpoint(
     canvas: int = 24,
     shipped_dialect: bool = True,
     seed: int = 0,
+    absent: tuple[str, ...] = (),
     text: dict[str, Any] | None = None,
     sampler: dict[str, Any] | None = None,
 ) -> DiffusionGemmaForBlockDiffusion:
     """Write a checkpoint with lively random weights as transformers does; the model stays here.
 
-    `shipped_dialect` rewrites config.json to the keys of the published checkpoint.
+    `shipped_dialect` rewrites config.json to the keys of the published checkpoint; `absent` names
+    keys that it then leaves out.
     """
     torch.manual_seed(seed)
     text_config = {**TEXT, **(text or {}), "num_hidden_layers": len(pattern)}
@@ -112,13 +118,19 @@ def random_checkpoint(
         saved["text_config"].pop("per_layer_config")
         for key in ("global_head_dim", "num_global_key_value_heads"):
             saved["text_config"][key] = text_config[key]
+        for key in absent:
+            saved["text_config"].pop(key, None)  # transformers leaves some defaults out itself
         path.write_text(json.dumps(saved))
     return model
 
 
 @dataclass
 class Run:
-    """What a run of the reference drew and did, a list entry a draw or step."""
+    """What a run of the reference drew and did, a list entry a draw or step.
+
+    `tempered` are the logits divided by the step's temperature; `ends` counts the steps up to the
+    end of each canvas.
+    """
 
     token_draws: list[np.ndarray] = field(default_factory=list)
     gumbel_draws: list[np.ndarray] = field(default_factory=list)
@@ -126,6 +138,8 @@ class Run:
     canvas: list[np.ndarray] = field(default_factory=list)
     argmax: list[np.ndarray] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
+    tempered: list[np.ndarray] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
     tokens_per_forward: float = 0.0
 
@@ -175,7 +189,8 @@ class _Streamer:
         self.run = run
 
     def put(self, value: torch.Tensor) -> None:
-        pass
+        if self.run.argmax:  # the prompt is put too, before the first step
+            self.run.ends.append(len(self.run.argmax))
 
     def put_draft(self, value: torch.Tensor) -> None:
         self.run.argmax.append(value.numpy().copy())
@@ -194,6 +209,7 @@ def record(
     """
     run = Run()
     randint, multinomial = torch.randint, torch.multinomial
+    accept = generation.EntropyBoundSampler.accept_canvas
     renoise = generation.EntropyBoundSampler.renoise_canvas
     forward = type(model).forward
 
@@ -211,6 +227,12 @@ def record(
         run.gumbel_draws.append(-torch.log(q).numpy()[None])
         return drawn
 
+    def spy_accept(
+        self: Any, canvas: torch.Tensor, sampled: torch.Tensor, logits: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        run.tempered.append(logits.numpy().copy())
+        return accept(self, canvas, sampled, logits, step)
+
     def spy_renoise(self: Any, accepted: torch.Tensor, step: int) -> torch.Tensor:
         canvas = renoise(self, accepted, step)
         run.accepted.append(self.accepted_token_mask.numpy().copy())
@@ -224,12 +246,14 @@ def record(
 
     torch.manual_seed(seed)
     torch.randint, torch.multinomial = spy_randint, spy_multinomial
+    generation.EntropyBoundSampler.accept_canvas = spy_accept
     generation.EntropyBoundSampler.renoise_canvas = spy_renoise
     type(model).forward = spy_forward
     try:
         out = model.generate(torch.tensor([prompt]), streamer=_Streamer(run), **flags)
     finally:
         torch.randint, torch.multinomial = randint, multinomial
+        generation.EntropyBoundSampler.accept_canvas = accept
         generation.EntropyBoundSampler.renoise_canvas = renoise
         type(model).forward = forward
     run.sequence = out.sequences[0, len(prompt) :].tolist()

@@ -37,8 +37,8 @@ from mlx_diffgemma.model import (
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 CONFIG = json.loads((SUDOKU / "config.json").read_text())
-PROMPT = [random.Random(0).randrange(128) for _ in range(90)]
-CANVAS = mx.array([[random.Random(1).randrange(128) for _ in range(48)]])
+PROMPT = random.Random(0).choices(range(128), k=90)
+CANVAS = mx.array([random.Random(1).choices(range(128), k=48)])
 
 
 def windowed(window: int) -> DiffusionGemma:

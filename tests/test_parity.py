@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import Replay, Run, random_checkpoint, record
+import torch
+from reference import STEPS, Replay, Run, random_checkpoint, record
 from slow import soft_embedding
+from torch.distributions import Categorical
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )
@@ -19,7 +21,7 @@ from mlx_diffgemma.denoise import Snapshot
 from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.sampler import Draws, temperature
+from mlx_diffgemma.sampler import Draws
 from mlx_diffgemma.tokenizer import Tokenizer
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -27,7 +29,10 @@ SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 
 @dataclass(frozen=True)
 class Case:
-    """A random checkpoint, a prompt length and how to run them."""
+    """A random checkpoint, a prompt length and how to run them.
+
+    The name says what fails the case when it is wrong: each was seen to, by breaking that.
+    """
 
     name: str
     pattern: str
@@ -36,47 +41,61 @@ class Case:
     chunk: int = 10_000
     shipped_dialect: bool = True
     seed: int = 0  # chosen where the stop rule must fire before the last step
+    stops: bool = False
+    absent: tuple[str, ...] = ()
     text: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
 
 
+def bound(entropy: float) -> dict[str, Any]:
+    """The entropy-bound sampler's settings."""
+    return {"sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": entropy}}
+
+
+def window(tokens: int) -> dict[str, Any]:
+    """A short sliding window."""
+    return {"sliding_window": tokens}
+
+
 # Random weights are never sure of themselves: let the rule fire on a cold, quickly settled canvas.
-STOPS = {
-    "confidence_threshold": 1.0,
-    "t_min": 0.05,
-    "t_max": 0.1,
-    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 50.0},
-}
+STOPS = {"confidence_threshold": 1.0, "t_min": 0.05, "t_max": 0.1, **bound(50.0)}
 CASES = [
-    Case("one full layer", "f", 9),
-    Case("two layers", "sf", 20),
-    Case("re-saved dialect", "ssf", 20, shipped_dialect=False),
-    Case("window smaller than the prompt", "ssf", 30, text={"sliding_window": 16}),
-    Case("prompt of more than three windows", "ssfsf", 75, text={"sliding_window": 20}),
-    Case("prompt ends at the window", "sf", 16, text={"sliding_window": 16}),
-    Case("window of two tokens", "sf", 12, text={"sliding_window": 2}),
-    Case("chunked prefill", "ssf", 75, chunk=7, text={"sliding_window": 20}),
-    Case("chunks larger than the window", "sssf", 75, chunk=33, text={"sliding_window": 8}),
-    Case("two key-value heads in full layers", "sfsf", 33, text={"num_global_key_value_heads": 2}),
-    Case("one key-value head everywhere", "ssf", 33, text={"num_key_value_heads": 1}),
-    Case("seven layers", "ssssssf", 40, text={"sliding_window": 24}),
-    Case("three canvases", "ssf", 21, canvases=3, text={"sliding_window": 32}),
-    Case(
-        "three canvases, chunked, re-saved dialect",
-        "sfsf",
-        50,
-        canvases=3,
-        chunk=5,
-        shipped_dialect=False,
-        text={"sliding_window": 9},
-    ),
-    Case("stop rule fires", "ssf", 21, canvases=2, seed=13, sampler=STOPS),
-    Case("stop after three", "sf", 21, seed=5, sampler={**STOPS, "stability_threshold": 3}),
-    Case("stop without stability", "sf", 21, sampler={**STOPS, "stability_threshold": 0}),
-    Case("loose entropy bound", "ssf", 21, sampler={
-        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 6.0}}),
-    Case("all experts", "ssf", 21, text={"top_k_experts": 6}),
-    Case("rope factors", "ssf", 40, text={"rope_parameters": {
+    Case("attention scale of a full layer", "f", 9),
+    Case("value norm and self-conditioning", "sf", 20),
+    Case("encoder scalars, re-saved dialect", "ssf", 20, shipped_dialect=False),
+    Case("causal", "sssf", 30),
+    Case("causal in a window", "sssf", 30, text=window(12)),
+    Case("window: prompt one shorter", "ssf", 15, text=window(16)),
+    Case("window: prompt as long", "ssf", 16, text=window(16)),
+    Case("window: prompt one longer", "ssf", 17, text=window(16)),
+    Case("window: prompt of more than three", "ssfsf", 75, text=window(20)),
+    Case("window of two tokens", "ssf", 12, text=window(2)),
+    Case("window longer than a prompt of one token", "sf", 1, text=window(16)),
+    Case("chunks smaller than the window", "ssf", 75, chunk=7, text=window(20)),
+    Case("chunks larger than the window", "sssf", 75, chunk=33, text=window(8)),
+    Case("chunks of one token", "ssf", 20, chunk=1, text=window(6)),
+    Case("key-value heads, two in full layers", "sfsf", 33, text={"num_global_key_value_heads": 2}),
+    Case("key-value heads, one everywhere", "ssf", 33, text={"num_key_value_heads": 1}),
+    Case("absent keys of config.json", "sssssf", 40, text=window(24), absent=(
+        "rope_parameters", "rms_norm_eps", "final_logit_softcapping", "layer_types")),
+    Case("last layer full, whatever layer_types says", "sss", 20, text=window(8)),
+    Case("canvas offset, three canvases past the window", "ssf", 21, canvases=3, text=window(32)),
+    Case("three canvases, chunks, re-saved dialect", "sfsf", 50, canvases=3, chunk=5,
+         shipped_dialect=False, text=window(9)),
+    Case("temperature", "ssf", 21, sampler={"t_min": 0.2, "t_max": 3.0, **bound(1e9)}),
+    Case("entropy bound", "ssf", 21, sampler=bound(6.0)),
+    Case("stop: stability", "ssf", 21, canvases=2, seed=12, stops=True, sampler=STOPS),
+    Case("stop: stability of three", "sf", 21, seed=8, stops=True,
+         sampler={**STOPS, "stability_threshold": 3}),
+    Case("stop: confidence", "sf", 21, seed=9, stops=True,
+         sampler={**STOPS, "confidence_threshold": 0.005}),
+    Case("stop: confidence alone", "sf", 21, stops=True,
+         sampler={**STOPS, "confidence_threshold": 0.05, "stability_threshold": 0}),
+    Case("experts: top two, router scale, scale of each", "ssf", 21),
+    Case("experts: all", "ssf", 21, text={"top_k_experts": 6}),
+    Case("eps", "sfsf", 21, text={"rms_norm_eps": 3e-2}),
+    Case("soft cap", "sf", 21, text={"final_logit_softcapping": 5.0}),
+    Case("rope theta and share of a head", "ssf", 40, text={"rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         "full_attention": {
             "rope_type": "proportional", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
@@ -98,52 +117,56 @@ def steps_of(
 
 
 def assert_same(snapshots: list[Snapshot], tokens: list[int], run: Run) -> None:
-    """Same number of steps; every step's accepted mask, canvas and argmax; same result."""
+    """Same number of steps; every step's accepted mask, canvas, argmax and beliefs; same result."""
     assert len(snapshots) == len(run.argmax)
     for i, snapshot in enumerate(snapshots):
         assert np.array_equal(np.array(snapshot.accepted), run.accepted[i]), f"accepted, pass {i}"
         assert np.array_equal(np.array(snapshot.canvas), run.canvas[i]), f"canvas, pass {i}"
         assert np.array_equal(np.array(snapshot.argmax), run.argmax[i]), f"argmax, pass {i}"
+        chances = Categorical(logits=torch.tensor(run.tempered[i]))
+        nats, most = chances.entropy().numpy(), chances.probs.amax(dim=-1).numpy()
+        assert np.abs(np.array(snapshot.entropy) - nats).max() <= 1e-3, f"entropy, pass {i}"
+        assert np.abs(np.array(snapshot.probability) - most).max() <= 1e-3, f"probability, pass {i}"
     assert tokens == run.sequence[: len(tokens)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_random_checkpoint(case: Case, tmp_path: Path) -> None:
+    """Prompts used to be one token repeated, so that causality and windows hardly mattered."""
     reference = random_checkpoint(
         tmp_path,
         case.pattern,
         shipped_dialect=case.shipped_dialect,
         seed=case.seed,
+        absent=case.absent,
         text=case.text,
         sampler={**case.sampler, "max_new_tokens": 24 * case.canvases},
     )
     model = load_model(tmp_path, dtype="float32")
-    prompt = [random.Random(case.name).randrange(97) for _ in range(case.prompt)]
+    theirs = reference.config.text_config  # a wrong default of eps is too small to be seen below
+    assert model.config.rms_norm_eps == theirs.rms_norm_eps
+    assert model.config.final_logit_softcapping == theirs.final_logit_softcapping
+    rng = random.Random(case.name)
+    prompt = [rng.randrange(97) for _ in range(case.prompt)]
     run = record(reference, prompt, seed=1)
 
     # Every pass of the first canvas on its own: from the reference's canvas and last logits.
     cache = model.make_cache()
     prefill(model, prompt, cache, case.chunk)
     canvas, belief = run.token_draws[0], None
-    config = model.generation
-    for i in range(min(12, len(run.logits))):
+    for i in range(run.ends[0]):
         logits = np.array(model(mx.array(canvas.astype(np.int32)), cache, belief))
         error = np.abs(logits - run.logits[i]).max() / np.abs(run.logits[i]).max()
         assert error <= 1e-4, f"pass {i}: {error}"
-        heat = temperature(12 - i, 12, config.t_min, config.t_max)
-        belief = soft_embedding(model, mx.array(run.logits[i]) / heat)
+        belief = soft_embedding(model, mx.array(run.tempered[i]))
         canvas = run.canvas[i]
-        if "stop" in case.name:
-            break  # the run may leave this canvas at any pass
 
     # And the whole loop, left to itself with the reference's draws.
     snapshots, tokens = steps_of(model, prompt, Replay(run), case.chunk)
     assert_same(snapshots, tokens, run)
     assert tokens == run.sequence
-    if "stop" in case.name:
-        assert len(snapshots) < 12 * case.canvases
-    else:
-        assert len(snapshots) == 12 * case.canvases
+    assert len(run.ends) == case.canvases
+    assert (len(snapshots) < STEPS * case.canvases) == case.stops
 
 
 def test_trained_checkpoint() -> None:
@@ -162,3 +185,13 @@ def test_trained_checkpoint() -> None:
         assert len(tokens) / len(snapshots) == pytest.approx(run.tokens_per_forward)
         passes.add(len(snapshots))
     assert len(passes) > 1  # puzzles of several difficulties, not one lucky length
+
+
+def test_embedding_scale_is_rounded_first() -> None:
+    """In half precision the factor sqrt(hidden) is rounded before the product, as in training."""
+    reference = DiffusionGemmaForBlockDiffusion.from_pretrained(SUDOKU, dtype="bfloat16")
+    model = load_model(SUDOKU, dtype="bfloat16")
+    tokens = list(range(model.config.vocab_size))
+    theirs = reference.model.encoder.get_input_embeddings()(torch.tensor([tokens]))
+    ours = model.embed(mx.array([tokens])).astype(mx.float32)
+    assert np.array_equal(np.array(ours), theirs.detach().float().numpy())
