@@ -9,7 +9,10 @@ dynamic programming (Viterbi, 1967). Added Gumbel noise makes it a sample (pertu
 Papandreou & Yuille, 2011). So every canvas that a step shows or commits is allowed, at any step.
 """
 
+import math
+import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,10 +27,45 @@ from .sampler import NEVER, Choices
 
 Ids = npt.NDArray[np.int64]
 FAR = 1 << 30  # a distance no canvas has
+# Seconds that compiling may take: the largest pattern within the limits of `Graph` needs about one,
+# the rest is for a busy machine.
+COMPILE_SECONDS = 10.0
+# States, or steps from one to another, between two looks at the clock: well under a millisecond.
+UNWATCHED = 256
 
 
 class PatternError(Error):
     """A pattern that no canvas can follow."""
+
+
+class PatternTimeout(PatternError):
+    """A pattern that takes too long to compile."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When to give up: `at` on the monotonic clock, `seconds` after the work began."""
+
+    seconds: float
+    at: float
+
+    @classmethod
+    def within(cls, seconds: float, latest: float = math.inf) -> "Deadline":
+        """So many seconds from now, or at `latest` on the monotonic clock if that is sooner."""
+        now = time.monotonic()
+        at = min(now + seconds, latest)
+        return cls(max(at - now, 0.0), at)
+
+    def check(self) -> None:
+        """Do nothing in time.
+
+        Raises:
+            PatternTimeout: it is too late.
+        """
+        if time.monotonic() > self.at:
+            raise PatternTimeout(
+                f"compiling the pattern took longer than {self.seconds:.3g} seconds"
+            )
 
 
 # Patterns ----------------------------------------------------------------------------------------
@@ -151,6 +189,7 @@ class Graph:
     """States and edges under construction; an edge reads one token of a set, a skip reads none."""
 
     limit: int = 200_000
+    deadline: Deadline = field(default_factory=lambda: Deadline.within(COMPILE_SECONDS))
     states: int = 0
     edges: list[tuple[int, int, int]] = field(default_factory=list)
     skips: list[tuple[int, int]] = field(default_factory=list)
@@ -161,6 +200,8 @@ class Graph:
     def state(self) -> int:
         if self.states >= self.limit:
             raise PatternError(f"the pattern needs more than {self.limit:,} states")
+        if self.states % UNWATCHED == 0:
+            self.deadline.check()
         self.states += 1
         return self.states - 1
 
@@ -184,55 +225,75 @@ class Graph:
         return self._index[ids]
 
 
-def compile_pattern(pattern: Pattern) -> "Machine":
+def compile_pattern(pattern: Pattern, deadline: Deadline | None = None) -> "Machine":
     """The automaton of a pattern, without skips and without states that lead nowhere.
+
+    Without a deadline it has `COMPILE_SECONDS`.
 
     Raises:
         PatternError: the pattern is too large.
+        PatternTimeout: it took longer than it may.
     """
-    graph = Graph()
+    graph = Graph() if deadline is None else Graph(deadline=deadline)
     first = graph.state()
     last = pattern.build(graph, first)
-    after: list[list[int]] = [[] for _ in range(graph.states)]
-    for source, target in graph.skips:
-        after[source].append(target)
     outgoing: list[list[tuple[int, int]]] = [[] for _ in range(graph.states)]
     for source, token_set, target in graph.edges:
         outgoing[source].append((token_set, target))
-    # Keep only states that an edge enters, and give each the edges that skips lead it to.
-    edges: set[tuple[int, int, int]] = set()
+    # Keep only states that an edge enters, and give each the edges that skips lead it to. Columns
+    # of numbers, since sorting as many tuples would keep other threads waiting.
+    sources, token_sets, targets = list[int](), list[int](), list[int]()
     accepting: set[int] = set()
     seen, queue = {first}, deque([first])
+    for state, closure in _closures(graph, queue):
+        if last in closure:
+            accepting.add(state)
+        for token_set, target in {edge for member in closure for edge in outgoing[member]}:
+            if len(sources) >= graph.limit:
+                raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
+            sources.append(state)
+            token_sets.append(token_set)
+            targets.append(target)
+            if target not in seen:
+                seen.add(target)
+                queue.append(target)
+    kept: Ids = np.array(sorted(seen), dtype=np.int64)
+
+    def numbers(states: Iterable[int]) -> Ids:
+        return np.searchsorted(kept, np.fromiter(states, dtype=np.int64)).astype(np.int64)
+
+    source_of, target_of = numbers(sources), numbers(targets)
+    set_of: Ids = np.array(token_sets, dtype=np.int64)
+    order = np.lexsort((set_of, source_of, target_of))
+    return Machine(
+        states=len(kept),
+        first=int(numbers([first])[0]),
+        accepting=frozenset(numbers(accepting).tolist()),
+        source=source_of[order],
+        token_set=set_of[order],
+        target=target_of[order],
+        sets=tuple(graph.sets),
+    )
+
+
+def _closures(graph: Graph, queue: deque[int]) -> Iterator[tuple[int, set[int]]]:
+    """Each state of a queue that may grow meanwhile, with the states that skips lead it to."""
+    after: list[list[int]] = [[] for _ in range(graph.states)]
+    for source, target in graph.skips:
+        after[source].append(target)
+    steps = 0
     while queue:
         state = queue.popleft()
         closure, stack = {state}, [state]
         while stack:
+            steps += 1
+            if steps % UNWATCHED == 0:
+                graph.deadline.check()
             for target in after[stack.pop()]:
                 if target not in closure:
                     closure.add(target)
                     stack.append(target)
-        if last in closure:
-            accepting.add(state)
-        for member in closure:
-            for token_set, target in outgoing[member]:
-                edges.add((state, token_set, target))
-                if len(edges) > graph.limit:
-                    raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
-                if target not in seen:
-                    seen.add(target)
-                    queue.append(target)
-    number = {state: i for i, state in enumerate(sorted(seen))}
-    rows = sorted((number[t], number[s], k) for s, k, t in edges)
-    columns: Ids = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return Machine(
-        states=len(number),
-        first=number[first],
-        accepting=frozenset(number[state] for state in accepting),
-        source=columns[:, 1],
-        token_set=columns[:, 2],
-        target=columns[:, 0],
-        sets=tuple(graph.sets),
-    )
+        yield state, closure
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,16 +340,14 @@ class Machine:
 
     def advance(self, states: frozenset[int], tokens: Row[int]) -> frozenset[int]:
         """The states that reading tokens can lead to; empty if they are not allowed."""
+        reached = np.zeros(self.states, dtype=bool)
+        reached[list(states)] = True
         for token in tokens:
-            readable = self.readable(token)
-            states = frozenset(
-                target
-                for source, token_set, target in zip(
-                    self.source.tolist(), self.token_set.tolist(), self.target.tolist(), strict=True
-                )
-                if source in states and readable[token_set]
-            )
-        return states
+            readable = np.array(self.readable(token), dtype=bool)
+            taken = self.target[reached[self.source] & readable[self.token_set]]
+            reached = np.zeros(self.states, dtype=bool)
+            reached[taken] = True
+        return frozenset(np.flatnonzero(reached).tolist())
 
     def accepts(self, tokens: Row[int]) -> bool:
         """Whether the pattern allows exactly these tokens."""
@@ -344,7 +403,12 @@ class Plan:
     @cached_property
     def sets_at(self) -> list[tuple[int, ...]]:
         """The token sets that each position may draw from."""
-        return [tuple(np.unique(self.machine.token_set[row]).tolist()) for row in self.live]
+        found: list[tuple[int, ...]] = []
+        for row in self.live:
+            used = np.zeros(len(self.machine.sets), dtype=bool)
+            used[self.machine.token_set[row]] = True
+            found.append(tuple(np.flatnonzero(used).tolist()))
+        return found
 
     def forced(self) -> list[int | None]:
         """The token of each position that has no choice, else None."""

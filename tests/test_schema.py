@@ -21,7 +21,6 @@ from mlx_diffgemma.schema import (
     compiled,
     parse_schema,
     schema_starts,
-    validate,
 )
 from mlx_diffgemma.vocabulary import Vocabulary
 
@@ -189,7 +188,7 @@ def test_digit_ranges_hold_just_the_numbers_between() -> None:
         ),
         ({"oneOf": [{}]}, "#: oneOf is not supported"),
         ({"type": "number", "multipleOf": 2}, "#: multipleOf is not supported"),
-        ({"type": "strin"}, "invalid at \\$.type"),
+        ({"type": "strin"}, "#: type must be one of object, array"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "# allows nothing"),
         ({"enum": [1, 2], "type": "string"}, "# allows nothing"),
         ({"type": "object", "required": ["x"]}, "required x is not among the properties"),
@@ -266,8 +265,8 @@ TWICE = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(
         (nested(40, {"type": "null"}), "too large"),
         ({"type": "object", "properties": {f"p{i}": True for i in range(2000)}}, "too large"),
         (lists(400), "nested too deeply"),
-        ({"type": "integer", "minimum": float("inf")}, "minimum is no number"),
-        ({"type": "number", "maximum": float("nan")}, "maximum is no number"),
+        ({"type": "integer", "minimum": float("inf")}, "holds inf, which is no number"),
+        ({"type": "number", "maximum": float("nan")}, "holds nan, which is no number"),
     ],
     ids=["states", "references", "options", "members", "depth", "infinity", "nan"],
 )
@@ -279,15 +278,3 @@ def test_a_schema_cannot_take_all_memory_or_time(schema: Any, message: str) -> N
     assert time.monotonic() - began < 30
 
 
-def test_no_schema_makes_us_fetch_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library that checks documents asks the network for references it does not know."""
-    monkeypatch.setattr("urllib.request.urlopen", lambda *given: pytest.fail("it asked"))
-    for schema in (
-        {"$ref": "http://127.0.0.1:1/x"},
-        {"anyOf": [{"$id": "http://127.0.0.1:1/x", "$ref": "#/$defs/a"}], "$defs": {"a": True}},
-    ):
-        with pytest.raises(SchemaError, match="not supported"):
-            parse_schema(schema)
-    with pytest.raises(Exception, match="127"):
-        validate({"$ref": "http://127.0.0.1:1/x"}, "1")
-    validate({"$id": "http://127.0.0.1:1/", "$ref": "#/$defs/a", "$defs": {"a": True}}, "1")
