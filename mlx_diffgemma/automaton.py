@@ -186,13 +186,20 @@ class Repeat:
 
 @dataclass
 class Graph:
-    """States and edges under construction; an edge reads one token of a set, a skip reads none."""
+    """States and edges under construction; an edge reads one token of a set, a skip reads none.
+
+    Edges and skips are columns of numbers: as many tuples would make Python's garbage collector
+    stop all threads for a noticeable time.
+    """
 
     limit: int = 200_000
     deadline: Deadline = field(default_factory=lambda: Deadline.within(COMPILE_SECONDS))
     states: int = 0
-    edges: list[tuple[int, int, int]] = field(default_factory=list)
-    skips: list[tuple[int, int]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    token_sets: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    skips_from: list[int] = field(default_factory=list)
+    skips_to: list[int] = field(default_factory=list)
     sets: list[tuple[int, ...]] = field(default_factory=list)
     _index: dict[tuple[int, ...], int] = field(default_factory=dict)
     _identity: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
@@ -206,12 +213,15 @@ class Graph:
         return self.states - 1
 
     def edge(self, source: int, token_set: int, target: int) -> None:
-        if len(self.edges) >= self.limit:
+        if len(self.sources) >= self.limit:
             raise PatternError(f"the pattern needs more than {self.limit:,} edges")
-        self.edges.append((source, token_set, target))
+        self.sources.append(source)
+        self.token_sets.append(token_set)
+        self.targets.append(target)
 
     def skip(self, source: int, target: int) -> None:
-        self.skips.append((source, target))
+        self.skips_from.append(source)
+        self.skips_to.append(target)
 
     def token_set(self, ids: tuple[int, ...]) -> int:
         # Hashing a large set is slow: the same object is looked up by identity first.
@@ -237,18 +247,20 @@ def compile_pattern(pattern: Pattern, deadline: Deadline | None = None) -> "Mach
     graph = Graph() if deadline is None else Graph(deadline=deadline)
     first = graph.state()
     last = pattern.build(graph, first)
-    outgoing: list[list[tuple[int, int]]] = [[] for _ in range(graph.states)]
-    for source, token_set, target in graph.edges:
-        outgoing[source].append((token_set, target))
-    # Keep only states that an edge enters, and give each the edges that skips lead it to. Columns
-    # of numbers, since sorting as many tuples would keep other threads waiting.
+    edge_from, edges = _leaving(graph.sources, graph.states)
+    # Keep only states that an edge enters, and give each the edges that skips lead it to.
     sources, token_sets, targets = list[int](), list[int](), list[int]()
     accepting: set[int] = set()
     seen, queue = {first}, deque([first])
     for state, closure in _closures(graph, queue):
         if last in closure:
             accepting.add(state)
-        for token_set, target in {edge for member in closure for edge in outgoing[member]}:
+        # Several ways may lead to the same edge.
+        found: set[tuple[int, int]] = set()
+        for member in closure:
+            for edge in edges[edge_from[member] : edge_from[member + 1]]:
+                found.add((graph.token_sets[edge], graph.targets[edge]))
+        for token_set, target in found:
             if len(sources) >= graph.limit:
                 raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
             sources.append(state)
@@ -276,11 +288,17 @@ def compile_pattern(pattern: Pattern, deadline: Deadline | None = None) -> "Mach
     )
 
 
+def _leaving(sources: list[int], states: int) -> tuple[list[int], list[int]]:
+    """Where each state's edges begin and end in a list of edges sorted by source, and that list."""
+    column = np.array(sources, dtype=np.int64)
+    order = np.argsort(column, kind="stable")
+    begins = np.searchsorted(column[order], np.arange(states + 1))
+    return begins.tolist(), order.tolist()
+
+
 def _closures(graph: Graph, queue: deque[int]) -> Iterator[tuple[int, set[int]]]:
     """Each state of a queue that may grow meanwhile, with the states that skips lead it to."""
-    after: list[list[int]] = [[] for _ in range(graph.states)]
-    for source, target in graph.skips:
-        after[source].append(target)
+    skip_from, skips = _leaving(graph.skips_from, graph.states)
     steps = 0
     while queue:
         state = queue.popleft()
@@ -289,7 +307,9 @@ def _closures(graph: Graph, queue: deque[int]) -> Iterator[tuple[int, set[int]]]
             steps += 1
             if steps % UNWATCHED == 0:
                 graph.deadline.check()
-            for target in after[stack.pop()]:
+            member = stack.pop()
+            for skip in skips[skip_from[member] : skip_from[member + 1]]:
+                target = graph.skips_to[skip]
                 if target not in closure:
                     closure.add(target)
                     stack.append(target)
@@ -311,19 +331,20 @@ class Machine:
     @cached_property
     def distance(self) -> Ids:
         """(states,) fewest tokens from a state to an accepting one."""
-        into: list[list[int]] = [[] for _ in range(self.states)]
-        for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
-            into[target].append(source)
-        distance = np.full(self.states, FAR, dtype=np.int64)
+        # Edges are sorted by target.
+        begins = np.searchsorted(self.target, np.arange(self.states + 1)).tolist()
+        sources = self.source.tolist()
+        distance = [FAR] * self.states
         queue = deque(self.accepting)
-        distance[list(self.accepting)] = 0
+        for state in self.accepting:
+            distance[state] = 0
         while queue:
             state = queue.popleft()
-            for source in into[state]:
+            for source in sources[begins[state] : begins[state + 1]]:
                 if distance[source] == FAR:
                     distance[source] = distance[state] + 1
                     queue.append(source)
-        return distance
+        return np.array(distance, dtype=np.int64)
 
     @property
     def shortest(self) -> int:

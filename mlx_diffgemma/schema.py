@@ -775,6 +775,7 @@ class _Reader:
 
     def _digits(self, low: int, high: int, places: int) -> Iterator[Pattern]:
         for classes in _ranges(low, high, places + 1):
+            self._count(len(classes))
             parts: list[Pattern] = []
             for i, digits in enumerate(classes):
                 if places and i == len(classes) - places:
