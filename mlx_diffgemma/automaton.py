@@ -442,24 +442,29 @@ class Plan:
     def best_path(self, scores: npt.NDArray[np.float64]) -> list[int]:
         """The token set of each position on the path with the highest sum of (L, sets) scores."""
         machine = self.machine
-        starts = np.flatnonzero(np.r_[True, np.diff(machine.target) > 0])
-        entered = machine.target[starts]
-        group = np.cumsum(np.r_[False, np.diff(machine.target) > 0])
-        numbers = np.arange(len(machine.target))
         best = np.full(machine.states, -np.inf)
         best[list(self.states)] = 0.0
-        back = np.empty((len(scores), machine.states), dtype=np.int64)
-        for i, row in enumerate(scores):
-            along = np.where(self.live[i], best[machine.source] + row[machine.token_set], -np.inf)
+        # Of each position, the states that can be entered and the edge that each is entered by.
+        back: list[tuple[Ids, Ids]] = []
+        for row, live in zip(scores, self.live, strict=True):
+            edges = np.flatnonzero(live)
+            target = machine.target[edges]
+            # Edges are sorted by target: those into one state are a run.
+            first = np.ones(len(target), dtype=bool)
+            np.not_equal(target[1:], target[:-1], out=first[1:])
+            starts = np.flatnonzero(first)
+            along = best[machine.source[edges]] + row[machine.token_set[edges]]
             top = np.maximum.reduceat(along, starts)
-            winners = np.where(along == top[group], numbers, len(numbers))
-            back[i, entered] = np.minimum.reduceat(winners, starts)
-            best = np.full(machine.states, -np.inf)
+            ties = along == top[first.cumsum() - 1]
+            winners = np.minimum.reduceat(np.where(ties, edges, FAR), starts)
+            best.fill(-np.inf)
+            entered = target[starts]
             best[entered] = top
+            back.append((entered, winners))
         state = int(np.argmax(best))
         path: list[int] = []
-        for i in range(len(scores) - 1, -1, -1):
-            edge = back[i, state]
+        for entered, winners in reversed(back):
+            edge = winners[np.searchsorted(entered, state)]
             path.append(int(machine.token_set[edge]))
             state = int(machine.source[edge])
         return path[::-1]
