@@ -42,7 +42,7 @@ from .files import read_text
 from .generation import Starts
 from .model import DiffusionGemma
 from .sampler import Draws
-from .vocabulary import Vocabulary
+from .vocabulary import SHOWN, Vocabulary
 
 Schema = Mapping[str, Any] | bool
 Made = TypeVar("Made")
@@ -60,8 +60,6 @@ MOST_PARTS = 200_000
 # Characters that follow each other without a choice. They reach the tokenizer in one call, which
 # cannot be interrupted and keeps other threads waiting: about 0.1 s with a large vocabulary.
 LONGEST_LITERAL = 20_000
-# Characters of a name or text from a schema that an error repeats.
-SHOWN = 60
 # Seconds to check a finished document. It is valid by construction: what is not checked by then
 # would only tell of a defect of this module, and others wait meanwhile.
 CHECK_SECONDS = 0.5
@@ -374,9 +372,10 @@ def _check_value(value: Any) -> None:
 
 def _shown(text: str) -> str:
     """A text of a schema as errors repeat it: short, and such as every encoding can write."""
-    if len(text) > SHOWN:
-        text = text[: SHOWN - 3] + "..."
-    return text if text.isprintable() else json.dumps(text)[1:-1]
+    start = text[: SHOWN + 1]
+    if not start.isprintable():
+        start = start.encode("unicode_escape").decode()
+    return start if len(start) <= SHOWN else start[: SHOWN - 3] + "..."
 
 
 class _Unencoded:
