@@ -9,7 +9,10 @@ dynamic programming (Viterbi, 1967). Added Gumbel noise makes it a sample (pertu
 Papandreou & Yuille, 2011). So every canvas that a step shows or commits is allowed, at any step.
 """
 
+import math
+import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,10 +27,45 @@ from .sampler import NEVER, Choices
 
 Ids = npt.NDArray[np.int64]
 FAR = 1 << 30  # a distance no canvas has
+# Seconds that compiling may take: the largest pattern within the limits of `Graph` needs about one,
+# the rest is for a busy machine.
+COMPILE_SECONDS = 10.0
+# States, or steps from one to another, between two looks at the clock: well under a millisecond.
+UNWATCHED = 256
 
 
 class PatternError(Error):
     """A pattern that no canvas can follow."""
+
+
+class PatternTimeout(PatternError):
+    """A pattern that takes too long to compile."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When to give up: `at` on the monotonic clock, `seconds` after the work began."""
+
+    seconds: float
+    at: float
+
+    @classmethod
+    def within(cls, seconds: float, latest: float = math.inf) -> "Deadline":
+        """So many seconds from now, or at `latest` on the monotonic clock if that is sooner."""
+        now = time.monotonic()
+        at = min(now + seconds, latest)
+        return cls(max(at - now, 0.0), at)
+
+    def check(self) -> None:
+        """Do nothing in time.
+
+        Raises:
+            PatternTimeout: it is too late.
+        """
+        if time.monotonic() > self.at:
+            raise PatternTimeout(
+                f"compiling the pattern took longer than {self.seconds:.3g} seconds"
+            )
 
 
 # Patterns ----------------------------------------------------------------------------------------
@@ -148,12 +186,20 @@ class Repeat:
 
 @dataclass
 class Graph:
-    """States and edges under construction; an edge reads one token of a set, a skip reads none."""
+    """States and edges under construction; an edge reads one token of a set, a skip reads none.
+
+    Edges and skips are columns of numbers: as many tuples would make Python's garbage collector
+    stop all threads for a noticeable time.
+    """
 
     limit: int = 200_000
+    deadline: Deadline = field(default_factory=lambda: Deadline.within(COMPILE_SECONDS))
     states: int = 0
-    edges: list[tuple[int, int, int]] = field(default_factory=list)
-    skips: list[tuple[int, int]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    token_sets: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    skips_from: list[int] = field(default_factory=list)
+    skips_to: list[int] = field(default_factory=list)
     sets: list[tuple[int, ...]] = field(default_factory=list)
     _index: dict[tuple[int, ...], int] = field(default_factory=dict)
     _identity: dict[int, tuple[tuple[int, ...], int]] = field(default_factory=dict)
@@ -161,16 +207,21 @@ class Graph:
     def state(self) -> int:
         if self.states >= self.limit:
             raise PatternError(f"the pattern needs more than {self.limit:,} states")
+        if self.states % UNWATCHED == 0:
+            self.deadline.check()
         self.states += 1
         return self.states - 1
 
     def edge(self, source: int, token_set: int, target: int) -> None:
-        if len(self.edges) >= self.limit:
+        if len(self.sources) >= self.limit:
             raise PatternError(f"the pattern needs more than {self.limit:,} edges")
-        self.edges.append((source, token_set, target))
+        self.sources.append(source)
+        self.token_sets.append(token_set)
+        self.targets.append(target)
 
     def skip(self, source: int, target: int) -> None:
-        self.skips.append((source, target))
+        self.skips_from.append(source)
+        self.skips_to.append(target)
 
     def token_set(self, ids: tuple[int, ...]) -> int:
         # Hashing a large set is slow: the same object is looked up by identity first.
@@ -184,55 +235,85 @@ class Graph:
         return self._index[ids]
 
 
-def compile_pattern(pattern: Pattern) -> "Machine":
+def compile_pattern(pattern: Pattern, deadline: Deadline | None = None) -> "Machine":
     """The automaton of a pattern, without skips and without states that lead nowhere.
+
+    Without a deadline it has `COMPILE_SECONDS`.
 
     Raises:
         PatternError: the pattern is too large.
+        PatternTimeout: it took longer than it may.
     """
-    graph = Graph()
+    graph = Graph() if deadline is None else Graph(deadline=deadline)
     first = graph.state()
     last = pattern.build(graph, first)
-    after: list[list[int]] = [[] for _ in range(graph.states)]
-    for source, target in graph.skips:
-        after[source].append(target)
-    outgoing: list[list[tuple[int, int]]] = [[] for _ in range(graph.states)]
-    for source, token_set, target in graph.edges:
-        outgoing[source].append((token_set, target))
+    edge_from, edges = _leaving(graph.sources, graph.states)
     # Keep only states that an edge enters, and give each the edges that skips lead it to.
-    edges: set[tuple[int, int, int]] = set()
+    sources, token_sets, targets = list[int](), list[int](), list[int]()
     accepting: set[int] = set()
     seen, queue = {first}, deque([first])
+    for state, closure in _closures(graph, queue):
+        if last in closure:
+            accepting.add(state)
+        # Several ways may lead to the same edge.
+        found: set[tuple[int, int]] = set()
+        for member in closure:
+            for edge in edges[edge_from[member] : edge_from[member + 1]]:
+                found.add((graph.token_sets[edge], graph.targets[edge]))
+        for token_set, target in found:
+            if len(sources) >= graph.limit:
+                raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
+            sources.append(state)
+            token_sets.append(token_set)
+            targets.append(target)
+            if target not in seen:
+                seen.add(target)
+                queue.append(target)
+    kept: Ids = np.array(sorted(seen), dtype=np.int64)
+
+    def numbers(states: Iterable[int]) -> Ids:
+        return np.searchsorted(kept, np.fromiter(states, dtype=np.int64)).astype(np.int64)
+
+    source_of, target_of = numbers(sources), numbers(targets)
+    set_of: Ids = np.array(token_sets, dtype=np.int64)
+    order = np.lexsort((set_of, source_of, target_of))
+    return Machine(
+        states=len(kept),
+        first=int(numbers([first])[0]),
+        accepting=frozenset(numbers(accepting).tolist()),
+        source=source_of[order],
+        token_set=set_of[order],
+        target=target_of[order],
+        sets=tuple(graph.sets),
+    )
+
+
+def _leaving(sources: list[int], states: int) -> tuple[list[int], list[int]]:
+    """Where each state's edges begin and end in a list of edges sorted by source, and that list."""
+    column = np.array(sources, dtype=np.int64)
+    order = np.argsort(column, kind="stable")
+    begins = np.searchsorted(column[order], np.arange(states + 1))
+    return begins.tolist(), order.tolist()
+
+
+def _closures(graph: Graph, queue: deque[int]) -> Iterator[tuple[int, set[int]]]:
+    """Each state of a queue that may grow meanwhile, with the states that skips lead it to."""
+    skip_from, skips = _leaving(graph.skips_from, graph.states)
+    steps = 0
     while queue:
         state = queue.popleft()
         closure, stack = {state}, [state]
         while stack:
-            for target in after[stack.pop()]:
+            steps += 1
+            if steps % UNWATCHED == 0:
+                graph.deadline.check()
+            member = stack.pop()
+            for skip in skips[skip_from[member] : skip_from[member + 1]]:
+                target = graph.skips_to[skip]
                 if target not in closure:
                     closure.add(target)
                     stack.append(target)
-        if last in closure:
-            accepting.add(state)
-        for member in closure:
-            for token_set, target in outgoing[member]:
-                edges.add((state, token_set, target))
-                if len(edges) > graph.limit:
-                    raise PatternError(f"the pattern needs more than {graph.limit:,} edges")
-                if target not in seen:
-                    seen.add(target)
-                    queue.append(target)
-    number = {state: i for i, state in enumerate(sorted(seen))}
-    rows = sorted((number[t], number[s], k) for s, k, t in edges)
-    columns: Ids = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return Machine(
-        states=len(number),
-        first=number[first],
-        accepting=frozenset(number[state] for state in accepting),
-        source=columns[:, 1],
-        token_set=columns[:, 2],
-        target=columns[:, 0],
-        sets=tuple(graph.sets),
-    )
+        yield state, closure
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,19 +331,20 @@ class Machine:
     @cached_property
     def distance(self) -> Ids:
         """(states,) fewest tokens from a state to an accepting one."""
-        into: list[list[int]] = [[] for _ in range(self.states)]
-        for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
-            into[target].append(source)
-        distance = np.full(self.states, FAR, dtype=np.int64)
+        # Edges are sorted by target.
+        begins = np.searchsorted(self.target, np.arange(self.states + 1)).tolist()
+        sources = self.source.tolist()
+        distance = [FAR] * self.states
         queue = deque(self.accepting)
-        distance[list(self.accepting)] = 0
+        for state in self.accepting:
+            distance[state] = 0
         while queue:
             state = queue.popleft()
-            for source in into[state]:
+            for source in sources[begins[state] : begins[state + 1]]:
                 if distance[source] == FAR:
                     distance[source] = distance[state] + 1
                     queue.append(source)
-        return distance
+        return np.array(distance, dtype=np.int64)
 
     @property
     def shortest(self) -> int:
@@ -279,16 +361,14 @@ class Machine:
 
     def advance(self, states: frozenset[int], tokens: Row[int]) -> frozenset[int]:
         """The states that reading tokens can lead to; empty if they are not allowed."""
+        reached = np.zeros(self.states, dtype=bool)
+        reached[list(states)] = True
         for token in tokens:
-            readable = self.readable(token)
-            states = frozenset(
-                target
-                for source, token_set, target in zip(
-                    self.source.tolist(), self.token_set.tolist(), self.target.tolist(), strict=True
-                )
-                if source in states and readable[token_set]
-            )
-        return states
+            readable = np.array(self.readable(token), dtype=bool)
+            taken = self.target[reached[self.source] & readable[self.token_set]]
+            reached = np.zeros(self.states, dtype=bool)
+            reached[taken] = True
+        return frozenset(np.flatnonzero(reached).tolist())
 
     def accepts(self, tokens: Row[int]) -> bool:
         """Whether the pattern allows exactly these tokens."""
@@ -344,7 +424,12 @@ class Plan:
     @cached_property
     def sets_at(self) -> list[tuple[int, ...]]:
         """The token sets that each position may draw from."""
-        return [tuple(np.unique(self.machine.token_set[row]).tolist()) for row in self.live]
+        found: list[tuple[int, ...]] = []
+        for row in self.live:
+            used = np.zeros(len(self.machine.sets), dtype=bool)
+            used[self.machine.token_set[row]] = True
+            found.append(tuple(np.flatnonzero(used).tolist()))
+        return found
 
     def forced(self) -> list[int | None]:
         """The token of each position that has no choice, else None."""
@@ -357,24 +442,29 @@ class Plan:
     def best_path(self, scores: npt.NDArray[np.float64]) -> list[int]:
         """The token set of each position on the path with the highest sum of (L, sets) scores."""
         machine = self.machine
-        starts = np.flatnonzero(np.r_[True, np.diff(machine.target) > 0])
-        entered = machine.target[starts]
-        group = np.cumsum(np.r_[False, np.diff(machine.target) > 0])
-        numbers = np.arange(len(machine.target))
         best = np.full(machine.states, -np.inf)
         best[list(self.states)] = 0.0
-        back = np.empty((len(scores), machine.states), dtype=np.int64)
-        for i, row in enumerate(scores):
-            along = np.where(self.live[i], best[machine.source] + row[machine.token_set], -np.inf)
+        # Of each position, the states that can be entered and the edge that each is entered by.
+        back: list[tuple[Ids, Ids]] = []
+        for row, live in zip(scores, self.live, strict=True):
+            edges = np.flatnonzero(live)
+            target = machine.target[edges]
+            # Edges are sorted by target: those into one state are a run.
+            first = np.ones(len(target), dtype=bool)
+            np.not_equal(target[1:], target[:-1], out=first[1:])
+            starts = np.flatnonzero(first)
+            along = best[machine.source[edges]] + row[machine.token_set[edges]]
             top = np.maximum.reduceat(along, starts)
-            winners = np.where(along == top[group], numbers, len(numbers))
-            back[i, entered] = np.minimum.reduceat(winners, starts)
-            best = np.full(machine.states, -np.inf)
+            ties = along == top[first.cumsum() - 1]
+            winners = np.minimum.reduceat(np.where(ties, edges, FAR), starts)
+            best.fill(-np.inf)
+            entered = target[starts]
             best[entered] = top
+            back.append((entered, winners))
         state = int(np.argmax(best))
         path: list[int] = []
-        for i in range(len(scores) - 1, -1, -1):
-            edge = back[i, state]
+        for entered, winners in reversed(back):
+            edge = winners[np.searchsorted(entered, state)]
             path.append(int(machine.token_set[edge]))
             state = int(machine.source[edge])
         return path[::-1]

@@ -360,14 +360,14 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
     guards = request.guards
     check: Callable[[str], None] = lambda text: None  # noqa: E731
     if request.schema is not None:
-        from .schema import Compiled, compiled, schema_starts, validate
+        from .schema import Compiled, compiled, schema_starts
         from .vocabulary import Vocabulary
 
         schema = request.schema
         if not isinstance(schema, Compiled):
             schema = compiled(schema, Vocabulary(model, tokenizer))
         starts = schema_starts(model, schema, len(ids), config, draws)
-        check = partial(validate, schema.schema)
+        check = schema.check
         guards = OFF
     else:
         opening = tokenizer.encode(request.opening)

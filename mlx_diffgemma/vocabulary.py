@@ -12,6 +12,8 @@ from .tokenizer import Tokenizer
 LONGEST_TOKEN = 24
 # Characters up to which the length of a string is counted exactly.
 COUNTED = 512
+# Characters of a given text that an error repeats.
+SHOWN = 60
 
 
 class VocabularyError(Error):
@@ -42,7 +44,8 @@ class Vocabulary:
         """
         ids = self.tokenizer.encode(text)
         if self.tokenizer.decode(ids) != text:
-            raise VocabularyError(f"this tokenizer cannot spell {text!r}")
+            shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+            raise VocabularyError(f"this tokenizer cannot spell {shown!r}")
         return Literal(tuple(ids))
 
     @cached_property

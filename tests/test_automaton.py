@@ -1,6 +1,8 @@
 """Patterns against a slow, obviously right reading of them, on hand-made and random cases."""
 
 import itertools
+import time
+import tracemalloc
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -12,10 +14,12 @@ from slow import best_canvas
 
 from mlx_diffgemma.automaton import (
     Choice,
+    Deadline,
     Literal,
     Machine,
     Pattern,
     PatternError,
+    PatternTimeout,
     Plans,
     Repeat,
     Sequence,
@@ -150,3 +154,29 @@ def test_rows_have_their_own_patterns_and_forced_tokens_are_known() -> None:
 def test_a_pattern_too_large_is_refused() -> None:
     with pytest.raises(PatternError, match=r"more than 200,000 (edges|states)"):
         compile_pattern(Repeat(Repeat(Tokens((1,)), 0, 1000), 0, 1000))
+
+
+def test_a_pattern_is_given_up_at_its_deadline() -> None:
+    """However long a pattern took, it was compiled to its end."""
+    slow = Repeat(Choice((Literal((1, 2)), Repeat(Tokens((1,)), 0, 50))), 0, 500)
+    with pytest.raises(PatternTimeout, match="took longer than 3 seconds"):
+        compile_pattern(slow, Deadline(3, time.monotonic() - 1))
+    began = time.monotonic()
+    with pytest.raises(PatternTimeout, match="took longer than 0 seconds"):
+        compile_pattern(slow, Deadline.within(10, began))
+    assert compile_pattern(Literal((1, 2)), Deadline.within(60, began + 60)).shortest == 2
+
+
+def test_a_path_through_the_largest_automaton_takes_no_memory_for_what_it_cannot_reach() -> None:
+    """It held a number for each position and state: gigabytes, and a second a step."""
+    machine = compile_pattern(padded(Choice(tuple(Literal((i % 5,) * 900) for i in range(200)))))
+    assert machine.states > 170_000
+    plan = machine.plan(128, 1000)
+    scores = np.zeros((128, len(machine.sets)))
+    wanted = machine.readable(3).index(True)
+    scores[:, wanted] = 1.0
+    tracemalloc.start()
+    assert plan.best_path(scores) == [wanted] * 128
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
