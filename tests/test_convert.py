@@ -14,13 +14,17 @@ from typing import Any
 
 import huggingface_hub
 import mlx.core as mx
+import numpy as np
 import pytest
 from reference import random_checkpoint
+from slow import soft_embedding
 
 from mlx_diffgemma import CheckpointError, generate, load
-from mlx_diffgemma.checkpoint import Tensor, read_header, read_tensors
+from mlx_diffgemma.checkpoint import MODES, Tensor, read_header, read_tensors
 from mlx_diffgemma.convert import RECIPES, ConvertError, convert, pipeline, uniform, upload
 from mlx_diffgemma.convert.recipes import RecipeError
+from mlx_diffgemma.loading import load_model
+from mlx_diffgemma.model import Pass
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 REAL = Path(__file__).parents[2] / "shared" / "reference"
@@ -104,6 +108,64 @@ def test_recipes_keep_the_weights_close_and_the_model_working(name: str, tmp_pat
     rows = ["\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in puzzle]
     if name != "4bit":
         assert generate(*load(tmp_path / "out"), rows[0], seed=0) == rows[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_format_computes_in_what_is_asked_for(mode: str, tmp_path: Path) -> None:
+    """Packed and unpacked are one model, and all of it computes in one type.
+
+    mxfp4, nvfp4 and mxfp8 used to embed in bfloat16: logits in float32 were off by up to 0.76, and
+    caches in float16 became float32.
+    """
+    convert(SUDOKU, tmp_path / "packed", recipe=uniform(None, None, mode), dtype="float32")
+    convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, dtype="float32")
+    canvas = mx.array([[(7 * i) % 128 for i in range(48)]])
+    found = []
+    for name in ("packed", "plain"):
+        model = load_model(tmp_path / name, dtype="float32")
+        cache = model.make_cache()
+        model.encode(canvas[:, :20], cache)
+        first = model(canvas, cache)
+        found.append(model(canvas, cache, soft_embedding(model, first)))
+    assert mx.abs(found[0] - found[1]).max() < 1e-4
+    for dtype in ("float16", "bfloat16"):
+        half = load_model(tmp_path / "packed", dtype=dtype)
+        half.keep_table()
+        cache = half.make_cache()
+        hidden = half.encode(canvas, cache)
+        expected = getattr(mx, dtype)
+        assert {layer.held.dtype for layer in cache if layer.held is not None} == {expected}
+        assert hidden.dtype == half.decode([Pass(canvas, cache)])[0].dtype == expected
+        assert {rows.dtype for _, rows in half.vocabulary(50)} == {expected}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacking_rounds_once(bits: int, tmp_path: Path) -> None:
+    """It used to compute in the scales' bfloat16: off by up to 0.98 steps of 8 bits."""
+    convert(SUDOKU, tmp_path / "packed", recipe=uniform(bits, 64, "affine"))
+    packed = {name: np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
+              for name, a in arrays(tmp_path / "packed").items()}  # fmt: skip
+    checked = 0
+    for dtype in ("float32", "bfloat16"):
+        out = convert(tmp_path / "packed", tmp_path / dtype, dequantize=True, dtype=dtype)
+        for name, array in arrays(out.directory).items():
+            module = name.removesuffix(".weight")
+            if f"{module}.scales" not in packed or (bits != 8 and "router" in module):
+                continue
+            steps = packed[f"{module}.weight"].view(np.uint8).astype(np.float64)
+            if bits == 4:
+                steps = np.stack([steps % 16, steps // 16], axis=-1).reshape(*steps.shape[:-1], -1)
+            group = array.shape[-1] // packed[f"{module}.scales"].shape[-1]
+            scales, biases = (np.repeat(packed[f"{module}.{p}"].astype(np.float64), group, axis=-1)
+                              for p in ("scales", "biases"))  # fmt: skip
+            exact = mx.array((steps * scales + biases).astype(np.float32))
+            if dtype == "float32":
+                assert mx.abs(array - exact).max() <= 1e-6 * mx.abs(exact).max(), name
+            else:
+                near = mx.abs(array.astype(mx.float32) - exact)
+                assert (near <= mx.abs(exact) * 2**-8 * 1.001).all(), name
+            checked += 1
+    assert checked > 50
 
 
 def test_layout_of_a_conversion(tmp_path: Path) -> None:

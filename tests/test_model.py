@@ -346,7 +346,7 @@ def test_quantized_embedding_in_both_directions(quantization: tuple[int, int, st
     model.model.decoder.embed_tokens = embed
     table = mx.dequantize(
         embed.weight, embed.scales, embed.biases, group_size=group_size, bits=bits, mode=mode
-    )
+    ).astype(mx.float32)
     hidden = mx.random.normal((1, 5, 128), key=mx.random.key(1))
     expected = mx.tanh(hidden @ table.T / 30.0) * 30.0
     assert mx.allclose(model.logits(hidden), expected, atol=1e-3)
