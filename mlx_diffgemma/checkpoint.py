@@ -201,6 +201,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_type(tensor: Tensor, types: tuple[str, ...]) -> None:
+    """Refuse a tensor whose numbers would be read as something else than they are."""
+    if tensor.dtype not in types:
+        raise CheckpointError(
+            f"{tensor.name} has the type {tensor.dtype}, where {' or '.join(types)} belongs"
+        )
+
+
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):

@@ -14,7 +14,6 @@ from typing import Any
 
 import huggingface_hub
 import mlx.core as mx
-import numpy as np
 import pytest
 from reference import random_checkpoint
 from slow import soft_embedding
@@ -119,53 +118,46 @@ def test_every_format_computes_in_what_is_asked_for(mode: str, tmp_path: Path) -
     """
     convert(SUDOKU, tmp_path / "packed", recipe=uniform(None, None, mode), dtype="float32")
     convert(tmp_path / "packed", tmp_path / "plain", dequantize=True, dtype="float32")
-    canvas = mx.array([[(7 * i) % 128 for i in range(48)]])
+    canvas = mx.array([[(7 * i) % 128 for i in range(9)]])
     found = []
     for name in ("packed", "plain"):
         model = load_model(tmp_path / name, dtype="float32")
         cache = model.make_cache()
-        model.encode(canvas[:, :20], cache)
-        first = model(canvas, cache)
-        found.append(model(canvas, cache, soft_embedding(model, first)))
+        model.encode(canvas, cache)
+        belief = soft_embedding(model, model(canvas, cache))
+        found.append(model(canvas, cache, belief))
     assert mx.abs(found[0] - found[1]).max() < 1e-4
-    for dtype in ("float16", "bfloat16"):
-        half = load_model(tmp_path / "packed", dtype=dtype)
-        half.keep_table()
-        cache = half.make_cache()
-        hidden = half.encode(canvas, cache)
-        expected = getattr(mx, dtype)
-        assert {layer.held.dtype for layer in cache if layer.held is not None} == {expected}
-        assert hidden.dtype == half.decode([Pass(canvas, cache)])[0].dtype == expected
-        assert {rows.dtype for _, rows in half.vocabulary(50)} == {expected}
+    half = load_model(tmp_path / "packed", dtype="float16")
+    half.keep_table()
+    cache = half.make_cache()
+    hidden = half.encode(canvas, cache)
+    held = [layer.held.dtype for layer in cache if layer.held is not None]
+    assert held == [mx.float16] * 4
+    assert hidden.dtype == half.decode([Pass(canvas, cache)])[0].dtype == mx.float16
+    assert {rows.dtype for _, rows in half.vocabulary(50)} == {mx.float16}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_unpacking_rounds_once(bits: int, tmp_path: Path) -> None:
+def test_unpacking_rounds_once(tmp_path: Path) -> None:
     """It used to compute in the scales' bfloat16: off by up to 0.98 steps of 8 bits."""
-    convert(SUDOKU, tmp_path / "packed", recipe=uniform(bits, 64, "affine"))
-    packed = {name: np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
-              for name, a in arrays(tmp_path / "packed").items()}  # fmt: skip
-    checked = 0
-    for dtype in ("float32", "bfloat16"):
+    convert(SUDOKU, tmp_path / "packed", recipe=uniform(8, 32, "affine"))
+    packed = arrays(tmp_path / "packed")
+    modules = [name.removesuffix(".scales") for name in packed if name.endswith(".scales")]
+    assert len(modules) > 30
+    for dtype, rounding in (("float32", 1e-6), ("bfloat16", 1.001 * 2**-8)):
         out = convert(tmp_path / "packed", tmp_path / dtype, dequantize=True, dtype=dtype)
-        for name, array in arrays(out.directory).items():
-            module = name.removesuffix(".weight")
-            if f"{module}.scales" not in packed or (bits != 8 and "router" in module):
-                continue
-            steps = packed[f"{module}.weight"].view(np.uint8).astype(np.float64)
-            if bits == 4:
-                steps = np.stack([steps % 16, steps // 16], axis=-1).reshape(*steps.shape[:-1], -1)
+        made = arrays(out.directory)
+        for module in modules:
+            array = made[module if module in made else f"{module}.weight"].astype(mx.float32)
+            steps = packed[f"{module}.weight"].view(mx.uint8).astype(mx.float32)
             group = array.shape[-1] // packed[f"{module}.scales"].shape[-1]
-            scales, biases = (np.repeat(packed[f"{module}.{p}"].astype(np.float64), group, axis=-1)
-                              for p in ("scales", "biases"))  # fmt: skip
-            exact = mx.array((steps * scales + biases).astype(np.float32))
-            if dtype == "float32":
-                assert mx.abs(array - exact).max() <= 1e-6 * mx.abs(exact).max(), name
-            else:
-                near = mx.abs(array.astype(mx.float32) - exact)
-                assert (near <= mx.abs(exact) * 2**-8 * 1.001).all(), name
-            checked += 1
-    assert checked > 50
+            scales, biases = (
+                mx.repeat(packed[f"{module}.{part}"].astype(mx.float32), group, axis=-1)
+                for part in ("scales", "biases")
+            )
+            exact = steps * scales + biases
+            # Of the product too, where it nearly cancels the bias.
+            error = mx.abs(array - exact) - 1e-6 * mx.abs(biases)
+            assert (error <= rounding * mx.abs(exact)).all(), module
 
 
 def test_layout_of_a_conversion(tmp_path: Path) -> None:
@@ -303,8 +295,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(pipeline, "_read", read)
     usage = shutil.disk_usage(tmp_path)
-    stale = tmp_path / ".out.incomplete"
-    stale.mkdir()
+    stale = tmp_path / ".out.incomplete" / "checkpoint" / "model.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
 
     def nearly_full(_: Path) -> Any:
         return usage._replace(free=1000 if stale.exists() else 10**9)
@@ -326,7 +319,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", slowed, str(SUDOKU), str(out)])
-    partial = tmp_path / ".out.incomplete"
+    partial = tmp_path / ".out.incomplete" / "checkpoint"
     for _ in range(600):
         if partial.exists() and any(partial.iterdir()):
             break
