@@ -33,9 +33,9 @@ ITEM_BYTES = {
     "F8_E5M2": 1,
 }
 FLOATS = ("F32", "BF16", "F16")  # what weights that are not packed are stored in
-# Bytes of a JSON file or header. The published checkpoint's largest has 0.2 MB; a hundred times as
-# much is still read within a second.
-JSON_LIMIT = 20_000_000
+# Bytes of a JSON file or header. The published checkpoint's largest has 0.2 MB; so many, all of
+# them of empty tensors, are still read within a second or two.
+JSON_LIMIT = 5_000_000
 DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million factors that takes long
 NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
 # A size of a model (a width, a count, a context). The largest today is 2 ** 18; positions beyond
@@ -218,7 +218,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> Tensor:
     """What a header says of one tensor, whose offsets count from byte `base`."""
-    if not name.isprintable() or len(name) > NAME_LIMIT:
+    if not name or not name.isprintable() or len(name) > NAME_LIMIT:
         raise CheckpointError(f"{path}: {shown(name)} is not a name of a tensor")
     try:
         dtype, shape = str(entry["dtype"]), tuple(entry["shape"])

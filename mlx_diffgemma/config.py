@@ -56,7 +56,7 @@ class GenerationConfig:
         if isinstance(self.sampler, ConfidenceThreshold):
             if not 0 <= self.sampler.threshold <= 1:
                 raise SettingError(f"confidence threshold {self.sampler.threshold} is not in 0..1")
-        elif self.sampler.bound <= 0:
+        elif not self.sampler.bound > 0:
             raise SettingError(f"entropy bound must be positive, not {self.sampler.bound}")
 
     @classmethod

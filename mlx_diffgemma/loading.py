@@ -31,6 +31,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 EMBEDDED = SHIPPED["tiny"]
+SENTENCE_LIMIT = 300  # characters of a library's message, which may quote a whole file
 
 
 def load(
@@ -94,15 +95,36 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         except UnicodeDecodeError:
             raise CheckpointError(f"{directory / name} is not UTF-8 text") from None
     if os.path.lexists(directory / "tokenizer_config.json"):
-        settings = read_json(directory, "tokenizer_config.json")
-        for key, value in settings.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and value and not isinstance(text, (str, bool)):
-                raise CheckpointError(f"tokenizer_config.json: {shown(key)} = {shown(value)}")
+        _check_special(read_json(directory, "tokenizer_config.json"))
     try:
-        return Tokenizer.from_directory(directory)
+        tokenizer = Tokenizer.from_directory(directory)
     except TokenizerError as error:
-        raise CheckpointError(" ".join(str(error).split())) from None
+        raise CheckpointError(_sentence(error)) from None
+    try:
+        tokenizer.encode("\U0010fffd")  # which no vocabulary has
+    except Exception as error:  # the library raises bare Exception
+        message = f"{directory / 'tokenizer.json'} cannot encode any text: {_sentence(error)}"
+        raise CheckpointError(message) from None
+    return tokenizer
+
+
+def _check_special(settings: dict[str, Any]) -> None:
+    """Refuse special tokens of a tokenizer_config.json that are no text."""
+    for key, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        frames = key in ("pad_token", "bos_token", "eos_token")
+        if not key.endswith("_token") or not value or not (frames or isinstance(value, dict)):
+            continue  # add_bos_token and its like are true or false
+        if not isinstance(text, str) or not text.isprintable():
+            raise CheckpointError(
+                f"tokenizer_config.json: {shown(key)} = {shown(value)} is no text"
+            )
+
+
+def _sentence(error: Exception) -> str:
+    """What a library says, on one line and not longer than a few."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in words)[:SENTENCE_LIMIT]
 
 
 def computed_in(dtype: DType | None) -> DType | None:
@@ -128,7 +150,7 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
         try:
             stored = mx.load(str(file))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be loaded: {error}") from None
+            raise CheckpointError(f"{file} cannot be loaded: {_sentence(error)}") from None
         assert isinstance(stored, dict)  # a safetensors file is
         weights.update(sanitize(stored))
     if dtype is not None:
@@ -190,7 +212,7 @@ def build_model(
     try:
         nn.quantize(model, class_predicate=quantization)
     except ValueError as error:
-        raise CheckpointError(f"config.json: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"config.json: {_sentence(error)}") from None
     return model
 
 
