@@ -22,14 +22,16 @@ def check_vacant(target: Path) -> None:
     if target.name in ("", ".."):
         raise ConvertError(f"{target} is not a name for a new directory")
     try:
+        os.lstat(target)
         is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-        taken = not is_empty and os.path.lexists(target)
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise ConvertError(f"{target} cannot be written: {reason}") from None
-    if taken:
+    if not is_empty:
         raise ConvertError(f"{target} exists already")
-    if is_empty and target.is_mount():
+    if target.is_mount():
         raise ConvertError(f"{target} is where a disk is mounted: name a directory in it")
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,18 @@ from slow import soft_embedding
 
 from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import MODES, Tensor, read_header, read_tensors
-from mlx_diffgemma.convert import RECIPES, ConvertError, convert, pipeline, uniform, upload
+from mlx_diffgemma.convert import (
+    RECIPES,
+    ConvertError,
+    Report,
+    convert,
+    pipeline,
+    stream_convert,
+    uniform,
+    upload,
+)
 from mlx_diffgemma.convert.recipes import RecipeError
+from mlx_diffgemma.convert.staging import check_vacant, staged
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.model import Pass
 
@@ -255,7 +266,7 @@ def test_destinations_that_cannot_be_written(tmp_path: Path) -> None:
     """Each used to be a traceback, the link only after all the work."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(ConvertError, match="failed"):
+    with pytest.raises(ConvertError, match="cannot be written: Not a directory"):
         convert(SUDOKU, tmp_path / "file" / "out")
     with pytest.raises(ConvertError, match="exists already"):
         convert(SUDOKU, tmp_path / "link")
@@ -332,6 +343,275 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
     report = convert(SUDOKU, out)
     assert report.directory == out
     assert os.listdir(tmp_path) == ["out"]
+
+
+def run_cli(*arguments: object, first: str = "pass") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, after the statements `first`."""
+    code = f"{first}; import sys; from mlx_diffgemma.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], said: str) -> None:
+    """Exit code 1 and one sentence."""
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
+def test_two_runs_into_one_directory(tmp_path: Path) -> None:
+    """The second used to remove what the first was writing: 193 of 198 tensors were zero in a
+    checkpoint that looked complete."""
+    out = tmp_path / "out"
+    events = stream_convert(SUDOKU, out)
+    for _ in range(5):
+        next(events)
+    assert_refused(run_cli("convert", SUDOKU, out), f"another conversion is writing {out}")
+    with pytest.raises(ConvertError, match="another conversion is writing"):
+        convert(SUDOKU, out)
+    *_, report = events
+    assert isinstance(report, Report)
+    alone = arrays(convert(SUDOKU, tmp_path / "alone").directory)
+    made = arrays(out)
+    assert made.keys() == alone.keys()
+    assert all(mx.array_equal(array, made[name]) for name, array in alone.items())
+    with pytest.raises(ConvertError, match="exists already"):
+        convert(SUDOKU, out)
+    assert sorted(os.listdir(tmp_path)) == ["alone", "out"]
+
+
+def test_a_run_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    events = stream_convert(SUDOKU, tmp_path / "out")
+    next(events)
+    assert os.listdir(tmp_path) == [".out.incomplete"]
+    events.close()  # type: ignore[attr-defined]
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_at_a_time_whoever_comes(tmp_path: Path) -> None:
+    """A lock whose file is removed as it is taken must not be held twice."""
+    target, inside, most = tmp_path / "out", [], []
+    said: set[str] = set()
+
+    def work() -> None:
+        for _ in range(60):
+            try:
+                with staged(target) as fresh:
+                    inside.append(fresh)
+                    most.append(len(inside))
+                    (fresh / "file").touch()
+                    assert os.listdir(fresh) == ["file"]
+                    time.sleep(0.0005)
+                    inside.pop()
+                    raise KeyError
+            except KeyError:
+                continue
+            except ConvertError as error:
+                said.add(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1}
+    assert said == {f"another conversion is writing {target}"}
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_stands_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    """A link in the place of the working directory must not be followed and emptied."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    room = tmp_path / ".out.incomplete"
+    room.symlink_to(tmp_path / "precious")
+    with pytest.raises(ConvertError, match="is in the way"):
+        convert(SUDOKU, tmp_path / "out")
+    room.unlink()
+    room.touch()
+    with pytest.raises(ConvertError, match="is in the way"):
+        convert(SUDOKU, tmp_path / "out")
+    room.unlink()
+    shutil.copytree(SUDOKU, room / "checkpoint")
+    with pytest.raises(ConvertError, match="is where a conversion to"):
+        convert(room / "checkpoint", tmp_path / "out")  # would be cleared before it is read
+    assert (room / "checkpoint" / "model.safetensors").exists()
+    assert (tmp_path / "precious" / "file").exists()
+
+
+def test_destinations_that_are_something_else(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(SUDOKU, tmp_path / "source"))
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for taken in (source, tmp_path / "file", tmp_path / "dangling", source / "." / "config.json"):
+        with pytest.raises(ConvertError, match="exists already"):
+            convert(source, taken)
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(ConvertError, match="cannot be written"):
+            convert(source, tmp_path / name)
+    with pytest.raises(ConvertError, match="a disk is mounted"):
+        check_vacant(Mounted(tmp_path / "empty"))
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert convert(source, tmp_path / "empty").directory == tmp_path / "empty"
+    assert (tmp_path / "empty" / "config.json").exists()
+    assert convert(source, source / "inside").shards == 1
+
+
+class Mounted(type(Path())):  # type: ignore[misc]
+    """A directory that a disk is mounted at."""
+
+    def is_mount(self) -> bool:
+        return True
+
+
+def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (500_000, 500_000))"
+    done = run_cli("convert", SUDOKU, tmp_path / "out", first=limit)
+    assert_refused(done, f"writing {tmp_path / 'out'} failed: File too large")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("room", [0, 8192], ids=["weights", "index"])
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, room: int) -> None:
+    """What is written beside the weights is not known beforehand: the disk fills at the end."""
+    made = convert(SUDOKU, tmp_path / "made")
+    size = made.bytes + 4096 if not room else (made.directory / "model.safetensors").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = f"size={size // 4096 * 4096 + room}"
+    if (
+        not shutil.which("mount")
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("only root on Linux can make a small disk")
+    try:
+        done = run_cli("convert", SUDOKU, disk / "out")
+        left = os.listdir(disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert_refused(done, f"writing {disk / 'out'} failed: No space left on device")
+    assert left == []
+
+
+def spoiled(directory: Path, name: str, numbers: list[float]) -> Path:
+    """A copy of the small checkpoint, the first numbers of one tensor replaced."""
+    copy = Path(shutil.copytree(SUDOKU, directory))
+    weights = arrays(SUDOKU)
+    flat = weights[name].reshape(-1)
+    flat[: len(numbers)] = mx.array(numbers, flat.dtype)
+    weights[name] = flat.reshape(weights[name].shape)
+    mx.save_safetensors(str(copy / "model.safetensors"), weights)
+    return copy
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and infinities used to be converted silently; packed, they spoil their whole group."""
+    monkeypatch.setattr(pipeline, "SLICE_BYTES", 10_000)  # the count goes over slices
+    experts = "model.decoder.layers.1.experts.down_proj"
+    norm = "model.decoder.norm.weight"
+    nan, inf = float("nan"), float("inf")
+    for i, (name, numbers) in enumerate({experts: [nan] * 9000, norm: [inf, 1, -inf]}.items()):
+        source = spoiled(tmp_path / f"source{i}", name, numbers)
+        count = len(numbers) - numbers.count(1)
+        for recipe in ("mixed-4-8", "none"):
+            with pytest.raises(CheckpointError, match=f"^{count} numbers of {name} are NaN or inf"):
+                convert(source, tmp_path / "out", recipe=RECIPES[recipe])
+    large = spoiled(tmp_path / "large", norm, [70_000.0, -1e5, 1.0])
+    with pytest.raises(ConvertError, match=f"^2 numbers of {norm} are too large for F16"):
+        convert(large, tmp_path / "out", recipe=RECIPES["none"], dtype="float16")
+    # nvfp4 has no scale for more: 1e5 used to come back as 2688.
+    large = spoiled(tmp_path / "large2", experts, [1e5, 2600.0])
+    with pytest.raises(ConvertError, match=f"^1 numbers of {experts} are too large for nvfp4"):
+        convert(large, tmp_path / "out", recipe=RECIPES["nvfp4"])
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.incomplete").exists()
+    convert(large, tmp_path / "out", recipe=RECIPES["mxfp4"])
+
+
+def test_packed_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    packed = convert(SUDOKU, tmp_path / "packed").directory
+    weights = arrays(packed)
+    name = "model.decoder.embed_tokens.scales"
+    weights[name][5, 1] = float("nan")
+    mx.save_safetensors(str(packed / "model.safetensors"), weights)
+    with pytest.raises(CheckpointError, match=r"^64 numbers of model\.decoder\.embed_tokens\.weig"):
+        convert(packed, tmp_path / "out", dequantize=True)
+
+
+def relabel(directory: Path, name: str, dtype: str) -> None:
+    """Say in the header that a tensor's numbers are of another type of the same size."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "dtype"),
+    [
+        ("8bit", "model.decoder.layers.0.experts.down_proj.weight", "F32"),
+        ("8bit", "model.decoder.embed_tokens.scales", "U16"),
+        ("8bit", "model.decoder.embed_tokens.biases", "I16"),
+        ("mxfp8", "model.decoder.layers.0.experts.down_proj.scales", "I8"),
+        ("none", "model.decoder.norm.weight", "U16"),
+    ],
+)
+def test_tensors_of_another_type_are_refused(
+    tmp_path: Path, recipe: str, name: str, dtype: str
+) -> None:
+    """Packed weights labelled float32, weights labelled int16: both were converted and loaded."""
+    directory = convert(SUDOKU, tmp_path / "packed", recipe=RECIPES[recipe]).directory
+    relabel(directory, name, dtype)
+    said = f"{name} has the type {dtype}, where"
+    with pytest.raises(CheckpointError, match=said):
+        load(directory)
+    with pytest.raises(CheckpointError, match=said):
+        convert(directory, tmp_path / "out", dequantize=recipe != "none")
+
+
+def test_parts_of_the_image_encoder_are_looked_at_too(tmp_path: Path) -> None:
+    """Nothing compared them with the config: odd ones were a traceback when unpacked."""
+    packed = convert(SUDOKU, tmp_path / "packed", recipe=RECIPES["8bit"]).directory
+    name = "model.encoder.embed_vision.embedding_projection"
+    sound = arrays(packed)
+    mx.eval(sound)
+    for change, said in (
+        ({f"{name}.weight": None}, f"lacks {name}.weight"),
+        ({f"{name}.biases": None}, f"lacks {name}.biases"),
+        ({f"{name}.scales": mx.ones((3, 1), mx.bfloat16)}, "does not go with"),
+        ({f"{name}.weight": sound[f"{name}.weight"].view(mx.int32)}, "has the type I32"),
+        ({"model.encoder.vision_tower.x.weight": mx.zeros((0, 64))}, "has no numbers"),
+    ):
+        weights = {**sound, **change}
+        kept = {key: array for key, array in weights.items() if array is not None}
+        mx.save_safetensors(str(packed / "model.safetensors"), kept)
+        (packed / "model.safetensors.index.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=said):
+            convert(packed, tmp_path / "out", dequantize=True)
+    bound = "model.encoder.vision_tower.x.input_min"
+    mx.save_safetensors(
+        str(packed / "model.safetensors"), {**sound, bound: mx.array(-float("inf"))}
+    )
+    back = convert(packed, tmp_path / "back", dequantize=True)  # no bound is a bound too
+    assert arrays(back.directory)[bound].item() == -float("inf")
+
+
+def test_a_source_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(SUDOKU, tmp_path / "source"))
+    events = stream_convert(source, tmp_path / "out")
+    next(events)
+    os.truncate(source / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        list(events)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
