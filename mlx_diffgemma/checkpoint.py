@@ -38,6 +38,7 @@ FLOATS = ("F32", "BF16", "F16")  # what weights that are not packed are stored i
 JSON_LIMIT = 5_000_000
 DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million factors that takes long
 NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
+SHOWN_LIMIT = 100  # characters of a foreign value in a sentence
 # A size of a model (a width, a count, a context). The largest today is 2 ** 18; positions beyond
 # 2 ** 24 are not exact in float32.
 SIZE_LIMIT = 1 << 24
@@ -124,7 +125,8 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
 
 def shown(value: object) -> str:
     """A foreign value as a sentence repeats it: on one line, and short."""
-    return reprlib.repr(value)
+    text = reprlib.repr(value)
+    return text if len(text) <= SHOWN_LIMIT else f"{text[: SHOWN_LIMIT - 3]}..."
 
 
 def is_size(value: object) -> TypeGuard[int]:

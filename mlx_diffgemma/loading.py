@@ -116,9 +116,7 @@ def _check_special(settings: dict[str, Any]) -> None:
         if not key.endswith("_token") or not value or not (frames or isinstance(value, dict)):
             continue  # add_bos_token and its like are true or false
         if not isinstance(text, str) or not text.isprintable():
-            raise CheckpointError(
-                f"tokenizer_config.json: {shown(key)} = {shown(value)} is no text"
-            )
+            raise CheckpointError(f"tokenizer_config.json: {shown(key)} is no text: {shown(value)}")
 
 
 def _sentence(error: Exception) -> str:
