@@ -3,8 +3,9 @@
 This folder is installed as `mlx_diffgemma.convert`.
 """
 
-from .pipeline import ConvertError, Report, Written, convert, stream_convert, upload
+from .pipeline import Report, Written, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
+from .staging import ConvertError
 
 __all__ = [
     "DEFAULT_RECIPE",

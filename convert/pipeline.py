@@ -14,22 +14,24 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.checkpoint import (
+    FLOATS,
     ITEM_BYTES,
     NEEDED,
     CheckpointError,
     Quantization,
     Tensor,
+    check_type,
     quantization_of,
     quantization_settings,
     read_json,
     read_tensors,
     resolve,
 )
-from mlx_diffgemma.errors import Error
 from mlx_diffgemma.loading import build_model, check_tensors, read_generation
 from mlx_diffgemma.model import is_text, parameter_name
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, fitting
+from .staging import ConvertError, check_vacant, room_of, staged
 
 SHARD_BYTES = 5_000_000_000
 # Of a source tensor in memory at a time. Packing needs up to 35 times as much (nvfp4 on the CPU);
@@ -37,13 +39,14 @@ SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 8_000_000
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+# The largest weight that a format holds, where it is less than any that a model could have: its
+# scales are 8-bit floats of at most 448, its numbers 4-bit ones of at most 6.
+_LARGEST = {"nvfp4": 448.0 * 6.0}
+# Bounds to which an image encoder clips: none is written as an infinity.
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _ARRAYS = {**_FLOATS, "U32": mx.uint32, "U8": mx.uint8}
 # Written by us, or meaningless after a conversion.
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
-
-
-class ConvertError(Error):
-    """A conversion that cannot be done or was not finished."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def stream_convert(
 ) -> Iterator[Written | Report]:
     """Convert a checkpoint in Hugging Face or MLX layout, reporting each tensor, then the result.
 
-    Everything is written to `.NAME.incomplete` beside the destination, which is renamed at the
-    end, so a directory with the destination's name is complete. Peak memory does not depend on the
-    checkpoint's size.
+    Everything is written beside the destination, in `.NAME.incomplete`, and moved there at the
+    end, so a directory with the destination's name is complete. Two runs cannot write one
+    destination. Peak memory does not depend on the checkpoint's size.
 
     Args:
         source: directory or hub name.
@@ -130,24 +133,23 @@ def stream_convert(
 
     Raises:
         CheckpointError: the source is missing, damaged or incomplete.
-        ConvertError: the destination is taken, the disk too small, the source already packed, or
-            the arguments are at odds. All of it is found out before the first byte is written.
+        ConvertError: the destination is taken or being written, the disk too small, the source
+            already packed, or the arguments are at odds. All of it is found out before the first
+            byte is written. Or a weight is NaN or infinite, in the source or once it is converted.
     """
     started = time.perf_counter()
     target = Path(destination)
-    _check_vacant(target)  # before anything is fetched
+    check_vacant(target)  # before anything is fetched
     if dtype is not None and dtype not in DTYPES:
         raise ConvertError(f"there is no dtype {dtype}; there are {', '.join(DTYPES)}")
     if dequantize and recipe is not None:
         raise ConvertError("dequantize goes with no recipe: unpack first, then convert the result")
     directory = resolve(str(source), revision=revision)
+    if directory.resolve().is_relative_to(room_of(target).resolve()):
+        raise ConvertError(f"{source} is where a conversion to {target} is written")
     if recipe is None:
         recipe = RECIPES["none" if dequantize else DEFAULT_RECIPE]
-    config = read_json(directory, "config.json")
-    quantization_settings(config)  # refuses foreign formats by name
-    tensors = read_tensors(directory)
-    text = {name: tensor for name, tensor in tensors.items() if is_text(name)}
-    check_tensors(build_model(config, read_generation(directory, config), set(text)), text)
+    config, tensors = _opened(directory)
     packed = any(name.endswith(".scales") for name in tensors)
     if packed and not dequantize:
         raise ConvertError(f"{source} is quantized already; --dequantize unpacks it")
@@ -157,50 +159,25 @@ def stream_convert(
     jobs, unpacked = plan(tensors, config, recipe, dtype)
     shards = split(jobs)
     total = sum(_size(part) for job in jobs for part in job.parts)
-    fresh = target.with_name(f".{target.name}.incomplete")
+    parameters = sum(_parameters(job) for job in jobs)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if fresh.exists():  # of a run that was killed; its room is free again
-            shutil.rmtree(fresh)
-        free = shutil.disk_usage(target.parent).free
-        if total > free:
-            need = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-            raise ConvertError(f"{target.parent} has too little room: {need}")
-        fresh.mkdir()
-        weight_map: dict[str, str] = {}
-        source_bytes = sum(tensor.end - tensor.start for tensor in tensors.values())
-        done = 0
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            if len(shards) == 1:
-                name = "model.safetensors"
-            weight_map.update({part[0]: name for job in shard for part in job.parts})
-            for job in write_shard(fresh / name, shard):
-                done += sum(tensor.end - tensor.start for tensor in job.sources)
-                yield Written(job.sources[0].name, done, source_bytes)
-        parameters = sum(_parameters(job) for job in jobs)
-        index = {
-            "metadata": {"total_size": total, "total_parameters": parameters},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        _write_json(fresh / "model.safetensors.index.json", index)
-        _copy_files(directory, fresh)
-        card = _model_card(directory, str(source), target.name, recipe)
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-        # Last: without it no tool takes the directory for a checkpoint.
-        _write_json(fresh / "config.json", _config(config, directory, jobs, recipe, dtype))
-        if target.exists():
-            target.rmdir()
-        os.rename(fresh, target)
+        with staged(target) as fresh:
+            free = shutil.disk_usage(target.parent).free
+            if total > free:
+                need = f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+                raise ConvertError(f"{target.parent} has too little room: {need}")
+            yield from _write_shards(fresh, shards)
+            _write_index(fresh / "model.safetensors.index.json", shards, parameters)
+            _copy_files(directory, fresh)
+            card = _model_card(directory, str(source), target.name, recipe)
+            (fresh / "README.md").write_text(card, encoding="utf-8")
+            # Last: without it no tool takes the directory for a checkpoint.
+            _write_json(fresh / "config.json", _config(config, directory, jobs, recipe, dtype))
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise ConvertError(f"writing {target} failed: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     yield Report(
         directory=target,
-        source_bytes=source_bytes,
+        source_bytes=sum(tensor.end - tensor.start for tensor in tensors.values()),
         bytes=total,
         shards=len(shards),
         bits_per_weight=8 * total / parameters,
@@ -209,17 +186,44 @@ def stream_convert(
     )
 
 
-def _check_vacant(target: Path) -> None:
-    """Refuse a destination that is taken or that no directory can be renamed to."""
-    if target.name in ("", ".."):
-        raise ConvertError(f"{target} is not a name for a new directory")
-    try:
-        is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-        taken = not is_empty and (target.exists() or target.is_symlink())
-    except OSError as error:
-        raise ConvertError(f"{target} cannot be written: {error.strerror}") from None
-    if taken:
-        raise ConvertError(f"{target} exists already")
+def _opened(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a source, which is complete and makes a model."""
+    config = read_json(directory, "config.json")
+    quantization_settings(config)  # refuses foreign formats by name
+    tensors = read_tensors(directory)
+    text = {name: tensor for name, tensor in tensors.items() if is_text(name)}
+    check_tensors(build_model(config, read_generation(directory, config), set(text)), text)
+    return config, tensors
+
+
+def _write_shards(fresh: Path, shards: list[list[Job]]) -> Iterator[Written]:
+    total = sum(t.end - t.start for shard in shards for job in shard for t in job.sources)
+    done = 0
+    for name, shard in _named(shards).items():
+        for job in write_shard(fresh / name, shard):
+            done += sum(tensor.end - tensor.start for tensor in job.sources)
+            yield Written(job.sources[0].name, done, total)
+
+
+def _named(shards: list[list[Job]]) -> dict[str, list[Job]]:
+    """Shards by the names of their files."""
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _write_index(path: Path, shards: list[list[Job]], parameters: int) -> None:
+    parts = [(part, file) for file, s in _named(shards).items() for job in s for part in job.parts]
+    size = sum(_size(part) for part, _ in parts)
+    weight_map = {part[0]: file for part, file in parts}
+    _write_json(
+        path,
+        {
+            "metadata": {"total_size": size, "total_parameters": parameters},
+            "weight_map": dict(sorted(weight_map.items())),
+        },
+    )
 
 
 def plan(
@@ -229,25 +233,25 @@ def plan(
     jobs, unpacked = [], []
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in ("scales", "biases") and f"{module}.scales" in tensors:
-            continue  # read with their weight
-        if f"{module}.scales" in tensors:
-            sources = [tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")
-                       if f"{module}.{part}" in tensors]  # fmt: skip
+        if f"{module}.scales" in tensors and leaf in ("weight", "scales", "biases"):
+            if leaf != "scales":
+                continue  # read with their scales
             packed = quantization_of(config, module)
-            shape = (*tensor.shape[:-1], tensor.shape[-1] * 32 // packed.bits)
-            stored = "BF16" if sources[1].dtype == "U8" else sources[1].dtype
+            sources, shape = _packed(tensors, module, packed)
+            stored = "BF16" if tensor.dtype == "U8" else tensor.dtype
             # Unpacked stacks of experts go back to Hugging Face's names.
             raw = (
                 module
                 if module.endswith((".gate_up_proj", ".down_proj")) and len(shape) == 3
-                else name
+                else f"{module}.weight"
             )
             part = (raw, DTYPES.get(dtype or "", stored), shape)
-            jobs.append(Job(tuple(sources), packed, None, (part,)))
+            jobs.append(Job(sources, packed, None, (part,)))
             continue
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name} has the type {tensor.dtype}, which is not converted")
+        if not prod(tensor.shape):
+            raise CheckpointError(f"{name} has no numbers: its shape is {list(tensor.shape)}")
         stored = DTYPES.get(dtype or "", tensor.dtype)
         path = parameter_name(name).removesuffix(".weight")
         matrix = parameter_name(name).endswith(".weight") and len(tensor.shape) > 1
@@ -267,6 +271,30 @@ def plan(
             parts += [(f"{path}.scales", "U8", groups)]
         jobs.append(Job((tensor,), None, wanted, tuple(parts)))
     return jobs, unpacked
+
+
+def _packed(
+    tensors: dict[str, Tensor], module: str, packed: Quantization
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The tensors of a packed matrix, weight first, and its shape once it is unpacked."""
+    affine = packed.mode == "affine"
+    names = [f"{module}.{leaf}" for leaf in ("weight", "scales", *(["biases"] if affine else []))]
+    if missing := [name for name in names if name not in tensors]:
+        raise CheckpointError(f"the checkpoint lacks {missing[0]}")
+    weight, *others = (tensors[name] for name in names)
+    check_type(weight, ("U32",))
+    for tensor in others:
+        check_type(tensor, FLOATS if affine else ("U8",))
+    columns = (weight.shape or (0,))[-1] * 32 // packed.bits
+    shape = (*weight.shape[:-1], columns)
+    groups = (*weight.shape[:-1], columns // packed.group_size)
+    for tensor in others:
+        if not prod(groups) or tensor.shape != groups or columns % packed.group_size:
+            raise CheckpointError(
+                f"{tensor.name}: shape {list(tensor.shape)} does not go with that of the weight, "
+                f"{list(weight.shape)}"
+            )
+    return (weight, *others), shape
 
 
 def split(jobs: list[Job]) -> list[list[Job]]:
@@ -303,18 +331,31 @@ def write_shard(path: Path, jobs: list[Job]) -> Iterator[Job]:
         file.truncate(base + offset)
         for job in jobs:
             at = {name: base + header[name]["data_offsets"][0] for name, _, _ in job.parts}
-            for arrays in converted(job):
-                for (name, _, _), array in zip(job.parts, arrays, strict=True):
+            damaged = lost = 0
+            for piece in converted(job):
+                damaged, lost = damaged + piece.damaged, lost + piece.lost
+                for (name, _, _), array in zip(job.parts, piece.arrays, strict=True):
                     data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
                     file.seek(at[name])
                     file.write(data.data)
                     at[name] += data.nbytes
+            _check_finite(job, damaged, lost)
             yield job
         file.flush()
         os.fsync(file.fileno())
 
 
-def converted(job: Job) -> Iterator[list[mx.array]]:
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a job's parts; of their numbers, `damaged` were not finite in the source and
+    `lost` are not any more."""
+
+    arrays: list[mx.array]
+    damaged: int
+    lost: int
+
+
+def converted(job: Job) -> Iterator[Piece]:
     """The parts of a job in slices of whole rows: packing works on rows."""
     weight = job.sources[0]
     rows = prod(weight.shape[:-1])
@@ -322,17 +363,57 @@ def converted(job: Job) -> Iterator[list[mx.array]]:
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         arrays = [_read(tensor, start, stop) for tensor in job.sources]
-        target = _FLOATS[job.parts[-1][1]] if job.parts[-1][1] in _FLOATS else arrays[0].dtype
-        if job.packed is not None:
-            weight_rows, scales, *rest = arrays
-            biases = rest[0] if rest else None
-            unpacked = mx.dequantize(weight_rows, scales, biases, **asdict(job.packed))
-            yield [unpacked.astype(target)]
-        elif job.wanted is not None:
-            yield list(mx.quantize(arrays[0].astype(target), **asdict(job.wanted)))
-        else:
-            yield [arrays[0].astype(target)]
+        plain = arrays[0] if job.packed is None else _unpacked(arrays, job.packed)
+        target = _FLOATS.get(job.parts[-1][1], plain.dtype)
+        made = [plain.astype(target)]
+        after = _not_finite(weight.name, made[0])
+        if job.wanted is not None:
+            made = list(mx.quantize(made[0], **asdict(job.wanted)))
+            after = mx.maximum(after, _not_packed(plain, made, job.wanted))
+        before = _not_finite(weight.name, plain)
+        mx.eval(made, before, after)
+        yield Piece(made, int(before), int(after) - int(before))
         mx.clear_cache()
+
+
+def _unpacked(arrays: list[mx.array], packed: Quantization) -> mx.array:
+    """Weight, scales and biases as float32: in the scales' own type it would be rounded twice."""
+    weight, *others = arrays
+    scales, *biases = (a if a.dtype == mx.uint8 else a.astype(mx.float32) for a in others)
+    size, bits, mode = packed.group_size, packed.bits, packed.mode
+    return mx.dequantize(
+        weight, scales, biases[0] if biases else None, size, bits, mode, dtype=mx.float32
+    )
+
+
+def _not_finite(name: str, numbers: mx.array) -> mx.array:
+    """How many are NaN, or infinite where the name is not one of a bound."""
+    if name.endswith(_BOUNDS):
+        return mx.isnan(numbers).sum()
+    return (~mx.isfinite(numbers)).sum()
+
+
+def _not_packed(plain: mx.array, made: list[mx.array], wanted: Quantization) -> mx.array:
+    """How many numbers a format could not hold: they came out infinite, or far too small."""
+    if wanted.mode == "affine":
+        scales, biases = made[1:]
+        return (~mx.isfinite(scales + biases)).sum() * wanted.group_size
+    weight, scales = made
+    back = mx.dequantize(
+        weight, scales, None, wanted.group_size, wanted.bits, wanted.mode, dtype=mx.float32
+    )
+    too_large = mx.abs(plain) > _LARGEST.get(wanted.mode, mx.inf)
+    return (~mx.isfinite(back) | too_large).sum()
+
+
+def _check_finite(job: Job, damaged: int, lost: int) -> None:
+    """Refuse a tensor that no model can compute with."""
+    name = job.sources[0].name
+    if damaged:
+        raise CheckpointError(f"{damaged} numbers of {name} are NaN or infinite")
+    if lost:
+        held = job.wanted.mode if job.wanted else job.parts[0][1]
+        raise ConvertError(f"{lost} numbers of {name} are too large for {held}")
 
 
 def _read(tensor: Tensor, start: int, stop: int) -> mx.array:
@@ -342,6 +423,8 @@ def _read(tensor: Tensor, start: int, stop: int) -> mx.array:
     data = np.fromfile(
         tensor.file, np.uint8, count=(stop - start) * width, offset=tensor.start + start * width
     )
+    if len(data) != (stop - start) * width:
+        raise CheckpointError(f"{tensor.file} has become shorter")
     return mx.array(data).view(_ARRAYS[tensor.dtype]).reshape(stop - start, columns)
 
 
@@ -370,7 +453,7 @@ def _config(
     if dtype is not None:
         out["dtype"] = dtype
         for part in ("text_config", "vision_config"):
-            if "dtype" in (out.get(part) or {}):
+            if isinstance(out.get(part), dict) and "dtype" in out[part]:
                 out[part] = {**out[part], "dtype": dtype}
     used = {job.parts[0][0].removesuffix(".weight"): job.wanted for job in jobs if job.wanted}
     if used:

@@ -2,17 +2,10 @@
 
 from dataclasses import dataclass
 
-from mlx_diffgemma.checkpoint import Quantization
+from mlx_diffgemma.checkpoint import MODES, Quantization
 from mlx_diffgemma.errors import Error
 
 DEFAULT_RECIPE = "mixed-4-8"
-# What `mlx.core.quantize` takes: mode -> (group sizes, bits). The first pair is the mode's default.
-MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "nvfp4": ((16,), (4,)),
-    "mxfp8": ((32,), (8,)),
-}
 EIGHT = Quantization(64, 8)
 FOUR = Quantization(64, 4)
 

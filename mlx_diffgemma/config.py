@@ -1,11 +1,13 @@
 """What `generation_config.json` says: the one home of every number of the sampler."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
+from .checkpoint import SIZE_LIMIT, is_number, shown
 from .errors import Error
 from .sampler import ConfidenceThreshold, EntropyBound, Sampler
 
+ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
 Speed = Literal["faithful", "balanced", "fast"]
 
 
@@ -40,8 +42,11 @@ class GenerationConfig:
             raise SettingError(
                 f"denoising steps must be at least 1, not {self.max_denoising_steps}"
             )
-        if not 0 < self.t_min <= self.t_max:
-            raise SettingError(f"temperatures must be 0 < {self.t_min} <= {self.t_max}")
+        # Steps end short of `t_min`, which may be 0 as in the reference; `t_max` is met.
+        if not (0 <= self.t_min <= self.t_max and self.t_max > 0):
+            raise SettingError(
+                f"temperatures must be 0 <= {self.t_min} <= {self.t_max}, not 0 both"
+            )
         if self.stability_threshold < 0:
             raise SettingError(
                 f"stability threshold must not be negative: {self.stability_threshold}"
@@ -51,7 +56,7 @@ class GenerationConfig:
         if isinstance(self.sampler, ConfidenceThreshold):
             if not 0 <= self.sampler.threshold <= 1:
                 raise SettingError(f"confidence threshold {self.sampler.threshold} is not in 0..1")
-        elif self.sampler.bound <= 0:
+        elif not self.sampler.bound > 0:
             raise SettingError(f"entropy bound must be positive, not {self.sampler.bound}")
 
     @classmethod
@@ -59,26 +64,21 @@ class GenerationConfig:
         """From the contents of `generation_config.json`; keys it does not know are left alone.
 
         Raises:
-            SettingError: a value out of range, or a sampler that is not the entropy bound.
+            SettingError: a value out of range or of another type, or a sampler that is not the
+                entropy bound.
         """
-        names = (
-            "max_new_tokens",
-            "max_denoising_steps",
-            "t_min",
-            "t_max",
-            "stability_threshold",
-            "confidence_threshold",
-            "pad_token_id",
-        )
-        known = {name: values[name] for name in names if values.get(name) is not None}
+        known = {n: values[n] for n in (*_WHOLE, *_NUMBERS) if values.get(n) is not None}
+        for name, value in known.items():
+            if name in _WHOLE and not _is_whole(value):
+                raise SettingError(f"{name} = {shown(value)} is not a whole number")
+            if not is_number(value):
+                raise SettingError(f"{name} = {shown(value)} is not a number")
         sampler = values.get("sampler_config")
         if sampler is not None:
-            if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
-                raise SettingError(f"sampler {sampler['_cls_name']!r} is not supported")
-            known["sampler"] = EntropyBound(sampler["entropy_bound"])
+            known["sampler"] = EntropyBound(_bound(sampler))
         eos = values.get("eos_token_id")
         if eos is not None:
-            known["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+            known["eos_token_ids"] = _ends(eos)
         return cls(**known)
 
     def override(
@@ -102,6 +102,37 @@ class GenerationConfig:
         "faithful" is the checkpoint's settings.
         """
         return replace(self, **_SPEEDS[speed])
+
+
+# Keys of `generation_config.json`.
+_WHOLE = ("max_new_tokens", "max_denoising_steps", "stability_threshold", "pad_token_id")
+_NUMBERS = ("t_min", "t_max", "confidence_threshold")
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of sensible size; true and 1.0 are not."""
+    return type(value) is int and abs(value) <= SIZE_LIMIT
+
+
+def _bound(sampler: Any) -> float:
+    """The entropy bound of a sampler_config."""
+    if not isinstance(sampler, dict):
+        raise SettingError(f"sampler_config = {shown(sampler)} is not a JSON object")
+    name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
+    if name != "EntropyBoundSamplerConfig":
+        raise SettingError(f"sampler {shown(name)} is not supported")
+    bound = sampler.get("entropy_bound")
+    if not is_number(bound):
+        raise SettingError(f"entropy_bound = {shown(bound)} is not a number")
+    return bound
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    """The ids of an eos_token_id, which is one or a list of them."""
+    ids = given if isinstance(given, list) else [given]
+    if not ids or len(ids) > ENDS_LIMIT or not all(_is_whole(i) and i >= 0 for i in ids):
+        raise SettingError(f"eos_token_id = {shown(given)} is neither an id nor a list of ids")
+    return tuple(dict.fromkeys(ids))
 
 
 _SPEEDS: dict[Speed, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """A checkpoint directory or hub name -> model and tokenizer."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,15 +9,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import (
+    FLOATS,
     SHIPPED,
     CheckpointError,
     Tensor,
+    check_type,
     quantization_of,
     read_json,
     read_tensors,
     resolve,
+    shown,
+    size_of_file,
 )
-from .config import GenerationConfig, Speed
+from .config import GenerationConfig, SettingError, Speed
 from .info import inspect
 from .memory import fit
 from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
@@ -26,6 +31,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 EMBEDDED = SHIPPED["tiny"]
+SENTENCE_LIMIT = 300  # characters of a library's message, which may quote a whole file
 
 
 def load(
@@ -67,10 +73,56 @@ def load(
     model.generation = model.generation.at(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
+    tokenizer = read_tokenizer(directory)
+    check_ids(model, tokenizer)
+    return model, tokenizer
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer and chat template of a checkpoint directory.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, no file or not what belongs there.
+    """
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        try:
+            size_of_file(directory / name)
+            (directory / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue  # of the first, the tokenizer says so
+        except OSError as error:
+            raise CheckpointError(f"{directory / name} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{directory / name} is not UTF-8 text") from None
+    if os.path.lexists(directory / "tokenizer_config.json"):
+        _check_special(read_json(directory, "tokenizer_config.json"))
     try:
-        return model, Tokenizer.from_directory(directory)
+        tokenizer = Tokenizer.from_directory(directory)
     except TokenizerError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(_sentence(error)) from None
+    try:
+        tokenizer.encode("\U0010fffd")  # which no vocabulary has
+    except Exception as error:  # the library raises bare Exception
+        message = f"{directory / 'tokenizer.json'} cannot encode any text: {_sentence(error)}"
+        raise CheckpointError(message) from None
+    return tokenizer
+
+
+def _check_special(settings: dict[str, Any]) -> None:
+    """Refuse special tokens of a tokenizer_config.json that are no text."""
+    for key, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        frames = key in ("pad_token", "bos_token", "eos_token")
+        if not key.endswith("_token") or not value or not (frames or isinstance(value, dict)):
+            continue  # add_bos_token and its like are true or false
+        if not isinstance(text, str) or not text.isprintable():
+            raise CheckpointError(f"tokenizer_config.json: {shown(key)} is no text: {shown(value)}")
+
+
+def _sentence(error: Exception) -> str:
+    """What a library says, on one line and not longer than a few."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in words)[:SENTENCE_LIMIT]
 
 
 def computed_in(dtype: DType | None) -> DType | None:
@@ -93,7 +145,10 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
 
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
-        stored = mx.load(str(file))
+        try:
+            stored = mx.load(str(file))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be loaded: {_sentence(error)}") from None
         assert isinstance(stored, dict)  # a safetensors file is
         weights.update(sanitize(stored))
     if dtype is not None:
@@ -120,14 +175,21 @@ def read_config(config: dict[str, Any]) -> Config:
 
 def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
     """`generation_config.json`, or what MLX conversions embed in the config in its place."""
-    values = config.get("generation_config") or {}
-    if (directory / "generation_config.json").exists():
+    values = config.get("generation_config")
+    if os.path.lexists(directory / "generation_config.json"):
         values = read_json(directory, "generation_config.json")
-    if "eos_token_id" not in values and config.get("eos_token_id") is not None:
-        values = {**values, "eos_token_id": config["eos_token_id"]}
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise CheckpointError("config.json: generation_config is not a JSON object")
+    if values.get("eos_token_id") is None:  # null says no more than nothing does
+        text = config.get("text_config")
+        places = [config, text if isinstance(text, dict) else {}]
+        found = (place.get("eos_token_id") for place in places)
+        values = {**values, "eos_token_id": next((i for i in found if i is not None), None)}
     try:
         return GenerationConfig.from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except SettingError as error:
         raise CheckpointError(f"{directory}: generation config: {error}") from None
 
 
@@ -148,15 +210,31 @@ def build_model(
     try:
         nn.quantize(model, class_predicate=quantization)
     except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+        raise CheckpointError(f"config.json: {_sentence(error)}") from None
     return model
 
 
-def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
-    """Compare names and shapes of a file with the model's.
+def check_ids(model: DiffusionGemma, tokenizer: Tokenizer) -> None:
+    """Refuse ids that the embedding has no row for: it would be read beyond its end.
 
     Raises:
-        CheckpointError: naming what is missing, unknown or of another shape.
+        CheckpointError: an end token or an id of the tokenizer is one.
+    """
+    count = model.config.vocab_size
+    beyond = [i for i in model.generation.eos_token_ids if i >= count]
+    if beyond:
+        raise CheckpointError(f"eos_token_id {beyond[0]} is beyond the vocabulary of {count}")
+    if tokenizer.largest_id >= count:
+        raise CheckpointError(
+            f"tokenizer.json has the id {tokenizer.largest_id}, beyond the vocabulary of {count}"
+        )
+
+
+def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
+    """Compare names, shapes and types of a file with the model's.
+
+    Raises:
+        CheckpointError: naming what is missing, unknown, of another shape or of another type.
     """
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     expected = {name: tuple(array.shape) for name, array in parameters.items()}
@@ -174,6 +252,9 @@ def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
             f"{_first(wrong)}: shape {list(found[name].shape)}, where the config asks for "
             f"{list(expected[name])}"
         )
+    packed = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # weights, and scales that are no floats
+    for name, tensor in found.items():
+        check_type(tensor, packed.get(parameters[name].dtype, FLOATS))
 
 
 def _first(names: list[str]) -> str:

@@ -53,6 +53,9 @@ class Tokenizer:
             raise TokenizerError(f"{path} is missing") from None
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        # A file may ask for both; the first cuts prompts, the second writes ids of its choice.
+        backend.no_truncation()
+        backend.no_padding()
         settings: dict[str, Any] = {}
         config = directory / "tokenizer_config.json"
         if config.exists():
@@ -70,6 +73,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special ones included."""
         return self._backend.get_vocab_size()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that encoding can give."""
+        return max(self._backend.get_vocab().values(), default=0)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token written exactly so, or None."""

@@ -1,6 +1,10 @@
 """Damaged and lying checkpoints are named in one sentence; the hub is asked for little."""
 
+import errno
 import json
+import math
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +16,7 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import errors
 
-from mlx_diffgemma import CheckpointError, load
+from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import (
     SHIPPED,
     Quantization,
@@ -22,7 +26,7 @@ from mlx_diffgemma.checkpoint import (
     read_tensors,
     resolve,
 )
-from mlx_diffgemma.loading import keep_in_memory
+from mlx_diffgemma.loading import keep_in_memory, read_generation
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 NORM = "model.decoder.norm.weight"
@@ -149,6 +153,193 @@ def test_missing_and_damaged_side_files(checkpoint: Path) -> None:
     assert "config.json is not a JSON object" in refusal(checkpoint)
 
 
+SIDE_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+SIDE_FILES += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, "model.safetensors"])
+def test_what_is_no_file_is_not_waited_for(checkpoint: Path, name: str) -> None:
+    """A pipe in the place of a file used to be waited for without end."""
+    path = checkpoint / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert refusal(checkpoint) == f"{path} is not a file"
+    path.unlink()
+    path.mkdir()
+    assert refusal(checkpoint) == f"{path} is not a file"
+    path.rmdir()
+    path.symlink_to(name)
+    assert refusal(checkpoint) == f"{path} cannot be read: {os.strerror(errno.ELOOP)}"
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_files_of_other_contents(checkpoint: Path, name: str) -> None:
+    """Bytes that are no UTF-8, lists and numbers used to be tracebacks in some of them."""
+    path = checkpoint / name
+    path.write_bytes(b'{"a": "\xff"}')
+    assert str(path) in refusal(checkpoint)
+    if name.endswith(".jinja"):
+        return
+    for text in ("[]", "5", "null", '{"a":' + "[" * 100_000, '{"a": ' + "9" * 5000 + "}", ""):
+        path.write_text(text)
+        assert str(path) in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("placed", "said"),
+    [
+        (None, "has no weight_map"),
+        ([NORM], "has no weight_map"),
+        ({NORM: 5}, "has no weight_map"),
+        ({}, "has no model*.safetensors"),
+        ({NORM: "../../etc/passwd"}, "outside the checkpoint"),
+        ({NORM: "/etc/passwd"}, "outside the checkpoint"),
+        ({NORM: ""}, "names '', no safetensors file"),
+        ({NORM: "a\0b.safetensors"}, "outside the checkpoint"),
+        ({NORM: "a\nb.safetensors"}, "outside the checkpoint"),
+        ({NORM: ".."}, "names '..', no safetensors file"),
+        ({NORM: "config.json"}, "names 'config.json', no safetensors file"),
+        ({NORM: "x" * 999 + ".safetensors"}, "cannot be read"),
+        ({"\x1b[31m": "model.safetensors"}, r"lacks '\x1b[31m'"),
+    ],
+)
+def test_index_of_anything(checkpoint: Path, placed: Any, said: str) -> None:
+    index(checkpoint, placed)
+    assert said in refusal(checkpoint)
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (json.dumps({"a": {**GOOD, "shape": [2] * 300_000}}), "entry of a is damaged"),
+        (json.dumps({"a": {**GOOD, "shape": [10**4000] * 8}}), "bytes of a do not fit"),
+        (json.dumps({"a": {**GOOD, "data_offsets": [10**4000, 10**4000 + 8]}}), "a ends at byte"),
+        (json.dumps({"a": {**GOOD, "shape": [True, 2]}}), "entry of a is damaged"),
+        (json.dumps({"a": {**GOOD, "dtype": ["F32"]}}), "a has the unknown type"),
+        (json.dumps({"a": [GOOD]}), "entry of a is damaged"),
+        (json.dumps({"a\x1b[2J": GOOD}), r"'a\x1b[2J' is not a name"),
+        (json.dumps({"": GOOD}), "'' is not a name"),
+        (json.dumps({"a" * 1000: GOOD}), "is not a name of a tensor"),
+        (json.dumps({"__metadata__": {"format": 1}, "a": GOOD}), "header is damaged"),
+        (f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}', "header is damaged"),
+        (json.dumps({"a": GOOD}).encode("utf-16"), "header is damaged"),
+        (b'{"\xff": 1}', "header is damaged"),
+    ],
+)
+def test_headers_of_anything(tmp_path: Path, header: str | bytes, said: str) -> None:
+    """Some took minutes (a product of 300,000 factors), some were read otherwise by MLX."""
+    text = header if isinstance(header, bytes) else header.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+        read_header(path)
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+def change_json(directory: Path, name: str, **values: Any) -> None:
+    path = directory / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": True},
+        {"max_denoising_steps": 10**15},
+        {"max_denoising_steps": "many"},
+        {"stability_threshold": -1},
+        {"t_min": math.nan},
+        {"t_max": math.inf},
+        {"t_min": 0, "t_max": 0},
+        {"confidence_threshold": [1]},
+        {"pad_token_id": 0.5},
+        {"sampler_config": 5},
+        {"sampler_config": {}},
+        {"sampler_config": {"entropy_bound": math.nan}},
+        {"sampler_config": {"entropy_bound": 0.1, "_cls_name": ["x"]}},
+        {"eos_token_id": []},
+        {"eos_token_id": True},
+        {"eos_token_id": [1, None]},
+        {"eos_token_id": [-1]},
+        {"eos_token_id": {"a": 1}},
+        {"eos_token_id": list(range(1000))},
+    ],
+)
+def test_generation_config_of_anything(checkpoint: Path, values: dict[str, Any]) -> None:
+    """Many of these used to load, to end in a traceback later or in an endless answer."""
+    change_json(checkpoint, "generation_config.json", **values)
+    assert "generation config" in refusal(checkpoint)
+
+
+def test_temperature_may_end_at_zero(checkpoint: Path) -> None:
+    """It used to be refused, though the reference takes it: no step gets there."""
+    change_json(checkpoint, "generation_config.json", t_min=0.0)
+    model, tokenizer = load(checkpoint)
+    assert model.generation.t_min == 0
+    assert generate(model, tokenizer, "12", seed=0, max_tokens=48) is not None
+
+
+def test_null_says_nothing_of_end_tokens(checkpoint: Path) -> None:
+    """It used to hide what config.json says."""
+    change_json(checkpoint, "generation_config.json", eos_token_id=None)
+    change_json(checkpoint, "config.json", eos_token_id=[6, 9])
+    config = read_json(checkpoint, "config.json")
+    assert read_generation(checkpoint, config).eos_token_ids == (6, 9)
+    del config["eos_token_id"]
+    assert read_generation(checkpoint, config).eos_token_ids == (1, 6)  # of text_config
+    config["generation_config"] = [1]
+    (checkpoint / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match="generation_config is not a JSON object"):
+        read_generation(checkpoint, config)
+
+
+def change_tokenizer(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / "tokenizer.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_ids_beyond_the_vocabulary_are_refused(checkpoint: Path) -> None:
+    """The embedding used to be read out of bounds, which gave noise or ended the process."""
+    change_json(checkpoint, "generation_config.json", eos_token_id=[1, 128])
+    assert refusal(checkpoint) == "eos_token_id 128 is beyond the vocabulary of 128"
+    change_json(checkpoint, "generation_config.json", eos_token_id=[1, 127])
+    change_tokenizer(checkpoint, lambda values: values["model"]["vocab"].update(x=4_000_000_000))
+    assert "tokenizer.json has the id 4000000000, beyond the vocabulary" in refusal(checkpoint)
+
+
+def test_a_tokenizer_neither_pads_nor_cuts(checkpoint: Path) -> None:
+    """Padding to 1e6 tokens of an id beyond the vocabulary used to be done, prompts were cut."""
+    padding = {"strategy": {"Fixed": 1_000_000}, "direction": "Right", "pad_to_multiple_of": None,
+               "pad_id": 99_999, "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    plain = load(checkpoint)[1].encode("123456")
+    change_tokenizer(checkpoint, lambda values: values.update(padding=padding, truncation=cut))
+    assert load(checkpoint)[1].encode("123456") == plain
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("value", [5, ["<bos>"], {"a": 1}, True, "\ud800", "\x1b"])
+def test_special_tokens_that_are_no_text(checkpoint: Path, key: str, value: object) -> None:
+    """They used to be accepted, and were a traceback at the first answer."""
+    change_json(checkpoint, "tokenizer_config.json", **{key: value})
+    assert refusal(checkpoint).startswith(f"tokenizer_config.json: '{key}' is no text: ")
+
+
+def test_a_tokenizer_that_can_encode_nothing(checkpoint: Path) -> None:
+    """It used to load, and be a traceback at the first unknown character."""
+    change_tokenizer(checkpoint, lambda values: values["model"].update(unk_token="x" * 9000))
+    sentence = refusal(checkpoint)
+    assert "cannot encode any text: Unk token" in sentence
+    assert len(sentence) < 600
+
+
 def test_pickles_are_not_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     assert "no model*.safetensors" in refusal(checkpoint)
@@ -177,6 +368,14 @@ def test_override_without_a_mode_is_affine() -> None:
         ({"quantization": {"bits": "4", "group_size": 64}}, "does not say how x"),
         ({"quantization": {"bits": 0, "group_size": 64}}, "does not say how x"),
         ({"quantization": [4]}, "not a JSON object"),
+        ({"quantization": []}, "not a JSON object"),
+        ({"quantization": False, "quantization_config": {}}, "not a JSON object"),
+        ({"quantization": {"bits": True, "group_size": 64}}, "does not say how x"),
+        ({"quantization": {"bits": 4, "group_size": 2**70}}, "does not say how x"),
+        ({"quantization": {"bits": 7, "group_size": 64}}, "x is packed as 'affine' of 7 bits"),
+        ({"quantization": {"bits": 4, "group_size": 64, "mode": ["affine"]}}, "which MLX has not"),
+        ({"quantization": {"bits": 4, "group_size": 64, "mode": None}}, "packed as None"),
+        ({"quantization": {"quant_method": ["awq"]}}, "quantization is not supported"),
         ({}, "does not say how x"),
     ],
 )

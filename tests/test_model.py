@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import soft_embedding
 
+from mlx_diffgemma import GenerationConfig
 from mlx_diffgemma import model as model_module
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.loading import load_model
@@ -345,7 +348,7 @@ def test_quantized_embedding_in_both_directions(quantization: tuple[int, int, st
     model.model.decoder.embed_tokens = embed
     table = mx.dequantize(
         embed.weight, embed.scales, embed.biases, group_size=group_size, bits=bits, mode=mode
-    )
+    ).astype(mx.float32)
     hidden = mx.random.normal((1, 5, 128), key=mx.random.key(1))
     expected = mx.tanh(hidden @ table.T / 30.0) * 30.0
     assert mx.allclose(model.logits(hidden), expected, atol=1e-3)
@@ -385,6 +388,78 @@ def test_quantized_embedding_in_both_directions(quantization: tuple[int, int, st
 def test_config_that_would_give_wrong_output_is_refused(change: dict[str, Any], named: str) -> None:
     config = {**CONFIG, "text_config": {**CONFIG["text_config"], **change}}
     with pytest.raises(ConfigError, match=named):
+        Config.from_dict(config)
+
+
+BAD: list[Any] = [None, "", [], {}, -1, 0, 0.5, 1e15, 10**15, 10**400, math.inf, math.nan, True]
+BAD += [False, "text", [1], {"1": 1}, {"9": {}}, [["full_attention"]] * 4, "\ud800"]
+DIALECT = {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "final_logit_softcapping": 30.0,
+    "use_double_wide_mlp": False,
+    "num_kv_shared_layers": 0,
+}
+
+
+def places(values: Any, *above: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of every value of a JSON object."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield (*above, key)
+        yield from places(value, *above, key)
+
+
+def test_no_value_of_a_config_ends_in_anything_but_a_refusal() -> None:
+    """Widths of 1e15 or 1.5, heads of 0, true for 1, lists and texts were tracebacks, and a
+    thousand million layers took a minute."""
+    whole = {**CONFIG, "vision_config": None, "text_config": {**CONFIG["text_config"], **DIALECT}}
+    shipped = copy.deepcopy(whole)
+    del shipped["text_config"]["per_layer_config"]
+    said = []
+    for config in (whole, shipped):
+        for *above, key in places(config):
+            for bad in BAD:
+                changed = copy.deepcopy(config)
+                held = changed
+                for step in above:
+                    held = held[step]
+                held[key] = bad
+                try:
+                    made = Config.from_dict(changed)
+                except ConfigError as error:
+                    said.append(str(error))
+                else:
+                    model = DiffusionGemma(made, GenerationConfig())
+                    assert len(model.model.decoder.layers) == 4
+    assert len(said) > 900
+    assert all(sentence.isprintable() and len(sentence) < 200 for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 10**15}, "hidden_size = 1000000000000000 is not a whole number"),
+        ({"hidden_size": 1.5}, "hidden_size = 1.5 is not a whole number"),
+        ({"num_attention_heads": True}, "num_attention_heads = True is not a whole number"),
+        ({"head_dim": 0}, "head_dim = 0 is not"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0 is not"),
+        ({"per_layer_config": [1]}, "per_layer_config = [1] is not a JSON object"),
+        ({"per_layer_config": {"4": {}}}, "per_layer_config['4'] is no layer's"),
+        ({"per_layer_config": {"1": {"head_dim": None}}}, "head_dim = None is not"),
+        ({"sliding_window": "wide"}, "sliding_window = 'wide' is not"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is not a whole number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 is more than 1000"),
+        ({"layer_types": "full_attention"}, "layer_types = 'full_attention' is not a list"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps = nan is not a positive number"),
+        ({"attention_bias": 0}, "text_config.attention_bias = 0 is not supported"),
+        ({"rope_parameters": {"full_attention": 1, "sliding_attention": 1}}, "is not a JSON"),
+        ({"max_position_embeddings": 40}, "canvas_length = 48 is more than"),
+        ({"num_experts": 1 << 24, "hidden_size": 1 << 20}, "a matrix larger than any"),
+    ],
+)
+def test_config_says_what_is_wrong_with_a_value(change: dict[str, Any], said: str) -> None:
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], **change}}
+    with pytest.raises(ConfigError, match=re.escape(said)):
         Config.from_dict(config)
 
 
