@@ -3,14 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .errors import Error
+from .arguments import SettingError, whole_number
 from .sampler import ConfidenceThreshold, EntropyBound, Sampler
 
 Speed = Literal["faithful", "balanced", "fast"]
-
-
-class SettingError(Error, ValueError):
-    """A sampler setting out of range."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,17 @@ class GenerationConfig:
         max_denoising_steps: int | None = None,
         sampler: Sampler | None = None,
     ) -> "GenerationConfig":
-        """A copy in which what was given replaces the checkpoint's; None leaves it."""
+        """A copy in which what was given replaces the checkpoint's; None leaves it.
+
+        Raises:
+            SettingError: one is out of range, or no whole number.
+        """
+        for name, value in (
+            ("max tokens", max_new_tokens),
+            ("denoising steps", max_denoising_steps),
+        ):
+            if value is not None:
+                whole_number(name, value, 1)
         given: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "max_denoising_steps": max_denoising_steps,

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .arguments import token_ids, whole_number
 from .errors import Error
 from .files import replacing
 from .model import DiffusionGemma, LayerCache, LayerMark
@@ -46,7 +47,13 @@ def prefilling(
     cache: list[LayerCache],
     chunk: int = PREFILL_CHUNK,
 ) -> Generator[int, None, None]:
-    """As `prefill`, with a pause after each chunk: how many tokens have been read by now."""
+    """As `prefill`, with a pause after each chunk: how many tokens have been read by now.
+
+    Raises:
+        SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
+    """
+    tokens = token_ids(tokens, model.config.vocab_size)
+    whole_number("prefill_chunk", chunk, 1)
     for layer in cache:
         layer.reserve(len(tokens) + model.config.canvas_length)
     for start in range(0, len(tokens), chunk):
@@ -119,7 +126,13 @@ class Context:
 
         Where the tokens depart from what was held a mark is left, if it saves enough: the next
         prompt may begin in the same way.
+
+        Raises:
+            SettingError: an id is not in the vocabulary, or `chunk` is no number from 1; nothing
+                is forgotten then.
         """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
         agreed = _common(self._tokens, tokens)
         kept = self._reusable(agreed)
         departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
@@ -133,7 +146,13 @@ class Context:
             self.mark()
 
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
-        """Encode more tokens. Interrupted, the context is empty: layers must not disagree."""
+        """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
+
+        Raises:
+            SettingError: as `reading`.
+        """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
         if not tokens:
             return
         try:
@@ -145,7 +164,7 @@ class Context:
 
     def mark(self) -> None:
         """Remember this place; the oldest marks go when they take too much memory."""
-        if not self._marks or self._marks[-1].length < len(self):
+        if len(self) and (not self._marks or self._marks[-1].length < len(self)):
             self._marks.append(Mark(len(self), tuple(layer.mark() for layer in self.cache)))
         while len(self._marks) > 2 and sum(mark.nbytes for mark in self._marks) > MARK_BYTES:
             del self._marks[0]

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler as rules
+from .arguments import SettingError, check_canvas, whole_number
 from .config import GenerationConfig
 from .model import DiffusionGemma, LayerCache, Pass
 from .readout import log_probability, read_out
@@ -69,6 +70,22 @@ class Start:
     first_step: int = 1
 
 
+def check_start(start: Start, vocab_size: int, steps: int) -> None:
+    """Whether a canvas can start so; once a canvas, as its arrays have to be computed for it.
+
+    Raises:
+        SettingError: shapes differ, an id is not in the vocabulary, or no step is left.
+    """
+    shape = getattr(start.canvas, "shape", ())
+    check_canvas("a starting canvas", start.canvas, shape, vocab_size)
+    if start.background is not None:
+        check_canvas("a background", start.background, shape, vocab_size)
+    pinned = start.pinned
+    if pinned is not None and (getattr(pinned, "dtype", None), pinned.shape) != (mx.bool_, shape):
+        raise SettingError(f"what is pinned must be an array of booleans of shape {shape}")
+    whole_number("the first step", start.first_step, 1, steps)
+
+
 def drive(model: DiffusionGemma, run: Run[Item, object]) -> Generator[Item, None, None]:
     """Decode what a run asks for, and yield the rest: a run becomes an ordinary generator."""
     answer: mx.array | None = None
@@ -104,9 +121,15 @@ def refine(
     draws: rules.Draws,
     start: Start | None = None,
 ) -> Run[Snapshot, Snapshot]:
-    """As `denoise`, but somebody else decodes; returns the last snapshot."""
+    """As `denoise`, but somebody else decodes; returns the last snapshot.
+
+    Raises:
+        SettingError: the start is no canvas of this model's ids, see `check_start`.
+    """
     steps = config.max_denoising_steps
-    if start is None:
+    if start is not None:
+        check_start(start, model.config.vocab_size, steps)
+    else:
         start = Start(draws.tokens((1, model.config.canvas_length)))
     canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
     fixed = pinned

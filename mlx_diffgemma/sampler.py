@@ -10,9 +10,13 @@ from typing import ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
 
+from .arguments import whole_number
+
 Part = TypeVar("Part")
 # A logit of what must not be chosen. Finite, so that 0 * log 0 in an entropy stays 0.
 NEVER = -1e9
+# The largest seed that MLX's keys take.
+MOST_SEED = (1 << 64) - 1
 # Blocks of the vocabulary whose parts are held apart before they are joined.
 APART = 12
 
@@ -309,10 +313,14 @@ def _gumbel(shape: tuple[int, ...], key: mx.array) -> mx.array:
 
 
 class SeededDraws:
-    """Draws from a seed: the same seed, the same sequence."""
+    """Draws from a seed: the same seed, the same sequence.
+
+    Raises:
+        SettingError: the seed is no whole number from 0 to 2^64 - 1.
+    """
 
     def __init__(self, seed: int, vocab_size: int):
-        self._key = mx.random.key(seed)
+        self._key = mx.random.key(whole_number("a seed", seed, 0, MOST_SEED))
         self._vocab_size = vocab_size
 
     def _next(self) -> mx.array:
