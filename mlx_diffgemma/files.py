@@ -13,6 +13,8 @@ from .errors import Error
 
 # Deeper values than this would exhaust the stack of whoever walks through them.
 MOST_DEPTH = 200
+# Digits of the longest whole number; Python itself prints no more than 4,300.
+MOST_DIGITS = 1000
 
 
 def read_text(path: Path, failure: type[Error] = Error) -> str:
@@ -37,7 +39,9 @@ def parse_json(text: str) -> object:
         ValueError: it is none; the message says what is wrong with it.
     """
     try:
-        value: object = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value: object = json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+        )
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
     level = [value]
@@ -67,6 +71,12 @@ def _inside(value: object) -> list[object]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has more than {MOST_DIGITS} digits")
+    return int(digits)
 
 
 def _finite(digits: str) -> float:
