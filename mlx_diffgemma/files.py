@@ -12,7 +12,7 @@ from typing import NoReturn
 from .errors import Error
 
 # Deeper values than this would exhaust the stack of whoever walks through them.
-MOST_DEPTH = 200
+MOST_DEPTH = 100
 # Digits of the longest whole number; Python itself prints no more than 4,300.
 MOST_DIGITS = 1000
 
