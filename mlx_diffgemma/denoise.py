@@ -76,12 +76,15 @@ def check_start(start: Start, vocab_size: int, steps: int) -> None:
     Raises:
         SettingError: shapes differ, an id is not in the vocabulary, or no step is left.
     """
-    shape = getattr(start.canvas, "shape", ())
-    check_canvas("a starting canvas", start.canvas, shape, vocab_size)
-    if start.background is not None:
-        check_canvas("a background", start.background, shape, vocab_size)
-    pinned = start.pinned
-    if pinned is not None and (getattr(pinned, "dtype", None), pinned.shape) != (mx.bool_, shape):
+    check_canvas("a starting canvas", start.canvas, vocab_size)
+    shape = start.canvas.shape
+    if (background := start.background) is not None:
+        check_canvas("a background", background, vocab_size)
+        if background.shape != shape:
+            raise SettingError(f"a background must be of the canvas's shape {shape}")
+    if (pinned := start.pinned) is not None and not (
+        isinstance(pinned, mx.array) and pinned.dtype == mx.bool_ and pinned.shape == shape
+    ):
         raise SettingError(f"what is pinned must be an array of booleans of shape {shape}")
     whole_number("the first step", start.first_step, 1, steps)
 
