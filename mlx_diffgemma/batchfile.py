@@ -90,8 +90,8 @@ def _request(given: dict[str, Any], template: Request, system: str | None, index
         if not isinstance(prompt, str) or not prompt.strip():
             raise BatchError("the prompt is no text")
         messages = [{"role": "user", "content": prompt}]
-    elif not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BatchError("messages are no list of objects")
+    elif not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise BatchError("messages are no list of objects with a role and a content")
     for name, kind in OWN.items():
         if name in given and (not isinstance(given[name], kind) or isinstance(given[name], bool)):
             raise BatchError(f"{name} has the wrong type")
@@ -100,6 +100,17 @@ def _request(given: dict[str, Any], template: Request, system: str | None, index
     own = {name: given[name] for name in OWN if name in given and name != "id"}
     seed = None if template.seed is None else template.seed + index
     return replace(template, prompt=messages, **{"seed": seed, **own})
+
+
+def _is_message(message: object) -> bool:
+    """Whether a template can make something of it; it says nothing about what it cannot."""
+    match message:
+        case {"role": str(), "tool_calls": list(calls), **rest}:
+            known = all(isinstance(call, dict) for call in calls)
+            return known and isinstance(rest.get("content", ""), str | list | None)
+        case {"role": str(), "content": str() | list(), **rest}:
+            return "tool_calls" not in rest
+    return False
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -219,11 +230,15 @@ def _locked(path: Path, prompts: Path) -> FileIO:
             if path.samefile(prompts):
                 raise BatchError(f"{path} holds the prompts; answers need a file of their own")
         file = FileIO(path, "a+b")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or we are killed
-    except BlockingIOError:
-        raise BatchError(f"another process is writing to {path}") from None
     except OSError as error:
         raise BatchError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or we are killed
+    except OSError as error:
+        file.close()
+        taken = isinstance(error, BlockingIOError)
+        problem = "another process is writing to it" if taken else error.strerror
+        raise BatchError(f"{path} cannot be written: {problem}") from None
     return file
 
 

@@ -110,6 +110,10 @@ BAD = {
     b'{"prompt": "x", "seed": "1"}': "seed has the wrong type",
     b'{"prompt": "x", "max_tokens": false}': "max_tokens has the wrong type",
     b'{"messages": "x"}': "no list of objects",
+    b'{"messages": [3]}': "no list of objects",
+    b'{"messages": [{"content": "x"}]}': "no list of objects",
+    b'{"messages": [{"role": "user", "content": 3}]}': "no list of objects",
+    b'{"messages": [{"role": "assistant", "content": "", "tool_calls": 3}]}': "no list of objects",
     b'{"prompt": "\\ud800"}': "half a character",
     b'{"prompt": "x", "id": "\\udfff"}': "half a character",
     b'{"prompt": "x", "\\ud800": 1}': "half a character",
@@ -255,7 +259,9 @@ def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
         output.write('{"index": 1, "text": ""}')
         other = run("--batch", file, "--output", out)
         assert other.returncode == 1
-        assert other.stderr.splitlines()[-1] == f"error: another process is writing to {out}"
+        assert other.stderr.splitlines()[-1] == (
+            f"error: {out} cannot be written: another process is writing to it"
+        )
     with writing(out, file, 2) as output:
         assert output.finished == {1}
 

@@ -105,20 +105,21 @@ def test_files_that_declare_nothing_are_one_sentence(
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_chat_outlives_its_tools(tmp_path: Path) -> None:
-    """A call with a number of 5,000 digits, and one that leaves, each used to end the chat."""
+def test_a_chat_outlives_its_tools_and_long_numbers(tmp_path: Path) -> None:
+    """`sys.exit` in a tool used to end the chat, so did a seed that Python does not read."""
     file = tmp_path / "tools.py"
     file.write_text("import sys\ndef leaves(n: int = 0):\n    sys.exit(5)\n")
-    big = "<|tool_call>call:leaves{n:" + "9" * 20 + "}<tool_call|>"
-    script = [big, "one"]
+    script = ["<|tool_call>call:leaves{n:1}<tool_call|>", "one"]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "scripted_cli.py"),
          *("chat", "--tools", str(file), "--yes")],
-        input="call it\n",
+        input=f"/seed {'9' * 5000}\n/steps {'9' * 5000}\ncall it\n",
         capture_output=True,
         text=True,
         env={**os.environ, "SCRIPT": str(script).replace("'", '"')},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "/seed takes a number from 0." in done.stderr
+    assert "/steps takes a number from 1." in done.stderr
     assert "error: SystemExit: 5" in done.stderr
     assert "one" in done.stdout
