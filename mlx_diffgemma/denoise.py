@@ -127,8 +127,12 @@ def refine(
     """As `denoise`, but somebody else decodes; returns the last snapshot.
 
     Raises:
-        SettingError: the start is no canvas of this model's ids, see `check_start`.
+        SettingError: the start or the draws are not of this model's ids, see `check_start`.
     """
+    if isinstance(draws, rules.SeededDraws) and draws.vocab_size > model.config.vocab_size:
+        raise SettingError(
+            f"draws of {draws.vocab_size} ids are not of this model's {model.config.vocab_size}"
+        )
     steps = config.max_denoising_steps
     if start is not None:
         check_start(start, model.config.vocab_size, steps)

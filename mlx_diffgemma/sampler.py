@@ -321,20 +321,20 @@ class SeededDraws:
 
     def __init__(self, seed: int, vocab_size: int):
         self._key = mx.random.key(whole_number("a seed", seed, 0, MOST_SEED))
-        self._vocab_size = vocab_size
+        self.vocab_size = whole_number("vocab_size", vocab_size, 1)
 
     def _next(self) -> mx.array:
         self._key, key = mx.random.split(self._key)
         return key
 
     def tokens(self, shape: tuple[int, ...]) -> mx.array:
-        drawn: mx.array = _uniform(shape, self._vocab_size, self._next())
+        drawn: mx.array = _uniform(shape, self.vocab_size, self._next())
         return drawn
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         return _gumbel(shape, self._next())
 
     def categorical(self, shape: tuple[int, ...]) -> Picker:
-        width = sub_block(self._vocab_size)
-        count = -(-self._vocab_size // width)
+        width = sub_block(self.vocab_size)
+        count = -(-self.vocab_size // width)
         return TwoStage(*mx.split(self.gumbel((*shape, count + width)), [count], axis=-1))

@@ -12,7 +12,7 @@ import pytest
 from gemma import gemma_tokenizer
 from random_model import Scripted, scripted
 
-from mlx_diffgemma import Request, cli
+from mlx_diffgemma import Request, batchfile, cli
 from mlx_diffgemma.batchfile import BatchError, read_requests, writing
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -207,6 +207,17 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(content: bytes, tmp_path: Path
     with pytest.raises(BatchError, match="is left as it is"), writing(out, file, 2):
         pass
     assert out.read_bytes() == content
+
+
+def test_a_line_too_long_to_be_ours_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batchfile, "MOST_LINE", 40)
+    file, out = prompts(tmp_path / "in.jsonl", 2), tmp_path / "out"
+    out.write_bytes(b'{"index": 0, "text": "' + b"x" * 100)
+    with pytest.raises(BatchError, match="line 1 is no answer"), writing(out, file, 2):
+        pass
+    assert out.stat().st_size == 122
 
 
 def test_what_a_killed_run_leaves_is_recovered(tmp_path: Path) -> None:

@@ -349,6 +349,8 @@ def test_starts_that_are_no_canvas_are_refused(loaded: tuple[DiffusionGemma, Tok
             next(denoise(model, cache, model.generation, SeededDraws(0, 128), start))
         with pytest.raises(SettingError):
             list(stream_generate(*loaded, "x", start=start))
+    with pytest.raises(SettingError, match="draws of 129 ids"):  # noise beyond the table
+        list(stream_generate(*loaded, "x", draws=SeededDraws(0, 129)))
 
 
 def test_settings_of_the_wrong_type_or_size(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
