@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arguments import SettingError
     from .batch import batch_generate, stream_batch
     from .canvas import CanvasError
     from .checkpoint import CheckpointError
     from .choosing import ChooseError, choose
-    from .config import GenerationConfig, SettingError
+    from .config import GenerationConfig
     from .context import Context, SessionError
     from .editing import EditError, EditResult, edit, stream_edit
     from .errors import Error
@@ -67,7 +68,7 @@ _HOME = {
     "SchemaError": "schema",
     "SeededDraws": "sampler",
     "SessionError": "context",
-    "SettingError": "config",
+    "SettingError": "arguments",
     "TemplateError": "filling",
     "Text": "turns",
     "Thought": "turns",

@@ -22,6 +22,8 @@ from .turns import BadToolCall, Text, Thought, ToolCall
 
 # Tool calls in a row, after which somebody should look.
 ROUNDS = 16
+# Digits of the longest number that a command takes: those of the largest seed.
+MOST_DIGITS = 20
 HELP = '''A message may go on over lines: end a line with \\, or put it between """ and """.
 /retry           answer the last message again
 /edit [TEXT]     change the last message
@@ -253,7 +255,7 @@ class Chat:
         self._say(self._thought.strip() or "There was no thought.")
 
     def _set_steps(self, rest: str) -> None:
-        if rest and (not rest.isdecimal() or int(rest) < 1):
+        if rest and (not rest.isdecimal() or len(rest) > MOST_DIGITS or int(rest) < 1):
             self._say("/steps takes a number from 1.")
             return
         if rest:
@@ -261,7 +263,7 @@ class Chat:
         self._say(f"Most steps a canvas: {self.session.steps or 'as the checkpoint says'}")
 
     def _set_seed(self, rest: str) -> None:
-        if rest and not rest.isdecimal():
+        if rest and (not rest.isdecimal() or len(rest) > MOST_DIGITS):
             self._say("/seed takes a number from 0.")
             return
         self._seed = int(rest) if rest else None

@@ -260,36 +260,38 @@ def generate_batch(
 ) -> None:
     """Answer the prompts of a file, side by side; what `output` holds already is skipped.
 
-    `load` is called once the file has been read. `template` is what a line's request is made of,
-    with `system` before its messages.
+    `load` is called once the files have been read, and if a line asks anything. `template` is what
+    a line's request is made of, with `system` before its messages.
     """
-    from contextlib import ExitStack
-
     from rich.console import Console
     from rich.progress import Progress
 
     from .batch import stream_batch
-    from .batchfile import Answers, append, finished, read_requests
+    from .batchfile import Answers, read_requests, writing
+    from .generation import Request
 
-    requests, ids = read_requests(file, template, system)
-    done = finished(output) if output is not None else set()
-    left = [i for i in range(len(requests)) if i not in done]
-    if not quiet and done:
-        say(f"{len(done)} of {len(requests)} are answered already.")
-    loaded, tokenizer = load()
-    answers = Answers(ids)
+    prompts = read_requests(file, template, system)
+    answers = Answers(prompts.ids)
     console = Console(stderr=True)
-    with ExitStack() as stack:
-        out = stack.enter_context(append(output)) if output is not None else sys.stdout
-        progress = stack.enter_context(
-            Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
-        )
-        task = progress.add_task("answering", total=len(requests), completed=len(done))
-        events = stream_batch(loaded, tokenizer, (requests[i] for i in left), max_batch=max_batch)
-        for number, event in events:
-            if (line := answers.take(left[number], event)) is not None:
-                print(line, file=out, flush=True)
-                progress.advance(task)
+    progress = Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
+    with writing(output, file, len(prompts.requests)) as out:
+        left = [i for i in range(len(prompts.requests)) if i not in out.finished]
+        if not quiet and out.finished:
+            say(f"{len(out.finished)} of {len(prompts.requests)} are answered already.")
+        asked = [(i, each) for i in left if isinstance(each := prompts.requests[i], Request)]
+        for i in left:
+            if isinstance(each := prompts.requests[i], Error):
+                out.write(answers.failure(i, each))
+        if asked:
+            loaded, tokenizer = load()
+            requests = (request for _, request in asked)
+            events = stream_batch(loaded, tokenizer, requests, max_batch=max_batch)
+            with progress:
+                task = progress.add_task("answering", total=len(asked))
+                for number, event in events:
+                    if (line := answers.take(asked[number][0], event)) is not None:
+                        out.write(line)
+                        progress.advance(task)
     if not quiet:
         say(f"{len(left) - answers.failed} answered, {answers.failed} failed")
     if answers.failed:

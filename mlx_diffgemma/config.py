@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
+from .arguments import SettingError, whole_number
 from .checkpoint import SIZE_LIMIT, is_number, shown
-from .errors import Error
 from .sampler import ConfidenceThreshold, EntropyBound, Sampler
 
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
 Speed = Literal["faithful", "balanced", "fast"]
-
-
-class SettingError(Error, ValueError):
-    """A sampler setting out of range."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,17 @@ class GenerationConfig:
         max_denoising_steps: int | None = None,
         sampler: Sampler | None = None,
     ) -> "GenerationConfig":
-        """A copy in which what was given replaces the checkpoint's; None leaves it."""
+        """A copy in which what was given replaces the checkpoint's; None leaves it.
+
+        Raises:
+            SettingError: one is out of range, or no whole number.
+        """
+        for name, value in (
+            ("max tokens", max_new_tokens),
+            ("denoising steps", max_denoising_steps),
+        ):
+            if value is not None:
+                whole_number(name, value, 1)
         given: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "max_denoising_steps": max_denoising_steps,

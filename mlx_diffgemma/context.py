@@ -4,14 +4,16 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .arguments import token_ids, whole_number
 from .errors import Error
-from .files import replacing
+from .files import parse_json, replacing
 from .model import DiffusionGemma, LayerCache, LayerMark
 
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
@@ -22,6 +24,8 @@ MARK_BYTES = 1 << 30
 WORTH_A_MARK = 256
 # Contexts of earlier prompts kept at most: each is compared with every new prompt.
 MOST_CONTEXTS = 64
+# Characters of messages and tokens in a file; the longest contexts are said in some megabytes.
+MOST_METADATA = 1 << 25
 FORMAT = "mlx-diffgemma context 2"
 
 
@@ -46,7 +50,13 @@ def prefilling(
     cache: list[LayerCache],
     chunk: int = PREFILL_CHUNK,
 ) -> Generator[int, None, None]:
-    """As `prefill`, with a pause after each chunk: how many tokens have been read by now."""
+    """As `prefill`, with a pause after each chunk: how many tokens have been read by now.
+
+    Raises:
+        SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
+    """
+    tokens = token_ids(tokens, model.config.vocab_size)
+    whole_number("prefill_chunk", chunk, 1)
     for layer in cache:
         layer.reserve(len(tokens) + model.config.canvas_length)
     for start in range(0, len(tokens), chunk):
@@ -120,7 +130,13 @@ class Context:
 
         Where the tokens depart from what was held a mark is left, if it saves enough: the next
         prompt may begin in the same way.
+
+        Raises:
+            SettingError: an id is not in the vocabulary, or `chunk` is no number from 1; nothing
+                is forgotten then.
         """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
         agreed = _common(self._tokens, tokens)
         kept = self._reusable(agreed)
         departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
@@ -134,7 +150,13 @@ class Context:
             self.mark()
 
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
-        """Encode more tokens. Interrupted, the context is empty: layers must not disagree."""
+        """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
+
+        Raises:
+            SettingError: as `reading`.
+        """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
         if not tokens:
             return
         try:
@@ -146,7 +168,7 @@ class Context:
 
     def mark(self) -> None:
         """Remember this place; the oldest marks go when they take too much memory."""
-        if not self._marks or self._marks[-1].length < len(self):
+        if len(self) and (not self._marks or self._marks[-1].length < len(self)):
             self._marks.append(Mark(len(self), tuple(layer.mark() for layer in self.cache)))
         while len(self._marks) > 2 and sum(mark.nbytes for mark in self._marks) > MARK_BYTES:
             del self._marks[0]
@@ -180,8 +202,9 @@ class Context:
         `extra` is anything that JSON can say; `load` gives it back.
 
         Raises:
-            SessionError: the file cannot be written.
+            SessionError: the file cannot be written, or is there and nothing that was saved so.
         """
+        _check_ours(path)
         # A mark at the very end would say everything twice.
         marks = [mark for mark in self._marks if mark.length < len(self)]
         arrays: dict[str, mx.array] = dict(self._arrays(marks))
@@ -190,8 +213,10 @@ class Context:
             "model": fingerprint(self._model),
             "tokens": json.dumps(self._tokens),
             "marks": json.dumps([mark.length for mark in marks]),
-            "extra": json.dumps(extra, ensure_ascii=False),
+            "extra": _as_json(path, extra),
         }
+        if sum(map(len, metadata.values())) > MOST_METADATA:
+            raise SessionError(f"{path} cannot be written: the conversation is too long")
         try:
             with replacing(path, suffix=".safetensors") as fresh:
                 mx.save_safetensors(str(fresh), arrays, metadata)
@@ -222,27 +247,77 @@ class Context:
             raise SessionError(f"{path} is not a context that this version saved")
         if metadata.get("model") != fingerprint(model):
             raise SessionError(f"{path} was saved with another model than the one that is loaded")
-        context = cls(model)
         try:
-            context._tokens = json.loads(metadata["tokens"])
-            lengths: list[int] = json.loads(metadata["marks"])
-            for i, layer in enumerate(context.cache):
-                layer.hold(len(context._tokens), arrays.get(f"layers.{i}"))
-            context._marks = [
-                Mark(
-                    length,
-                    tuple(
-                        LayerMark(length, arrays.get(f"marks.{j}.layers.{i}"))
-                        for i in range(len(context.cache))
-                    ),
-                )
-                for j, length in enumerate(lengths)
-            ]
-            context.mark()
-            extra: object = json.loads(metadata["extra"])
+            tokens, lengths = _read_lengths(model, metadata)
+            layers = _layers(model, arrays, [len(tokens), *lengths])
+            extra = parse_json(metadata["extra"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise SessionError(f"{path} is damaged: {error}") from None
+        context = cls(model)
+        context._tokens = tokens
+        for layer, held in zip(context.cache, layers[0], strict=True):
+            layer.hold(len(tokens), held)
+        context._marks = [
+            Mark(length, tuple(LayerMark(length, held) for held in each))
+            for length, each in zip(lengths, layers[1:], strict=True)
+        ]
+        context.mark()
         return context, extra
+
+
+def _read_lengths(model: DiffusionGemma, metadata: dict[str, str]) -> tuple[list[int], list[int]]:
+    """The tokens of a saved context, and where its marks stand.
+
+    Raises:
+        KeyError, ValueError: they are not what `save` writes.
+    """
+    tokens, marks = parse_json(metadata["tokens"]), parse_json(metadata["marks"])
+    if not isinstance(tokens, list) or not isinstance(marks, list):
+        raise ValueError("tokens and marks are no lists")
+    tokens = token_ids(tokens, model.config.vocab_size)
+    if len(tokens) > (most := model.config.max_position_embeddings):
+        raise ValueError(f"it has {len(tokens)} tokens, and the model can read {most}")
+    if not all(type(mark) is int for mark in marks):
+        raise ValueError("a mark is no number of tokens")
+    if any(a >= b for a, b in pairwise([0, *marks, len(tokens)] if marks else [])):
+        raise ValueError("marks do not follow each other within the tokens")
+    return tokens, marks
+
+
+def _layers(
+    model: DiffusionGemma, arrays: dict[str, mx.array], lengths: Sequence[int]
+) -> list[list[mx.array | None]]:
+    """Keys and values of each layer, of all tokens and then of each mark, as `_arrays` names them.
+
+    Raises:
+        ValueError: one is missing or too many, of the wrong shape or type, or not finite.
+    """
+    like = model.make_cache()
+    model.encode(mx.array([[0]]), like)  # never computed: only its shapes and type are asked
+    found: list[list[mx.array | None]] = []
+    count = 1  # the one that says that there are some
+    for number, length in enumerate(lengths):
+        prefix = f"marks.{number - 1}." if number else ""
+        found.append([])
+        for i, layer in enumerate(like):
+            if not length or (number and layer.window is None):
+                found[-1].append(None)
+                continue
+            assert layer.held is not None
+            kept = length if layer.window is None else min(length, layer.window - 1)
+            batch, heads, _, size = layer.held.shape
+            held = arrays.get(f"{prefix}layers.{i}")
+            if held is None or held.dtype != layer.held.dtype:
+                raise ValueError(f"{prefix}layers.{i} is missing or of the wrong type")
+            if held.shape != (batch, heads, kept, size):
+                raise ValueError(f"{prefix}layers.{i} has the wrong shape")
+            if not mx.isfinite(held).all().item():
+                raise ValueError(f"{prefix}layers.{i} has numbers that are not finite")
+            found[-1].append(held)
+            count += 1
+    if len(arrays) != count:
+        raise ValueError(f"it has {len(arrays)} arrays, not {count}")
+    return found
 
 
 class Contexts:
@@ -274,8 +349,34 @@ class Contexts:
             self._kept.pop()
 
 
+def _as_json(path: Path, extra: object) -> str:
+    """What `load` will be able to read."""
+    try:
+        text = json.dumps(extra, ensure_ascii=False)
+        parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SessionError(f"{path} cannot be written: {error}") from None
+    return text
+
+
+def _check_ours(path: Path) -> None:
+    """Whether a file may take this name: none is there, an empty one, or one that was saved.
+
+    Raises:
+        SessionError: something else has the name.
+    """
+    try:
+        if not path.exists() or (path.is_file() and not path.stat().st_size):
+            return
+        _, metadata = _read(path)
+    except (OSError, SessionError):
+        metadata = {}
+    if metadata.get("format", "").partition(" context ")[0] != FORMAT.partition(" context ")[0]:
+        raise SessionError(f"{path} is no saved context or session, and is left as it is")
+
+
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Arrays and metadata of a safetensors file."""
+    """Arrays, which are not read yet, and metadata of a safetensors file."""
     if not path.is_file():
         raise SessionError(f"{path} is not a file")
     try:
@@ -283,9 +384,10 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         assert isinstance(found, tuple)  # of a safetensors file
         arrays, metadata = found
         assert isinstance(arrays, dict)
-        mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise SessionError(f"{path} is damaged, or no saved context: {error}") from None
+    if sum(map(len, metadata.values())) > MOST_METADATA:
+        raise SessionError(f"{path} says more than {MOST_METADATA} characters beside its arrays")
     return arrays, metadata
 
 

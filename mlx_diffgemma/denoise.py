@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler as rules
+from .arguments import SettingError, check_canvas, whole_number
 from .config import GenerationConfig
 from .model import DiffusionGemma, LayerCache, Pass
 from .readout import log_probability, read_out
@@ -69,6 +70,25 @@ class Start:
     first_step: int = 1
 
 
+def check_start(start: Start, vocab_size: int, steps: int) -> None:
+    """Whether a canvas can start so; once a canvas, as its arrays have to be computed for it.
+
+    Raises:
+        SettingError: shapes differ, an id is not in the vocabulary, or no step is left.
+    """
+    check_canvas("a starting canvas", start.canvas, vocab_size)
+    shape = start.canvas.shape
+    if (background := start.background) is not None:
+        check_canvas("a background", background, vocab_size)
+        if background.shape != shape:
+            raise SettingError(f"a background must be of the canvas's shape {shape}")
+    if (pinned := start.pinned) is not None and not (
+        isinstance(pinned, mx.array) and pinned.dtype == mx.bool_ and pinned.shape == shape
+    ):
+        raise SettingError(f"what is pinned must be an array of booleans of shape {shape}")
+    whole_number("the first step", start.first_step, 1, steps)
+
+
 def drive(model: DiffusionGemma, run: Run[Item, object]) -> Generator[Item, None, None]:
     """Decode what a run asks for, and yield the rest: a run becomes an ordinary generator."""
     answer: mx.array | None = None
@@ -104,9 +124,19 @@ def refine(
     draws: rules.Draws,
     start: Start | None = None,
 ) -> Run[Snapshot, Snapshot]:
-    """As `denoise`, but somebody else decodes; returns the last snapshot."""
+    """As `denoise`, but somebody else decodes; returns the last snapshot.
+
+    Raises:
+        SettingError: the start or the draws are not of this model's ids, see `check_start`.
+    """
+    if isinstance(draws, rules.SeededDraws) and draws.vocab_size > model.config.vocab_size:
+        raise SettingError(
+            f"draws of {draws.vocab_size} ids are not of this model's {model.config.vocab_size}"
+        )
     steps = config.max_denoising_steps
-    if start is None:
+    if start is not None:
+        check_start(start, model.config.vocab_size, steps)
+    else:
         start = Start(draws.tokens((1, model.config.canvas_length)))
     canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
     fixed = pinned

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .arguments import SettingError
 from .automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
 from .canvas import CanvasError, clip_context
-from .config import GenerationConfig, SettingError
+from .config import GenerationConfig
 from .context import prefill
 from .denoise import Start, denoise
 from .errors import Error

@@ -1,12 +1,20 @@
 """Files of users: read with one sentence about what is wrong, replaced at once."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import NoReturn
 
 from .errors import Error
+
+# Deeper values than this would exhaust the stack of whoever walks through them.
+MOST_DEPTH = 100
+# Digits of the longest whole number; Python itself prints no more than 4,300.
+MOST_DIGITS = 1000
 
 
 def read_text(path: Path, failure: type[Error] = Error) -> str:
@@ -22,6 +30,60 @@ def read_text(path: Path, failure: type[Error] = Error) -> str:
         raise failure(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise failure(f"{path} is not UTF-8 text") from None
+
+
+def parse_json(text: str) -> object:
+    """A JSON value that can be written again: finite numbers, whole characters, no deep nesting.
+
+    Raises:
+        ValueError: it is none; the message says what is wrong with it.
+    """
+    try:
+        value: object = json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+        )
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        if not all(is_text(each) for each in level if isinstance(each, str)):
+            raise ValueError("a string holds half a character")
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError("values are nested too deeply")
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can say it: half a surrogate pair is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has more than {MOST_DIGITS} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from .arguments import SettingError, token_ids, whole_number
 from .config import GenerationConfig
 from .context import PREFILL_CHUNK, Context
 from .denoise import Run, Snapshot, Start, drive, refine
@@ -319,7 +320,7 @@ def stream_generate(
     Raises:
         ContextError: the prompt is empty or does not fit, before any computation.
         TokenizerError: the chat template refuses the messages.
-        SettingError: a setting out of range.
+        SettingError: a setting out of range, or an id that the vocabulary does not have.
         SchemaError: the schema is not supported, or no document is short enough.
     """
     request = Request(
@@ -350,12 +351,14 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
         max_denoising_steps=request.steps,
         sampler=request.sampler,
     )
+    whole_number("prefill_chunk", request.prefill_chunk, 1)
     ids = encode_prompt(
         tokenizer,
         request.prompt,
         enable_thinking=request.enable_thinking,
         tools=request.tools,
     )
+    token_ids(ids, model.config.vocab_size)
     draws = request.draws or fresh_draws(model, request.seed)
     guards = request.guards
     check: Callable[[str], None] = lambda text: None  # noqa: E731
@@ -573,15 +576,21 @@ def encode_prompt(
     enable_thinking: bool = False,
     tools: Sequence[Declaration] = (),
 ) -> list[int]:
-    """Ids of a prompt: a string is one user message; ids pass through."""
+    """Ids of a prompt: a string is one user message; ids pass through.
+
+    Raises:
+        SettingError: it is neither messages nor ids.
+        TokenizerError: the chat template refuses the messages.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ContextError("the prompt is empty")
         prompt = [{"role": "user", "content": prompt}]
-    ids = [part for part in prompt if isinstance(part, int)]
-    if len(ids) == len(prompt):
-        return ids
-    messages = [part for part in prompt if not isinstance(part, int)]
+    messages = [part for part in prompt if isinstance(part, dict)]
+    if not messages:
+        return token_ids(prompt)
+    if len(messages) < len(prompt):
+        raise SettingError("a prompt is either messages or token ids, not both")
     text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
     return tokenizer.encode(text)
 

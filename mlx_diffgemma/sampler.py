@@ -10,9 +10,13 @@ from typing import ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
 
+from .arguments import whole_number
+
 Part = TypeVar("Part")
 # A logit of what must not be chosen. Finite, so that 0 * log 0 in an entropy stays 0.
 NEVER = -1e9
+# The largest seed that MLX's keys take.
+MOST_SEED = (1 << 64) - 1
 # Blocks of the vocabulary whose parts are held apart before they are joined.
 APART = 12
 
@@ -315,24 +319,28 @@ def _gumbel(shape: tuple[int, ...], key: mx.array) -> mx.array:
 
 
 class SeededDraws:
-    """Draws from a seed: the same seed, the same sequence."""
+    """Draws from a seed: the same seed, the same sequence.
+
+    Raises:
+        SettingError: the seed is no whole number from 0 to 2^64 - 1.
+    """
 
     def __init__(self, seed: int, vocab_size: int):
-        self._key = mx.random.key(seed)
-        self._vocab_size = vocab_size
+        self._key = mx.random.key(whole_number("a seed", seed, 0, MOST_SEED))
+        self.vocab_size = whole_number("vocab_size", vocab_size, 1)
 
     def _next(self) -> mx.array:
         self._key, key = mx.random.split(self._key)
         return key
 
     def tokens(self, shape: tuple[int, ...]) -> mx.array:
-        drawn: mx.array = _uniform(shape, self._vocab_size, self._next())
+        drawn: mx.array = _uniform(shape, self.vocab_size, self._next())
         return drawn
 
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         return _gumbel(shape, self._next())
 
     def categorical(self, shape: tuple[int, ...]) -> Picker:
-        width = sub_block(self._vocab_size)
-        count = -(-self._vocab_size // width)
+        width = sub_block(self.vocab_size)
+        count = -(-self.vocab_size // width)
         return TwoStage(*mx.split(self.gumbel((*shape, count + width)), [count], axis=-1))

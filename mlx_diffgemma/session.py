@@ -40,7 +40,8 @@ class ChatSession:
             attributes, and may change between turns.
 
     Raises:
-        SessionError: the template ignores tools or thinking, so asking for them would do nothing.
+        SessionError: the template ignores tools or thinking, so asking for them would do nothing;
+            or a tool is no declaration.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class ChatSession:
         self.guards = guards or Guards()
         self.max_tokens, self.steps, self.sampler, self.shrink = max_tokens, steps, sampler, shrink
         self.enable_thinking = enable_thinking
+        if not all(map(_is_declaration, self._tools)):
+            raise SessionError("a tool is no declaration of a function")
         if tools and self._render([_HELLO]) == self._render([_HELLO], tools=[]):
             raise SessionError("this model's chat template knows no tools")
         self.system = system
@@ -202,16 +205,14 @@ class ChatSession:
                 this session is as it was.
         """
         context, extra = Context.load(path, self._model)
-        if not isinstance(extra, dict) or not isinstance(extra.get("messages"), list):
+        if extra is None:
             raise SessionError(f"{path} is a prompt cache, not a session")
+        messages, tools, thinking = _conversation(path, extra)
         saved = ChatSession(  # which refuses what the template does not know
-            self._model,
-            self._tokenizer,
-            tools=extra.get("tools", []),
-            enable_thinking=extra.get("thinking", False),
+            self._model, self._tokenizer, tools=tools, enable_thinking=thinking
         )
         self._tools, self._thinking = saved._tools, saved._thinking
-        self._messages, self._unanswered = extra["messages"], None
+        self._messages, self._unanswered = messages, None
         self._context = context
 
     def _last_question(self) -> int:
@@ -280,6 +281,56 @@ class ChatSession:
                 self._messages = [*asked, _assistant(text, thought, calls)]
             elif not ended:
                 self._unanswered = asked
+
+
+def _conversation(path: Path, extra: object) -> tuple[list[Message], list[Declaration], bool]:
+    """Messages, tools and thinking, if they are what a session saves.
+
+    Raises:
+        SessionError: they are something else.
+    """
+    match extra:
+        case {"messages": list(messages), "tools": list(tools), "thinking": bool(thinking)}:
+            wrong = [i for i, message in enumerate(messages) if not _is_message(message, i)]
+            if wrong:
+                raise SessionError(f"{path} is damaged: its message {wrong[0] + 1} is none")
+            if not all(map(_is_declaration, tools)):
+                raise SessionError(f"{path} is damaged: a tool is no declaration of a function")
+            return messages, tools, thinking
+    raise SessionError(f"{path} is no session: messages, tools or thinking are missing")
+
+
+def _is_message(message: object, index: int) -> bool:
+    """Whether a session writes such messages: templates take anything else for granted."""
+    match message:
+        case {"role": "system", "content": str(), **rest}:
+            return not index and not rest
+        case {"role": "user", "content": str(), **rest}:
+            return not rest
+        case {"role": "assistant", "content": str(), **rest}:
+            thought, calls = rest.pop("reasoning", ""), rest.pop("tool_calls", [])
+            if rest or not isinstance(thought, str) or not isinstance(calls, list):
+                return False
+            return all(map(_is_call, calls))
+        case {"role": "tool", "name": str(), "tool_call_id": str(), "content": str(), **rest}:
+            return not rest
+    return False
+
+
+def _is_call(call: object) -> bool:
+    match call:
+        case {"id": str(), "type": "function", "function": dict(function), **rest}:
+            match function:
+                case {"name": str(), "arguments": dict(), **more}:
+                    return not rest and not more
+    return False
+
+
+def _is_declaration(tool: object) -> bool:
+    match tool:
+        case {"function": {"name": str(), **rest}}:
+            return isinstance(rest.get("parameters", {}), dict)
+    return False
 
 
 _HELLO: Message = {"role": "user", "content": "Hello"}

@@ -3,15 +3,19 @@
 import inspect
 import json
 import re
+import sys
 import types
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import Error
-from .files import read_text
+from .files import parse_json, read_text
 
+# Characters of a result that the model is given; more would not fit into its context.
+MOST_RESULT = 100_000
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
 
 
@@ -33,15 +37,31 @@ class Tool:
     def call(self, arguments: dict[str, Any]) -> str:
         """The result as text: strings as they are, the rest as JSON.
 
-        What goes wrong inside the function is told to the model, which may do better next time.
+        What goes wrong inside the function is told to the model, which may do better next time;
+        only Ctrl-C passes through. What the function prints goes to stderr, as stdout is for
+        answers.
         """
         assert self.function is not None
         try:
             inspect.signature(self.function).bind(**arguments)
-            result = self.function(**arguments)
-            return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-        except Exception as error:
-            return f"error: {type(error).__name__}: {error}"
+            with redirect_stdout(sys.stderr):
+                result = self.function(**arguments)
+            told = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit included
+            told = f"error: {described(error)}"
+        if len(told) > MOST_RESULT:
+            told = f"{told[:MOST_RESULT]} (and {len(told) - MOST_RESULT} more characters)"
+        return told.encode(errors="replace").decode()  # names of files may hold half characters
+
+
+def described(error: BaseException) -> str:
+    """Type and message of what a user's code has raised."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its own __str__ fails
+        return type(error).__name__
 
 
 def read_tools(path: Path) -> list[Tool]:
@@ -61,7 +81,7 @@ def read_tools(path: Path) -> list[Tool]:
 
 def _from_json(path: Path, source: str) -> list[Tool]:
     try:
-        values = json.loads(source)
+        values = parse_json(source)
     except ValueError as error:
         raise ToolError(f"{path} is not JSON: {error}") from None
     found = []
@@ -78,8 +98,10 @@ def _from_python(path: Path, source: str) -> list[Tool]:
     module.__file__ = str(path)
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as error:  # whatever a user's file may raise
-        raise ToolError(f"{path} fails: {type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's file may raise, sys.exit included
+        raise ToolError(f"{path} fails: {described(error)}") from None
     return [
         Tool(declare(function), function)
         for name, function in vars(module).items()
@@ -95,7 +117,10 @@ def declare(function: Callable[..., object]) -> dict[str, Any]:
     Raises:
         ToolError: a parameter has no type that JSON knows.
     """
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except Exception as error:  # an annotation that names nothing
+        raise ToolError(f"{function.__name__}: {described(error)}") from None
     summary, said = _docstring(inspect.getdoc(function) or "")
     properties: dict[str, Any] = {}
     required = []
@@ -119,7 +144,7 @@ def declare(function: Callable[..., object]) -> dict[str, Any]:
 
 
 def _type(function: str, name: str, hint: Any) -> dict[str, Any]:
-    if hint in _JSON_TYPES:
+    if isinstance(hint, type) and hint in _JSON_TYPES:
         return {"type": _JSON_TYPES[hint]}
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal and all(isinstance(value, str) for value in inner):

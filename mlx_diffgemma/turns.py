@@ -4,6 +4,7 @@ Markers are recognised as tokens, so text that merely looks like one stays text.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ Kind = Literal["text", "thought", "call", "marker"]
 QUOTE = '<|"|>'
 # Deeper values than this are a model gone astray, and would exhaust Python's stack.
 MAX_DEPTH = 64
+# Longer numbers too; Python refuses to print one of more than 4,300 digits.
+MAX_DIGITS = 1000
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class TurnReader:
 
 
 _CALL = re.compile(r"\s*call:\s*([^\s{]+)\s*(?=\{)")
-_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?=\s*(?:[,\]}]|$))")
+_NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?=\s*(?:[,\]}]|$))")
 _WORD = re.compile(r"[^,\]}]+")
 _KEY = re.compile(r"[^\s:,{}\[\]]+(?:\s+[^\s:,{}\[\]]+)*")
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -207,13 +210,24 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
             at = _separator(text, at, "]")
         return items, at + 1
     if number := _NUMBER.match(text, at):
-        digits = number[0]
-        return (int(digits) if re.fullmatch(r"-?\d+", digits) else float(digits)), number.end()
+        return _number(number[0], at), number.end()
     word = _WORD.match(text, at)
     if not word:
         raise CallError(f"a value is missing at character {at}")
     bare = word[0].strip()
     return _CONSTANTS.get(bare, bare), word.end()
+
+
+def _number(digits: str, at: int) -> int | float:
+    """An int, or a float that JSON can say."""
+    if len(digits) > MAX_DIGITS:
+        raise CallError(f"the number at character {at} is too long")
+    if digits.lstrip("-").isdecimal():
+        return int(digits)
+    value = float(digits)
+    if not math.isfinite(value):
+        raise CallError(f"the number at character {at} is too large")
+    return value
 
 
 def _string(text: str, at: int) -> tuple[str, int]:
@@ -226,6 +240,8 @@ def _string(text: str, at: int) -> tuple[str, int]:
         found, end = json.JSONDecoder().raw_decode(text, at)
     except ValueError:
         raise CallError(f"the string at character {at} does not end") from None
+    if any("\ud800" <= c <= "\udfff" for c in found):
+        raise CallError(f"the string at character {at} holds half a character")
     return str(found), end
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import untrained
 
-from mlx_diffgemma import Context, DiffusionGemma, SessionError
+from mlx_diffgemma import Context, DiffusionGemma, SessionError, SettingError
 from mlx_diffgemma import context as module
-from mlx_diffgemma.context import Contexts, fingerprint
+from mlx_diffgemma.context import Contexts, fingerprint, prefill
 
 MODEL = untrained(20, 8, windows=(6, None, 9))
 CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -114,6 +114,24 @@ def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.Mon
     assert len(context) == 0
     context.read([1, 2, 3, 4, 5])
     np.testing.assert_array_equal(logits(MODEL, context), fresh(MODEL, [1, 2, 3, 4, 5]))
+
+
+def test_what_cannot_be_read_leaves_the_context_as_it_was() -> None:
+    """Ids beyond the vocabulary were read from beyond the table; a chunk of 0 never ended."""
+    context = Context(MODEL)
+    context.read([1, 2, 3])
+    for ids in ([1, 20], [-1], [2**40], [1.0], [True], ["1"]):
+        wrong: Any = ids
+        for take in (context.read, context.extend, lambda i: prefill(MODEL, i, context.cache)):
+            with pytest.raises(SettingError, match="a token id must be"):
+                take(wrong)
+    for chunk in (0, -1, 1.5, True):
+        with pytest.raises(SettingError, match="prefill_chunk"):
+            context.read([1, 2, 3, 4], chunk)  # type: ignore[arg-type]
+        with pytest.raises(SettingError, match="prefill_chunk"):
+            context.extend([4], chunk)  # type: ignore[arg-type]
+    assert context.tokens == (1, 2, 3)
+    np.testing.assert_array_equal(logits(MODEL, context), fresh(MODEL, [1, 2, 3]))
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1] * 30, [1] * 30 + [2] * 9], []])

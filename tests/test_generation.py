@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ from mlx_diffgemma import (
     Draft,
     Error,
     SeededDraws,
+    SettingError,
     Text,
     Tokenizer,
+    choose,
+    edit,
+    fill,
     generate,
     load,
     stream_generate,
@@ -289,6 +293,88 @@ def test_prompts_that_cannot_run_are_refused_before_computing(
         with pytest.raises(Error):
             stream_generate(*loaded, "x", **flags)
     assert counter.passes == 0
+
+
+NO_IDS: list[Any] = [
+    [20, 128], [-1], [2**40], [2**70], [10**5000], [True], [20.0], [float("nan")], [None], ["a"],
+    (20, 128), np.array([20, 128]), np.array([20.5]), np.array([[20]]), mx.array([128]), [[20]],
+    [20, {"role": "user", "content": "x"}],
+]  # fmt: skip
+
+
+def test_ids_that_the_vocabulary_lacks_are_refused_before_computing(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were read from beyond the embedding table, or ended the process."""
+    counter = CountingModel(loaded[0], monkeypatch)
+    for ids in NO_IDS:
+        with pytest.raises(SettingError, match=r"token id|ids|prompt") as refused:
+            stream_generate(*loaded, ids)
+        assert len(str(refused.value)) < 100
+        with pytest.raises(SettingError):
+            choose(*loaded, ids, {"x": ["1", "2"]})
+    assert counter.passes == 0
+    ids = [20, 127]
+    for same in (tuple(ids), np.array(ids), np.array(ids, dtype=np.uint8), mx.array(ids)):
+        assert generate(*loaded, same, seed=1, steps=1) == generate(*loaded, ids, seed=1, steps=1)  # type: ignore[arg-type]
+
+
+def test_starts_that_are_no_canvas_are_refused(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """Ids pinned to a canvas were read from beyond the embedding table; a late start asserted."""
+    model, _ = loaded
+    cache = model.make_cache()
+    prefill(model, [20], cache)
+    canvas, pinned = mx.full((1, 48), 20), mx.zeros((1, 48), dtype=mx.bool_)
+    assert list(denoise(model, cache, model.generation, SeededDraws(0, 128), Start(canvas, pinned)))
+    wrong: list[Any] = [
+        Start(mx.full((1, 48), 128)),
+        Start(mx.full((1, 48), -1)),
+        Start(mx.full((1, 48), 2**40, dtype=mx.int64)),
+        Start(mx.full((1, 48), 20.0)),
+        Start(pinned),
+        Start(canvas[0]),
+        Start(canvas[:, :0]),
+        Start([[20] * 48]),  # type: ignore[arg-type]
+        Start(canvas, pinned[:, 1:]),
+        Start(canvas, canvas),
+        Start(canvas, [[False] * 48]),  # type: ignore[arg-type]
+        Start(canvas, background=mx.full((1, 48), 128)),
+        Start(canvas, background=canvas[:, 1:]),
+        Start(canvas, first_step=0),
+        Start(canvas, first_step=49),
+        Start(canvas, first_step=1.5),  # type: ignore[arg-type]
+    ]
+    for start in wrong:
+        with pytest.raises(SettingError):
+            next(denoise(model, cache, model.generation, SeededDraws(0, 128), start))
+        with pytest.raises(SettingError):
+            list(stream_generate(*loaded, "x", start=start))
+    with pytest.raises(SettingError, match="draws of 129 ids"):  # noise beyond the table
+        list(stream_generate(*loaded, "x", draws=SeededDraws(0, 129)))
+
+
+def test_settings_of_the_wrong_type_or_size(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """MLX's TypeError came through for seeds; True was a seed; `prefill_chunk=0` never ended."""
+    for seed in (-1, 2**64, 2**70, 10**5000, True, 1.0, "1", float("nan"), [1]):
+        given: Any = seed
+        runs: list[Callable[[], Any]] = [
+            lambda: SeededDraws(given, 128),  # noqa: B023
+            lambda: stream_generate(*loaded, "x", seed=given),  # noqa: B023
+            lambda: fill(*loaded, "1{{}}", seed=given),  # noqa: B023
+            lambda: edit(*loaded, "12", "x", seed=given),  # noqa: B023
+            lambda: choose(*loaded, "x", {"x": ["1", "2"]}, seed=given),  # noqa: B023
+        ]
+        for run in runs:
+            with pytest.raises(SettingError, match="a seed must be") as refused:
+                run()
+            assert len(str(refused.value)) < 110
+    for fine in (0, 2**64 - 1, np.int32(5), np.uint64(2**64 - 1)):
+        assert SeededDraws(fine, 128).tokens((1, 4)).shape == (1, 4)  # type: ignore[arg-type]
+    for name, least in (("prefill_chunk", "prefill_chunk"), ("max_tokens", "max tokens"),
+                        ("steps", "denoising steps")):  # fmt: skip
+        for wrong in (0, -1, True, 1.5, "3", mx.array([1, 2])):
+            with pytest.raises(SettingError, match=f"{least} must be"):
+                stream_generate(*loaded, "x", **{name: wrong})  # type: ignore[arg-type]
 
 
 def test_prompt_forms_agree(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

@@ -1,7 +1,13 @@
 """Sessions: what is reused is exact, what goes wrong leaves the conversation whole."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -194,6 +200,193 @@ def test_save_and_load_go_on_alike(tmp_path: Path) -> None:
     Context(MODEL).save(file)
     with pytest.raises(SessionError, match="prompt cache"):
         ChatSession.load(file, MODEL, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A session with a mark, a tool call and thoughts."""
+    talk = session(system="Be brief.", tools=TOOLS)
+    list(talk.stream("How is Oslo?", seed=0))
+    call = {"id": "call_0", "type": "function"}
+    call["function"] = {"name": "weather", "arguments": {"city": "Oslo"}}  # type: ignore[assignment]
+    answer = {"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": [call]}
+    told = {"role": "tool", "name": "weather", "tool_call_id": "call_0", "content": "3 C"}
+    talk._messages = [*talk.messages[:2], answer, told]
+    talk.context.extend([30] * 9)
+    file = tmp_path_factory.mktemp("saved") / "talk"
+    talk.save(file)
+    return file
+
+
+def deep(levels: int) -> dict[str, Any]:
+    return {"a": deep(levels - 1)} if levels else {}
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
+FUNCTION: dict[str, Any] = CALL["function"]  # type: ignore[assignment]
+NO_CALLS = [
+    3, {}, {**CALL, "id": 1}, {**CALL, "more": 1}, {**CALL, "function": "f"},
+    {**CALL, "function": {**FUNCTION, "arguments": "{}"}}, {**CALL, "function": {"name": "f"}},
+    {**CALL, "function": {**FUNCTION, "name": None}},
+    {**CALL, "function": {**FUNCTION, "arguments": deep(120)}},
+]  # fmt: skip
+NO_MESSAGES = [
+    None, 3, "x", [], {}, {"role": "user"}, {"role": "user", "content": None},
+    {"role": "user", "content": [{"type": "image"}]}, {"role": "root", "content": "x"},
+    {"role": ["user"], "content": "x"}, {"role": "user", "content": "x", "more": 1},
+    {"role": "system", "content": "not the first"}, {"role": "tool", "content": "x"},
+    {"role": "tool", "name": 1, "tool_call_id": "c", "content": "x"},
+    {"role": "assistant", "content": 1}, {"role": "assistant", "content": "", "reasoning": 1},
+    {"role": "assistant", "content": "", "tool_calls": {}},
+    {"role": "user", "content": "\ud800"}, {"role": "user", "content": "x", "y": float("nan")},
+    *({"role": "assistant", "content": "", "tool_calls": [call]} for call in NO_CALLS),
+]  # fmt: skip
+# What stands in the file instead. It has 155 tokens and a mark behind the first 114.
+METADATA: dict[str, list[str]] = {
+    "format": ["", "mlx-diffgemma context 3"],
+    "model": ["", "0" * 64],
+    "tokens": [
+        "", "3", "{}", "null", "[", "[]", "[1]", "[" * 100_000, "x" * 40_000_000,
+        *(json.dumps([bad] * 155) for bad in ("5", True, -1, 768, 2**40, 5.0, None, [5])),
+        "[" + "1" * 5000 + "]", "[NaN]", json.dumps([5] * 5000),
+    ],
+    "marks": [
+        "", "3", "[]", "{}", '["9"]', "[true]", "[9.0]", "[0]", "[-1]", "[9, 9]", "[41, 9]",
+        "[9]", "[155]", "[156]", "[1000000000000]", "[" * 100_000,
+        json.dumps([*range(1_000_000)]), json.dumps([9] * 1_000_000),
+    ],
+    "extra": [
+        "", "[", "[]", "3", "null", "{}", '{"messages": []}', "[" * 100_000,
+        *(json.dumps({"messages": [m], "tools": [], "thinking": False}) for m in (3, "x", None)),
+        *(
+            json.dumps({"messages": [{"role": "user", "content": "x"}, m]}
+                       | {"tools": [], "thinking": False})
+            for m in NO_MESSAGES
+        ),
+        *(
+            json.dumps({"messages": [], "tools": t, "thinking": False})
+            for t in (None, {}, "x", [3], [{}], [{"function": {}}], [{"function": {"name": 1}}],
+                      [{"function": {"name": "f", "parameters": 3}}])
+        ),
+        *(
+            json.dumps({"messages": [], "tools": [], "thinking": t}) for t in (None, 1, "yes", [])
+        ),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", METADATA)
+def test_words_of_a_session_file_that_no_session_writes(
+    part: str, saved: Path, tmp_path: Path
+) -> None:
+    """Many were taken, and failed in the next turn: ids beyond the table read foreign memory."""
+    arrays, metadata = mx.load(str(saved), format="safetensors", return_metadata=True)  # type: ignore[misc]
+    file = tmp_path / "talk.safetensors"
+    mx.save_safetensors(str(file), arrays, metadata)  # type: ignore[arg-type]
+    talk = ChatSession.load(file, MODEL, TOKENIZER)
+    assert (len(talk.messages), len(talk.context)) == (4, 155)
+    assert metadata["marks"] == "[114]"  # type: ignore[index]
+    before = talk.messages, talk.context.tokens
+    for value in (*METADATA[part], None):
+        changed = {name: text for name, text in metadata.items() if name != part}  # type: ignore[union-attr]
+        changed |= {} if value is None else {part: value}
+        mx.save_safetensors(str(file), arrays, changed)  # type: ignore[arg-type]
+        with pytest.raises(SessionError) as refused:
+            talk.restore(file)
+        assert len(str(refused.value)) < 300
+        assert "\n" not in str(refused.value)
+    assert (talk.messages, talk.context.tokens) == before
+
+
+ARRAYS: dict[str, Callable[[mx.array], mx.array | None]] = {
+    "missing": lambda a: None,
+    "one row less": lambda a: a[:, :, 1:],
+    "one row more": lambda a: mx.concatenate([a, a[:, :, :1]], axis=2),
+    "one head less": lambda a: a[:, 1:],
+    "two of them": lambda a: mx.concatenate([a, a]),
+    "narrower": lambda a: a[..., 1:],
+    "no rows": lambda a: a[:, :, :0],
+    "flat": lambda a: a.reshape(-1),
+    "deeper": lambda a: a[None],
+    "float16": lambda a: a.astype(mx.float16),
+    "integers": lambda a: a.astype(mx.int32),
+    "complex": lambda a: a.astype(mx.complex64),
+    "NaN": lambda a: mx.where(mx.arange(a.shape[-1]) == 3, mx.nan, a),
+    "infinite": lambda a: a / 0,
+}
+
+
+@pytest.mark.parametrize("name", ["layers.0", "layers.1", "marks.0.layers.0"])
+def test_arrays_of_a_session_file_that_no_session_writes(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
+    """They used to fail in the next turn, or not at all: NaN makes every answer nonsense."""
+    arrays, metadata = mx.load(str(saved), format="safetensors", return_metadata=True)  # type: ignore[misc]
+    assert isinstance(arrays, dict)
+    assert name in arrays
+    file = tmp_path / "talk.safetensors"
+    for change in ARRAYS.values():
+        changed = {key: array for key, array in arrays.items() if key != name}
+        if (array := change(arrays[name])) is not None:
+            changed[name] = array
+        mx.save_safetensors(str(file), changed, metadata)  # type: ignore[arg-type]
+        with pytest.raises(SessionError, match=f"damaged: {name}"):
+            ChatSession.load(file, MODEL, TOKENIZER)
+    mx.save_safetensors(str(file), {**arrays, "marks.0.layers.1": mx.ones(1)}, metadata)  # type: ignore[arg-type]
+    with pytest.raises(SessionError, match="5 arrays, not 4"):
+        ChatSession.load(file, MODEL, TOKENIZER)
+
+
+def test_a_file_that_is_no_session_is_not_replaced(tmp_path: Path) -> None:
+    """/save NOTES used to replace the notes."""
+    talk = session()
+    notes = tmp_path / "notes"
+    notes.write_text("my notes")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    weights = tmp_path / "weights"
+    mx.save_safetensors(f"{weights}.safetensors", {"a": mx.ones(3)})
+    for path in (notes, pipe, tmp_path, Path(f"{weights}.safetensors")):
+        with pytest.raises(SessionError, match="is left as it is"):
+            talk.save(path)
+    assert notes.read_text() == "my notes"
+    empty = tmp_path / "empty"
+    empty.touch()
+    for _ in range(2):
+        talk.save(empty)
+    assert ChatSession.load(empty, MODEL, TOKENIZER).messages == ()
+    talk._messages = [{"role": "user", "content": "\ud800"}]
+    with pytest.raises(SessionError, match="half a character"):
+        talk.save(empty)
+    assert ChatSession.load(empty, MODEL, TOKENIZER).messages == ()
+
+
+def test_a_full_disk_leaves_the_old_session(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk"
+    file.write_bytes(saved.read_bytes())
+    code = """
+import resource, sys
+from pathlib import Path
+from mlx_diffgemma import Context, Error
+from random_model import untrained
+model = untrained(768, 16, windows=(40, None))
+context, extra = Context.load(Path(sys.argv[1]), model)
+context.extend([30] * 200)
+resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+try:
+    context.save(Path(sys.argv[1]), extra)
+except Error as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.stdout.startswith(f"{file} cannot be written: "), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["talk"]
+    assert file.read_bytes() == saved.read_bytes()
 
 
 def test_thoughts_are_events_and_no_history() -> None:

@@ -1,5 +1,6 @@
 """Model turns taken apart, and Gemma's syntax of tool calls."""
 
+import time
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -113,6 +114,9 @@ def test_values_of_a_call(text: str, arguments: dict[str, Any]) -> None:
         ("call:f{a:}", "a value is missing"),
         ("call:f{a:[1 2]}", None),
         ("call:f{a:" + "[" * 100_000, "nested too deeply"),
+        ("call:f{a:" + "9" * 5000 + "}", "too long"),  # ended the chat: Python prints no such int
+        ("call:f{a:1e999}", "too large"),  # no JSON
+        ('call:f{a:"\\ud800"}', "half a character"),  # no UTF-8
     ],
 )
 def test_calls_that_cannot_be_read(text: str, problem: str | None) -> None:
@@ -121,6 +125,14 @@ def test_calls_that_cannot_be_read(text: str, problem: str | None) -> None:
         return
     with pytest.raises(CallError, match=problem):
         parse_call(text)
+
+
+def test_digits_that_are_no_number_are_read_at_once() -> None:
+    """All ways to divide them between two parts of a number were tried: minutes, for these."""
+    digits = "1" * 200_000
+    began = time.monotonic()
+    assert parse_call(f"call:f{{a:{digits}x}}").arguments == {"a": f"{digits}x"}
+    assert time.monotonic() - began < 10
 
 
 Names = st.text("abcdefgh_", min_size=1, max_size=6)
