@@ -310,7 +310,8 @@ def make_app(
 
     @app.exception_handler(Exception)
     async def defect(http: Http, error: Exception) -> Response:
-        return JSONResponse(error_body(500, "a defect of the server"), 500)
+        # The connection ends with it: say so, or the client's next request is lost.
+        return JSONResponse(error_body(500, "a defect of the server"), 500, {"Connection": "close"})
 
     def answer_headers(body: Body) -> dict[str, str]:
         names = ",".join(ignored(body))
