@@ -33,8 +33,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._note()
-        if len(self.connections) > MOST_CONNECTIONS:
-            self._make_room()
+        self._make_room()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -91,8 +90,11 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         others = [each for each in self.connections if isinstance(each, Connection)]
+        open_ones = [each for each in others if not each.transport.is_closing()]
+        if len(open_ones) <= MOST_CONNECTIONS:
+            return
         silent = [
-            each for each in others if each._between or each.conn.their_state is h11.SEND_BODY
+            each for each in open_ones if each._between or each.conn.their_state is h11.SEND_BODY
         ]
         if silent:
             min(silent, key=lambda each: each._heard).transport.abort()

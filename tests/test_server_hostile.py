@@ -19,7 +19,7 @@ from random_model import scripted
 from starlette.types import ASGIApp, Receive, Scope, Send
 from test_server import Server, serving, wait_until
 
-from mlx_diffgemma import ChatSession, TokenizerError, generate
+from mlx_diffgemma import ChatSession, ContextError, TokenizerError, generate
 from mlx_diffgemma.connections import MOST_CONNECTIONS, Connection
 from mlx_diffgemma.edge import SMALL_BODY, Gate, Limits
 from mlx_diffgemma.server import make_app
@@ -260,12 +260,11 @@ def test_every_method_and_path_has_an_answer(small: Server) -> None:
     [
         b"nonsense\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
         b"GET /" + b"x" * 100_000,
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
     ],
 )
@@ -279,7 +278,7 @@ def test_what_is_no_http_is_refused(small: Server, said: bytes) -> None:
             assert more, answer
             answer += more
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert b" 400 " in head or b" 413 " in head or b" 415 " in head
+    assert int(head.split()[1]) in (400, 403, 413, 415)
     assert json.loads(body)["error"]["message"]
 
 
@@ -389,6 +388,7 @@ def test_a_client_that_drips_is_left(first: bytes) -> None:
         if first:
             dripping.start()
         try:
+            wait_until(lambda: bool(server.server_state.connections))
             wait_until(lambda: not server.server_state.connections)
         finally:
             stop.set()
@@ -550,5 +550,5 @@ def test_images_are_refused_wherever_they_stand(small: Server, role: str) -> Non
 def test_sessions_refuse_images_too() -> None:
     session = ChatSession(scripted(), gemma_tokenizer())
     content: Any = IMAGE
-    with pytest.raises(TokenizerError, match="only text content"):
-        list(session.stream(content))
+    with pytest.raises(ContextError, match="a message is text"):
+        session.stream(content)
