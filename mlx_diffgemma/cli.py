@@ -581,6 +581,8 @@ def serve(
     """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
     from copy import deepcopy
 
+    if api_key is not None and not api_key.strip():
+        fail("--api-key is empty", code=2)
     try:
         import uvicorn
 
@@ -591,8 +593,6 @@ def serve(
     from .loading import load
     from .worker import Worker
 
-    if api_key is not None and not api_key.strip():
-        fail("--api-key is empty", code=2)
     introduce(model)
     worker = Worker(
         partial(

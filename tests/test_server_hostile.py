@@ -171,7 +171,7 @@ def test_ignored_names_fit_into_a_header(small: Server) -> None:
     are not plain ASCII were not told at all."""
     names = {"x" * 3_000_000: 1, "größe": 1, "a\r\nSet-Cookie: b": 1}
     names |= {f"{i:09}" * 30: 1 for i in range(80)}
-    reply = small.post("/v1/chat/completions", {"messages": [MESSAGE], **names})
+    reply = small.post("/v1/chat/completions", {"messages": [MESSAGE], "steps": 1, **names})
     assert reply.status_code == 200
     assert len(reply.headers["x-ignored-parameters"]) < 4000
     reply = small.post("/v1/chat/completions", {"messages": [MESSAGE], "größe\n": 1, "z": 1})
@@ -401,7 +401,9 @@ def test_a_slow_body_is_told_so() -> None:
     app = Limits(answering, most_bytes=1000, api_key=None, seconds=0.3)
     with running(app) as (url, _), connected(url) as raw:
         raw.sendall(HEAD + b"Content-Length: 50\r\n\r\n{")
-        said = raw.recv(4096)
+        said = b""
+        while b"}}" not in said:
+            said += raw.recv(4096)
         assert b" 408 " in said
         assert b"longer than 0.3 seconds" in said
 
@@ -422,7 +424,7 @@ def test_patient_clients_are_served() -> None:
             for piece in (HEAD[:9], HEAD[9:], b"Content-Length: 2\r\n\r\n", b"{", b"}"):
                 raw.sendall(piece)
                 time.sleep(0.05)
-            assert b" 200 " in raw.recv(4096)
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
         assert client.get("/x").status_code == 200
         time.sleep(1)  # longer than a head may take
         assert client.post("/x", json={}).status_code == 200
