@@ -568,6 +568,10 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may ask. Can be given again.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Further name that the server answers to; * is any. Can be given again."),
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests answered side by side.")] = 4,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a request may take.")] = 600,
@@ -579,9 +583,12 @@ def serve(
     """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
     from copy import deepcopy
 
+    if api_key is not None and not api_key.strip():
+        fail("--api-key is empty", code=2)
     try:
         import uvicorn
 
+        from .connections import Connection
         from .server import make_app
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
@@ -608,12 +615,21 @@ def serve(
         api_key=api_key,
         cors=cors or (),
         loopback=loopback,
+        allowed_hosts=allowed_host or (),
         most_bytes=int(max_body_mb * 1e6),
     )
     log = deepcopy(uvicorn.config.LOGGING_CONFIG)
     log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     try:
-        uvicorn.run(served, host=host, port=port, log_config=log, timeout_graceful_shutdown=10)
+        uvicorn.run(
+            served,
+            host=host,
+            port=port,
+            log_config=log,
+            timeout_graceful_shutdown=10,
+            http=Connection,
+            ws="none",
+        )
     finally:
         worker.stop()
 

@@ -4,7 +4,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from .generation import Done, Draft, Request
 from .guards import Guards
+from .strangers import JsonError, read_json
 from .turns import BadToolCall, Text, Thought, ToolCall
 
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -143,8 +143,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
     "strict": (False,),
 }
-# Names that are reported at most: they travel in a header.
+# Names that are reported at most, and characters of each: they travel in a header.
 MOST_NAMES = 50
+MOST_NAME_CHARACTERS = 60
+# Characters of an error's message, which may quote what was sent.
+MOST_MESSAGE = 1000
 
 
 class Refused(Exception):
@@ -158,12 +161,22 @@ class Refused(Exception):
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """What clients of OpenAI expect of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = shortened(message, MOST_MESSAGE)
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def ignored(body: Body) -> list[str]:
-    """Parameters that were sent and mean nothing here, those of parts of the body with a dot."""
-    return sorted(_ignored(body))[:MOST_NAMES]
+    """Parameters that were sent and mean nothing here, those of parts of the body with a dot.
+
+    They fit into a header: printable ASCII, and not too long.
+    """
+    names = sorted(_ignored(body))[:MOST_NAMES]
+    return [shortened(ascii(name)[1:-1], MOST_NAME_CHARACTERS) for name in names]
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most so many characters; what is cut says so."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _ignored(body: Body) -> set[str]:
@@ -208,8 +221,7 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
             for i, call in enumerate(message.tool_calls):
                 arguments = call.function.arguments
                 if isinstance(arguments, str):
-                    with suppress(ValueError):
-                        arguments = json.loads(arguments or "{}")
+                    arguments = _arguments(call.function.name, arguments or "{}")
                 if not isinstance(arguments, dict):
                     raise Refused(400, f"the arguments of {call.function.name} are no JSON object")
                 identity = call.id or f"call_{len(found)}_{i}"
@@ -221,6 +233,19 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
             made["name"] = message.name or names.get(message.tool_call_id or "", "tool")
         found.append(made)
     return found
+
+
+def _arguments(name: str, text: str) -> Any:
+    """What the text of a tool call's arguments says, checked as a body is.
+
+    Raises:
+        Refused: it is not JSON.
+    """
+    try:
+        return read_json(text)
+    except JsonError as error:
+        name = shortened(name, MOST_NAME_CHARACTERS)
+        raise Refused(400, f"the arguments of {name} are no JSON object: {error}") from None
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """The HTTP server: OpenAI's routes and our own, over one `Worker`. Needs the extra `server`."""
 
 import asyncio
-import hmac
 import json
 import time
 import uuid
@@ -25,12 +24,12 @@ from fastapi.responses import (
     StreamingResponse,
 )
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as AsgiMessage
+from starlette.types import Receive, Scope, Send
 
 from .canvas import fill_start
 from .choosing import write_choose
 from .denoise import Run
+from .edge import Gate, Limits, refusal
 from .errors import Error
 from .filling import FillResult, Hole, parse_template, write_fill
 from .generation import (
@@ -71,57 +70,6 @@ RETRY_AFTER = 2
 MOST_PREPARED = 2
 
 Result = TypeVar("Result")
-
-
-class Limits:
-    """ASGI: the size of bodies, the Host header where only this machine may ask, the API key."""
-
-    def __init__(self, app: ASGIApp, *, most_bytes: int, api_key: str | None, loopback: bool):
-        self._app = app
-        self._most = most_bytes
-        self._key = api_key
-        self._loopback = loopback
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._loopback and not _is_loopback(headers.get(b"host", b"")):
-            # A page elsewhere may point its own name at this machine and ask through the browser.
-            await _refuse(403, "this server answers only to localhost")(scope, receive, send)
-            return
-        open_path = scope["path"] in ("/", "/health")
-        if self._key is not None and not open_path and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._key.encode()):
-                await _refuse(401, "a valid API key is needed")(scope, receive, send)
-                return
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._most:
-            await _refuse(413, f"bodies may have {self._most} bytes")(scope, receive, send)
-            return
-        seen = 0
-
-        async def limited() -> AsgiMessage:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._most:
-                raise HTTPException(413, f"bodies may have {self._most} bytes")
-            return message
-
-        await self._app(scope, limited, send)
-
-
-def _is_loopback(host: bytes) -> bool:
-    name = host.decode("latin-1")
-    name = name if name.endswith("]") else name.rsplit(":", 1)[0]
-    return name in ("localhost", "127.0.0.1", "[::1]")
-
-
-def _refuse(status: int, message: str) -> Response:
-    return JSONResponse(error_body(status, message), status)
 
 
 class Stream:
@@ -296,6 +244,7 @@ def make_app(
     api_key: str | None = None,
     cors: Sequence[str] = (),
     loopback: bool = True,
+    allowed_hosts: Sequence[str] = (),
     most_bytes: int = 4 << 20,
 ) -> FastAPI:
     """The application; the worker runs from its start to its end.
@@ -305,7 +254,9 @@ def make_app(
         name: the model's, as `/v1/models` lists it.
         api_key: what clients have to send, if anything.
         cors: origins whose pages may ask.
-        loopback: answer only to requests for this machine's own names.
+        loopback: only this machine can reach the server, so it answers only to `localhost` and
+            the like; otherwise also to addresses and to this machine's own name.
+        allowed_hosts: further names that it answers to; `*` is any.
         most_bytes: of a request's body.
     """
 
@@ -315,18 +266,22 @@ def make_app(
         await asyncio.to_thread(worker.stop)
 
     app = FastAPI(title="mlx-diffgemma", lifespan=lifespan)
-    app.add_middleware(Limits, most_bytes=most_bytes, api_key=api_key, loopback=loopback)
+    # The last one added is met first.
+    app.add_middleware(Limits, most_bytes=most_bytes, api_key=api_key)
     if cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
     responses: dict[int | str, dict[str, Any]] = {
         code: {"description": text}
         for code, text in (
             (400, "refused"),
             (401, "no key"),
-            (403, "another host"),
+            (403, "another host, or a page of another origin"),
+            (408, "the body came too slowly"),
             (413, "too large"),
+            (415, "not JSON"),
             (429, "busy"),
             (503, "stopping"),
             (504, "too slow"),
@@ -336,9 +291,7 @@ def make_app(
 
     @app.exception_handler(Refused)
     async def refused(http: Http, error: Refused) -> Response:
-        headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
-        body = error_body(error.status, error.message, error.code)
-        return JSONResponse(body, error.status, headers)
+        return refusal(error, {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None)
 
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
@@ -355,8 +308,13 @@ def make_app(
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse(error_body(400, f"{where}: {first['msg']}".lstrip(": ")), 400)
 
+    @app.exception_handler(Exception)
+    async def defect(http: Http, error: Exception) -> Response:
+        # The connection ends with it: say so, or the client's next request is lost.
+        return JSONResponse(error_body(500, "a defect of the server"), 500, {"Connection": "close"})
+
     def answer_headers(body: Body) -> dict[str, str]:
-        names = ",".join(name for name in ignored(body) if name.isascii() and name.isprintable())
+        names = ",".join(ignored(body))
         return {"X-Ignored-Parameters": names} if names else {}
 
     preparing = asyncio.Semaphore(MOST_PREPARED)
@@ -656,7 +614,9 @@ def make_app(
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE, media_type="text/html")
+        # Nobody else's page may lay itself over this one and have its buttons pressed.
+        headers = {"Content-Security-Policy": "frame-ancestors 'none'"}
+        return FileResponse(PAGE, media_type="text/html", headers=headers)
 
     return app
 

@@ -115,6 +115,8 @@ class ChatSession:
         Closed early, the session keeps the message and what was committed of the answer, or
         neither if nothing was. After a `ToolCall`, go on with `respond`.
         """
+        if not isinstance(content, str):
+            raise ContextError("a message is text, no images, audio or files")
         if not content.strip():
             raise ContextError("the message is empty")
         asked = [*self._messages, {"role": "user", "content": content}]

@@ -137,8 +137,11 @@ class Tokenizer:
         """The chat as the text that the model was trained on.
 
         Raises:
-            TokenizerError: there is no template, or it refuses these messages.
+            TokenizerError: there is no template, it refuses these messages, or one of them holds
+                something else than text.
         """
+        for message in messages:
+            _refuse_media(message.get("content"))
         try:
             return self._template.render(
                 messages=messages,
@@ -165,6 +168,15 @@ class Tokenizer:
             return environment.from_string(self._template_source)
         except jinja2.TemplateError as error:
             raise TokenizerError(f"the chat template is damaged: {error}") from None
+
+
+def _refuse_media(content: Any) -> None:
+    """A template writes a placeholder for an image, which this runtime would never fill."""
+    if not isinstance(content, list | tuple):
+        return
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise TokenizerError("only text content is supported, no images, audio or files")
 
 
 def _refuse(message: str) -> None:
