@@ -21,7 +21,8 @@ from .checkpoint import (
     shown,
     size_of_file,
 )
-from .config import GenerationConfig, SettingError, Speed
+from .arguments import SettingError
+from .config import GenerationConfig, Speed
 from .info import inspect
 from .memory import fit
 from .model import Config, ConfigError, DiffusionGemma, is_text, parameter_name, sanitize
