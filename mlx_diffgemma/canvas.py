@@ -1,6 +1,6 @@
 """Starting canvases made of text: what is given, what is free, what is to be repaired."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ from .errors import Error
 from .generation import room_behind
 from .model import DiffusionGemma
 from .sampler import Draws
+from .tokenizer import unhurried
 from .vocabulary import Vocabulary
 
 
@@ -31,17 +32,36 @@ def fill_start(
     Raises:
         CanvasError: the pieces and an end token are more than the canvas.
     """
+    return pinned_start([forced_tokens(model, vocabulary, pieces)], draws)
+
+
+def forced_tokens(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    pieces: Sequence[tuple[str, bool]],
+    check: Callable[[], None] = unhurried,
+) -> list[int | None]:
+    """The tokens of `fill_start`'s canvas, None where it has noise; `check` may raise now and then.
+
+    Raises:
+        CanvasError: as `fill_start`.
+    """
     length = model.config.canvas_length
+    characters = sum(len(text) for text, _ in pieces)
+    if characters > length * vocabulary.tokenizer.longest:  # before anything is encoded
+        raise CanvasError(
+            f"the text has {characters:,} characters, more than a canvas of {length} tokens holds"
+        )
     forced: list[int | None] = []
     for text, given in pieces:
+        check()
         ids = vocabulary.literal(text).ids
         forced += ids if given else [None] * len(ids)
     if len(forced) >= length:
         raise CanvasError(
             f"the text has {len(forced)} tokens, more than a canvas of {length} holds"
         )
-    forced += vocabulary.ending(length - len(forced))
-    return pinned_start([forced], draws)
+    return [*forced, *vocabulary.ending(length - len(forced))]
 
 
 def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:

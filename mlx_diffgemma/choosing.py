@@ -11,13 +11,12 @@ the slot counts as one more factor, without which "no" would always beat "no ide
 
 import math
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Never
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from .context import prefilling
 from .denoise import Run, drive
@@ -25,11 +24,13 @@ from .errors import Error
 from .generation import Reading, encode_prompt, room_behind, rows_at_once
 from .model import DiffusionGemma, LayerCache, Pass
 from .sampler import SeededDraws
-from .tokenizer import Message, Tokenizer
+from .tokenizer import Message, Tokenizer, unhurried
 from .vocabulary import Vocabulary
 
 # Tokens of all labels together: each may need a canvas of its own.
 MOST_TOKENS = 4096
+# Canvases of all draws together: some minutes of a large model.
+MOST_CANVASES = 1 << 14
 Chances = dict[str, dict[str, float]]  # by slot and label
 
 
@@ -64,56 +65,110 @@ def choose(
         ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
         ContextError: the prompt does not fit.
     """
-    run = write_choose(model, tokenizer, prompt, slots, template, isolated, seed, draws)
+    vocabulary = Vocabulary(model, tokenizer)
+    question = make_question(model, vocabulary, prompt, slots, template, isolated, draws)
+    run = write_choose(model, question, seed)
     items: Generator[Reading | Chances, None, None] = drive(model, run)
     (found,) = (item for item in items if not isinstance(item, Reading))
     return found
 
 
-def write_choose(
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is to be chosen, in tokens. It holds no arrays of MLX, so any thread may make it."""
+
+    prompt: list[int]
+    slots: dict[str, list[str]]  # labels by slot
+    rows: list["_Row"]
+    draws: int
+
+
+def make_question(
     model: DiffusionGemma,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     prompt: str | Sequence[Message] | Sequence[int],
     slots: Mapping[str, Sequence[str]],
     template: str | None,
     isolated: bool,
-    seed: int,
     draws: int,
-) -> Run[Reading | Chances, None]:
-    """As `choose`, but somebody else decodes: see `batch.py`. The result is the last item."""
-    vocabulary = Vocabulary(model, tokenizer)
-    labels = {name: _encoded(vocabulary, name, texts) for name, texts in slots.items()}
-    if not labels:
+    check: Callable[[], None] = unhurried,
+) -> Question:
+    """The canvases that `choose` reads; `check` is called now and then, and may raise.
+
+    Raises:
+        ChooseError, ContextError: as `choose`.
+    """
+    if not slots:
         raise ChooseError("there is no slot to choose for")
+    _refuse_long(model, vocabulary.tokenizer, slots, template, isolated)
+    labels = {name: _encoded(vocabulary, name, texts, check) for name, texts in slots.items()}
     if sum(len(ids) for known in labels.values() for ids in known.values()) > MOST_TOKENS:
         raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
     parts = _parts(template, list(slots))
     texts = [parts] if not isolated else _isolate(parts)
-    context = encode_prompt(tokenizer, prompt)
+    context = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
     room_behind(model, context)
     rows: list[_Row] = []
     for pieces in texts:
         for where in range(1, len(pieces), 2):
+            check()
             rows += _rows(model, vocabulary, pieces, where, labels)
+            if len(rows) * draws > MOST_CANVASES:
+                raise ChooseError(
+                    f"the labels need more than {MOST_CANVASES:,} canvases: one for each token "
+                    f"that labels of a slot do not begin with alike, times {draws} draws"
+                )
+    return Question(context, {name: list(known) for name, known in labels.items()}, rows, draws)
+
+
+def _refuse_long(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    slots: Mapping[str, Sequence[str]],
+    template: str | None,
+    isolated: bool,
+) -> None:
+    """Refuse, before anything is encoded or searched, what has too many characters to fit."""
+    labels = sum(len(text) for texts in slots.values() for text in texts)
+    if labels > MOST_TOKENS * tokenizer.longest:
+        raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
+    canvas = model.config.canvas_length * tokenizer.longest
+    names = sum(map(len, slots))
+    if names > canvas:
+        raise ChooseError(f"the slots' names have more than {canvas:,} characters together")
+    texts = len(slots) if isolated else 1  # a canvas for each
+    if len(template or "") > canvas * texts + names + 2 * len(slots):
+        raise ChooseError(
+            f"the template has {len(template or ''):,} characters; a canvas has room for "
+            f"{model.config.canvas_length} tokens of at most {tokenizer.longest}"
+        )
+
+
+def write_choose(
+    model: DiffusionGemma, question: Question, seed: int
+) -> Run[Reading | Chances, None]:
+    """As `choose`, but somebody else decodes: see `batch.py`. The result is the last item."""
+    context, rows, slots = question.prompt, question.rows, question.slots
     cache = model.make_cache()
     for tokens_read in prefilling(model, context, cache):
         if tokens_read < len(context):
             yield Reading(tokens_read, len(context))
-    source = SeededDraws(seed, vocabulary.size)
-    chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in labels.items()}
-    for _ in range(draws):
+    source = SeededDraws(seed, model.config.vocab_size)
+    chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in slots.items()}
+    for _ in range(question.draws):
         # One noise for all rows: labels are compared under the same circumstances.
         noise = source.tokens((1, model.config.canvas_length))
-        scores: Chances = {n: dict.fromkeys(k, 0.0) for n, k in labels.items()}
+        scores: Chances = {name: dict.fromkeys(known, 0.0) for name, known in slots.items()}
         read = yield from _read(model, cache, rows, noise)
         for row, log_p in zip(rows, read, strict=True):
-            for label, token in row.asked:
-                scores[row.slot][label] += float(log_p[token])
+            for (label, _), score in zip(row.asked, log_p, strict=True):
+                scores[row.slot][label] += score
         for name, known in scores.items():
             top = max(known.values())
             weights = {label: math.exp(score - top) for label, score in known.items()}
+            total = sum(weights.values())
             for label, weight in weights.items():
-                chances[name][label] += weight / sum(weights.values()) / draws
+                chances[name][label] += weight / total / question.draws
     mx.clear_cache()
     yield chances
 
@@ -130,9 +185,9 @@ class _Row:
 
 def _read(
     model: DiffusionGemma, cache: list[LayerCache], rows: list[_Row], noise: mx.array
-) -> Run[Never, list[npt.NDArray[np.float32]]]:
-    """Log-probabilities (vocabulary,) at each row's position."""
-    found: list[npt.NDArray[np.float32]] = []
+) -> Run[Never, list[list[float]]]:
+    """Log-probabilities at each row's position, of the tokens it asks about."""
+    found: list[list[float]] = []
     at_once = rows_at_once(model)
     for first in range(0, len(rows), at_once):
         group = rows[first : first + at_once]
@@ -142,7 +197,10 @@ def _read(
         assert hidden is not None
         at = mx.array([row.position for row in group])[:, None, None]
         chosen = model.logits(mx.take_along_axis(hidden, at, axis=1))[:, 0]
-        found += list(np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True)))
+        log_p = np.array(chosen - mx.logsumexp(chosen, axis=-1, keepdims=True))
+        # Kept of each row, the whole vocabulary would be gigabytes.
+        for row, known in zip(group, log_p, strict=True):
+            found.append(known[[token for _, token in row.asked]].tolist())
     return found
 
 
@@ -160,7 +218,7 @@ def _rows(
     right = _tokens(vocabulary, pieces, where + 1, len(pieces), labels)
     longest = max(map(len, labels[slot].values()))
     if len(left) + longest + len(right) >= room:
-        raise ChooseError(f"the text with slot {slot} is longer than a canvas of {room} tokens")
+        raise _too_long(model, slot)
     right += vocabulary.ending(room - len(left) - longest - len(right))
     alike = min(map(len, labels[slot].values())) == longest
     behind = right if alike else [None] * len(right)
@@ -172,6 +230,11 @@ def _rows(
                 rows[ids[:i]] = _Row(slot, canvas, len(left) + i)
             rows[ids[:i]].asked.append((label, token))
     return list(rows.values())
+
+
+def _too_long(model: DiffusionGemma, slot: str) -> ChooseError:
+    room = model.config.canvas_length
+    return ChooseError(f"the text with slot {slot} is longer than a canvas of {room} tokens")
 
 
 def _first_given(right: list[int | None], slot: str) -> int:
@@ -222,8 +285,13 @@ def _isolate(parts: list[str]) -> list[list[str]]:
     return [parts[i - 1 : i + 2] for i in range(1, len(parts), 2)]
 
 
-def _encoded(vocabulary: Vocabulary, name: str, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    encoded = {text: vocabulary.literal(text).ids for text in texts}
+def _encoded(
+    vocabulary: Vocabulary, name: str, texts: Sequence[str], check: Callable[[], None]
+) -> dict[str, tuple[int, ...]]:
+    encoded: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        check()
+        encoded[text] = vocabulary.literal(text).ids
     if len(encoded) < 2 or not all(encoded.values()):
         raise ChooseError(f"slot {name} needs at least two labels, none of them empty")
     return encoded

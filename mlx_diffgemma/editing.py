@@ -69,7 +69,8 @@ def stream_edit(
     config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
     vocabulary = Vocabulary(model, tokenizer)
     chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4)
-    prompt = encode_prompt(tokenizer, f"{instruction.strip().rstrip(':')}: {part}")
+    asked = f"{instruction.strip().rstrip(':')}: {part}"
+    prompt = encode_prompt(tokenizer, asked, most=model.context)
     draws = draws or fresh_draws(model, seed)
     return _edit(model, vocabulary, left, chunks, right, prompt, strength, config, draws)
 

@@ -13,8 +13,9 @@ again from other noise; the least surprising one is kept.
 
 import math
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal as Lit
 from typing import Never
 
@@ -34,12 +35,13 @@ from .generation import (
     draft_of,
     encode_prompt,
     fresh_draws,
+    room_behind,
     rows_at_once,
 )
 from .model import DiffusionGemma, LayerCache, Pass
 from .readout import log_probability, read_out
 from .sampler import Draws, Sampler
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, unhurried
 from .vocabulary import Vocabulary, integer
 
 TEXT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -59,6 +61,8 @@ _CLOSING = '"`)]}>'
 _BRACES = re.compile(r"(\\?)\{\{([^{}]*)\}\}")
 _NAME = re.compile(r"[^\W\d]\w*")
 MOST_HOLES = 1000
+MOST_OPTIONS = 4096  # of all holes: each is a path of the automaton that a canvas follows
+MOST_DIGITS = 6  # of a number of tokens; no canvas has a million
 
 
 class TemplateError(Error):
@@ -104,7 +108,7 @@ def parse_template(template: str) -> list[str | Hole]:
         TemplateError: no hole, two of one name, or a hole that makes no sense.
     """
     parts: list[str | Hole] = []
-    given, position = "", 0
+    given, position, options = "", 0, 0
     names: set[str] = set()
     for found in _BRACES.finditer(template):
         escaped, inside = found.groups()
@@ -122,7 +126,10 @@ def parse_template(template: str) -> list[str | Hole]:
         hole = _hole(name or str(len(names) + 1), spec, found.group())
         parts.append(hole)
         if hole.name in names:
-            raise TemplateError(f"two holes are called {hole.name}")
+            raise TemplateError(f"two holes are called {_short(hole.name)}")
+        options += len(hole.options)
+        if options > MOST_OPTIONS:
+            raise TemplateError(f"the template's holes have more than {MOST_OPTIONS} options")
         names.add(hole.name)
         if len(names) > MOST_HOLES:
             raise TemplateError(f"the template has more than {MOST_HOLES} holes")
@@ -133,6 +140,10 @@ def parse_template(template: str) -> list[str | Hole]:
     return parts
 
 
+def _short(written: str) -> str:
+    return written if len(written) <= 60 else f"{written[:60]}..."
+
+
 def _hole(name: str, spec: str, written: str) -> Hole:
     if not spec:
         return Hole(name)
@@ -141,11 +152,14 @@ def _hole(name: str, spec: str, written: str) -> Hole:
     if "|" in spec:
         options = tuple(dict.fromkeys(option.strip() for option in spec.split("|")))
         if "" in options:
-            raise TemplateError(f"{written} has an empty option")
+            raise TemplateError(f"{_short(written)} has an empty option")
         return Hole(name, "choice", options=options)
-    if spec.isdecimal() and int(spec) > 0:
+    if spec.isdecimal() and len(spec) <= MOST_DIGITS and int(spec) > 0:
         return Hole(name, tokens=int(spec))
-    raise TemplateError(f"{written}: after the colon stands a number of tokens, int, or a|b|c")
+    raise TemplateError(
+        f"{_short(written)}: after the colon stands a number of tokens of at most {MOST_DIGITS} "
+        "digits, int, or a|b|c"
+    )
 
 
 # Layout ------------------------------------------------------------------------------------------
@@ -164,11 +178,19 @@ class _Gap:
 _Piece = tuple[int, ...] | _Gap
 
 
-def _gap(vocabulary: Vocabulary, hole: Hole, spaced: bool, closing: str, room: int) -> _Gap:
+def _gap(
+    vocabulary: Vocabulary,
+    hole: Hole,
+    spaced: bool,
+    closing: str,
+    room: int,
+    check: Callable[[], None],
+) -> _Gap:
     patterns: dict[int, Pattern] = {}
     if hole.kind == "choice":
         by_length: dict[int, list[Pattern]] = {}
         for option in hole.options:
+            check()
             literal = vocabulary.literal(" " + option if spaced else option)
             by_length.setdefault(len(literal.ids), []).append(literal)
         patterns = {n: Choice(tuple(options)) for n, options in by_length.items()}
@@ -185,21 +207,30 @@ def _gap(vocabulary: Vocabulary, hole: Hole, spaced: bool, closing: str, room: i
         patterns = {n: Sequence((first, Repeat(inner, n - 1, n - 1))) for n in counts}
     patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
     if not patterns:
-        raise TemplateError(f"the hole {hole.name} is longer than a canvas of {room + 1} tokens")
+        raise TemplateError(
+            f"the hole {_short(hole.name)} is longer than a canvas of {room + 1} tokens"
+        )
     lengths = sorted(patterns)
     return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3])
 
 
-def _pieces(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hole]) -> list[_Piece]:
+def _pieces(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    parts: list[str | Hole],
+    check: Callable[[], None],
+) -> list[_Piece]:
     """The template in tokens. A space before a hole moves into it, if words begin with theirs."""
     pieces: list[_Piece] = []
+    room = model.config.canvas_length - 1
     for i, part in enumerate(parts):
+        check()
         after = parts[i + 1] if i + 1 < len(parts) else None
         if isinstance(part, Hole):
             before = parts[i - 1] if i else ""
             spaced = isinstance(before, str) and _lends_space(vocabulary, before, part)
             closing = after[0] if isinstance(after, str) and after[0] in _CLOSING else ""
-            pieces.append(_gap(vocabulary, part, spaced, closing, model.config.canvas_length - 1))
+            pieces.append(_gap(vocabulary, part, spaced, closing, room, check))
             continue
         lends = isinstance(after, Hole) and _lends_space(vocabulary, part, after)
         text = part[:-1] if lends else part
@@ -269,32 +300,60 @@ def stream_fill(
     A text that is read in several chunks says so with a `Reading` after each.
     """
     config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
-    form = make_form(model, Vocabulary(model, tokenizer), parse_template(template))
-    return drive(model, write_fill(model, form, prompt, config, draws or fresh_draws(model, seed)))
+    form = make_form(model, Vocabulary(model, tokenizer), parse_template(template), prompt)
+    return drive(model, write_fill(model, form, config, draws or fresh_draws(model, seed)))
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """A template in tokens. It holds no arrays of MLX, so any thread may make it."""
+    """A template and its prompt in tokens. It holds no arrays of MLX, so any thread may make it."""
 
     parts: tuple[str | Hole, ...]
     vocabulary: Vocabulary
     pieces: tuple[_Piece, ...]
+    prompt: list[int]
+
+    @cached_property
+    def gaps(self) -> dict[str, _Gap]:
+        """The holes by name, in their order."""
+        return {piece.hole.name: piece for piece in self.pieces if isinstance(piece, _Gap)}
 
 
-def make_form(model: DiffusionGemma, vocabulary: Vocabulary, parts: list[str | Hole]) -> Form:
+def make_form(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    parts: list[str | Hole],
+    prompt: str | None,
+    check: Callable[[], None] = unhurried,
+) -> Form:
     """Text and holes in turn, for the canvases of a model.
+
+    `prompt` is as in `fill`; `check` is called now and then, and may raise.
 
     Raises:
         TemplateError: a hole fits no canvas.
+        ContextError: the prompt does not fit.
     """
-    return Form(tuple(parts), vocabulary, tuple(_pieces(model, vocabulary, parts)))
+    pieces = tuple(_pieces(model, vocabulary, parts, check))
+    if prompt is None:
+        shown = "the gap in the text"
+        if _fits(model, pieces):
+            shown = "".join(part if isinstance(part, str) else "..." for part in parts)
+        prompt = f"Fill: {shown}"
+    ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
+    room_behind(model, ids)
+    return Form(tuple(parts), vocabulary, pieces, ids)
+
+
+def _fits(model: DiffusionGemma, pieces: Iterable[_Piece]) -> bool:
+    """Whether a canvas has room for all of a template, before its holes' lengths are decided."""
+    lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, _Gap)}
+    return _size(pieces, lengths) < model.config.canvas_length
 
 
 def write_fill(
     model: DiffusionGemma,
     form: Form,
-    prompt: str | None,
     config: GenerationConfig,
     draws: Draws,
 ) -> Run[Reading | Draft | FillResult, None]:
@@ -302,13 +361,9 @@ def write_fill(
     vocabulary, pieces = form.vocabulary, form.pieces
     tokenizer = vocabulary.tokenizer
     room = model.config.canvas_length
-    gaps = {piece.hole.name: piece for piece in pieces if isinstance(piece, _Gap)}
+    gaps = form.gaps
     lengths = {name: gap.start_length for name, gap in gaps.items()}
-    fits = _size(pieces, lengths) < room
-    if prompt is None:
-        shown = "".join(part if isinstance(part, str) else "..." for part in form.parts)
-        prompt = f"Fill: {shown if fits else 'the gap in the text'}"
-    head = encode_prompt(tokenizer, prompt)
+    fits = _fits(model, pieces)
     context: list[int] = []
     written: dict[str, list[int]] = {}
     probabilities: dict[str, tuple[float, ...]] = {}
@@ -322,7 +377,7 @@ def write_fill(
                 context += left
                 pieces = pieces[1:]
             if not window:
-                context, dropped = clip_context(model, head, context)
+                context, dropped = clip_context(model, form.prompt, context)
                 if dropped:
                     notes.append(f"The model did not see the first {dropped} tokens of the text.")
             elif cache[0].length + len(context) + room > model.context:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from .guards import (
 )
 from .model import DiffusionGemma, Pass
 from .sampler import Constraint, Draws, Sampler, SeededDraws
-from .tokenizer import Declaration, Message, Tokenizer
+from .tokenizer import Declaration, Message, Tokenizer, TooLong, unhurried
 from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 
 if TYPE_CHECKING:
@@ -266,7 +267,8 @@ class Request:
             as in the reference. A schema's answer needs none.
         tools: function declarations in JSON Schema, for templates that know them.
         stop: strings before which the text ends.
-        opening: what the answer begins with; special tokens are recognised.
+        opening: what the answer begins with, as text, in which special tokens are recognised, or
+            as ids.
         shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
             model was trained on.
     """
@@ -286,7 +288,7 @@ class Request:
     shrink: bool = False
     tools: Sequence[Declaration] = ()
     stop: Sequence[str] = ()
-    opening: str = ""
+    opening: str | Sequence[int] = ""
 
 
 def stream_generate(
@@ -355,6 +357,7 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
     ids = encode_prompt(
         tokenizer,
         request.prompt,
+        most=model.context,
         enable_thinking=request.enable_thinking,
         tools=request.tools,
     )
@@ -373,9 +376,7 @@ def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) 
         check = schema.check
         guards = OFF
     else:
-        opening = tokenizer.encode(request.opening)
-        if len(opening) >= model.config.canvas_length:
-            raise ContextError(f"the opening has {len(opening)} tokens, more than a canvas holds")
+        opening = encode_opening(model, tokenizer, request.opening)
         starts = partial(_start, model, request, config, draws, opening)
     if config.max_denoising_steps < model.generation.max_denoising_steps:
         guards = replace(guards, not_converged=False)
@@ -573,13 +574,19 @@ def encode_prompt(
     tokenizer: Tokenizer,
     prompt: str | Sequence[Message] | Sequence[int],
     *,
+    most: int = sys.maxsize,
     enable_thinking: bool = False,
     tools: Sequence[Declaration] = (),
+    check: Callable[[], None] = unhurried,
 ) -> list[int]:
     """Ids of a prompt: a string is one user message; ids pass through.
 
+    Of text that must have more than `most` tokens not all is encoded; `check` is called now and
+    then, and may raise.
+
     Raises:
         SettingError: it is neither messages nor ids.
+        ContextError: the prompt is empty, or text that is far too long.
         TokenizerError: the chat template refuses the messages.
     """
     if isinstance(prompt, str):
@@ -592,7 +599,31 @@ def encode_prompt(
     if len(messages) < len(prompt):
         raise SettingError("a prompt is either messages or token ids, not both")
     text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
-    return tokenizer.encode(text)
+    try:
+        return tokenizer.encode_within(text, most, "the prompt", check)
+    except TooLong as error:
+        raise ContextError(f"{error}, and no more fits into the context") from None
+
+
+def encode_opening(
+    model: DiffusionGemma, tokenizer: Tokenizer, opening: str | Sequence[int]
+) -> list[int]:
+    """Ids of what an answer begins with; ids pass through.
+
+    Raises:
+        ContextError: it leaves no room in a canvas.
+    """
+    length = model.config.canvas_length
+    if isinstance(opening, str):
+        try:
+            ids = tokenizer.encode_within(opening, length, "the opening")
+        except TooLong as error:
+            raise ContextError(f"{error}, and no more fits into a canvas") from None
+    else:
+        ids = list(opening)
+    if len(ids) >= length:
+        raise ContextError(f"the opening has {len(ids)} tokens, more than a canvas holds")
+    return ids
 
 
 def generate(

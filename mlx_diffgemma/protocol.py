@@ -143,6 +143,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
     "strict": (False,),
 }
+# Characters of a stop string: each beginning of it is looked for in what an answer adds.
+MOST_STOP = 1000
 # Names that are reported at most, and characters of each: they travel in a header.
 MOST_NAMES = 50
 MOST_NAME_CHARACTERS = 60
@@ -320,8 +322,15 @@ def several(request: Request, count: int, seed: int | None) -> list[Request]:
 
 
 def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Stop strings as a tuple."""
-    return (given,) if isinstance(given, str) else tuple(given or ())
+    """Stop strings as a tuple.
+
+    Raises:
+        Refused: one is too long.
+    """
+    found = (given,) if isinstance(given, str) else tuple(given or ())
+    if any(len(each) > MOST_STOP for each in found):
+        raise Refused(400, f"stop: a string may have {MOST_STOP} characters")
+    return found
 
 
 class Choice:

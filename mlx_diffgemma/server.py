@@ -26,12 +26,12 @@ from fastapi.responses import (
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from .canvas import fill_start
-from .choosing import write_choose
+from .canvas import pinned_start
+from .choosing import Question, write_choose
 from .denoise import Run
 from .edge import Gate, Limits, refusal
 from .errors import Error
-from .filling import FillResult, Hole, parse_template, write_fill
+from .filling import FillResult, Form, Hole, parse_template, write_fill
 from .generation import (
     ContextError,
     Done,
@@ -44,6 +44,7 @@ from .generation import (
 )
 from .guards import Guards
 from .model import DiffusionGemma
+from .preparing import QUICK_BYTES, Places
 from .protocol import (
     Body,
     ChatBody,
@@ -61,13 +62,11 @@ from .protocol import (
     usage_of,
 )
 from .tokenizer import Tokenizer
-from .worker import Busy, Job, Stopped, Ticket, Timeout, Worker
+from .worker import Busy, Job, Patience, Stopped, Ticket, Timeout, Worker
 
 PAGE = Path(__file__).parent / "data" / "page.html"
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
-# Requests whose prompts are encoded and schemas compiled at the same time, each in its own thread.
-MOST_PREPARED = 2
 
 Result = TypeVar("Result")
 
@@ -75,7 +74,7 @@ Result = TypeVar("Result")
 class Stream:
     """Events of several pieces of work, on their way from the worker's thread to a handler."""
 
-    def __init__(self, worker: Worker, works: Sequence[Request | Job]):
+    def __init__(self, worker: Worker, works: Sequence[Request | Job], patience: Patience):
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[Any]] = asyncio.Queue()
@@ -84,7 +83,7 @@ class Stream:
         self._open = len(works)
         try:
             for i, work in enumerate(works):
-                self._tickets.append(worker.submit(work, self._listener(i)))
+                self._tickets.append(worker.submit(work, self._listener(i), patience))
         except Busy:
             self.close()
             raise Refused(429, "the server is busy, try again soon", "queue_full") from None
@@ -134,8 +133,17 @@ class Stream:
                 yield index, event
 
 
-async def unless_gone(http: Http, work: Coroutine[Any, Any, Result], stream: Stream) -> Result:
-    """What the work gives. If the client goes away before, the stream is closed, as on errors."""
+async def unless_gone(
+    http: Http,
+    work: Coroutine[Any, Any, Result],
+    close: Callable[[], None],
+    seconds: float | None = None,
+) -> Result:
+    """What the work gives. `close` is called where it fails, its time is over, or nobody waits.
+
+    Raises:
+        TimeoutError: after `seconds`; the work is cancelled.
+    """
 
     async def gone() -> None:
         while not await http.is_disconnected():
@@ -143,15 +151,18 @@ async def unless_gone(http: Http, work: Coroutine[Any, Any, Result], stream: Str
 
     task, watch = asyncio.create_task(work), asyncio.create_task(gone())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        first = asyncio.FIRST_COMPLETED
+        done, _ = await asyncio.wait({task, watch}, timeout=seconds, return_when=first)
+        if not done:
+            raise TimeoutError
         if not task.done():
             raise Refused(499, "the client has gone")
         return task.result()
     except asyncio.CancelledError:  # the time that a shutdown grants is over
-        stream.close()
+        close()
         raise Refused(503, "the server is shutting down", "stopping") from None
     except BaseException:
-        stream.close()
+        close()
         raise
     finally:
         for each in (task, watch):
@@ -176,7 +187,7 @@ async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
             found.append((index, event))
         return found
 
-    return await unless_gone(http, collect(), stream)
+    return await unless_gone(http, collect(), stream.close)
 
 
 async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]:
@@ -186,7 +197,7 @@ async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]
     async def first() -> tuple[int, object]:
         return await anext(events)
 
-    item = await unless_gone(http, first(), stream)
+    item = await unless_gone(http, first(), stream.close)
 
     async def every() -> AsyncIterator[tuple[int, object]]:
         yield item
@@ -295,7 +306,8 @@ def make_app(
 
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
-        return JSONResponse(error_body(400, str(error)), 400)
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        return JSONResponse(error_body(400, str(error), code), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException) -> Response:
@@ -317,12 +329,28 @@ def make_app(
         names = ",".join(ignored(body))
         return {"X-Ignored-Parameters": names} if names else {}
 
-    preparing = asyncio.Semaphore(MOST_PREPARED)
+    places = Places()
 
-    async def prepared(make: Callable[[], Result]) -> Result:
-        """What is made in a thread of its own: others go on, in this loop and in the worker."""
-        async with preparing:
-            return await asyncio.to_thread(make)
+    async def prepared(
+        http: Http, make: Callable[[Patience], Result], *, slow: bool = False
+    ) -> tuple[Result, Patience]:
+        """What is made in a thread of its own: others go on, in this loop and in the worker.
+
+        And what is left of the time that the request may take. What is `slow` for few bytes, such
+        as a schema, waits for others of its kind only.
+        """
+        patience = worker.patience()
+        length = http.headers.get("content-length", "")
+        quick = not slow and length.isdecimal() and int(length) <= QUICK_BYTES
+
+        def close() -> None:
+            patience.gone = True
+
+        work = places.prepare(partial(make, patience), quick=quick)
+        try:
+            return await unless_gone(http, work, close, patience.left), patience
+        except (TimeoutError, Timeout):
+            raise Refused(504, str(patience.timeout), "timeout") from None
 
     async def streamed(
         http: Http,
@@ -355,13 +383,16 @@ def make_app(
 
     @app.post("/v1/chat/completions", responses=responses)
     async def chat(http: Http, body: ChatBody) -> Response:
-        one = await prepared(lambda: worker.prepared(chat_request(body)))
+        def encoded(patience: Patience) -> Request:
+            return worker.prepared(chat_request(body), patience)
+
+        one, patience = await prepared(http, encoded, slow=body.response_format is not None)
         requests = several(one, body.n or 1, body.seed)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         common = {"id": identity, "created": created, "model": name}
         pieces = worker.tokenizer.pieces if body.logprobs else None
         choices = [Choice(pieces) for _ in requests]
-        stream = Stream(worker, requests)
+        stream = Stream(worker, requests, patience)
         if body.stream:
 
             def chunk(
@@ -420,15 +451,15 @@ def make_app(
             opening=body.opening or "",
         )
 
-        def encoded() -> list[Request]:
-            texts = map(worker.tokenizer.encode, prompts)
+        def encoded(patience: Patience) -> list[Request]:
+            texts = [worker.encoded(prompt, patience) for prompt in prompts]
             ids = [each if bos is None else [bos, *each] for each in texts]
-            return [worker.prepared(replace(template, prompt=each)) for each in ids]
+            return [worker.prepared(replace(template, prompt=each), patience) for each in ids]
 
-        each_once = await prepared(encoded)
+        each_once, patience = await prepared(http, encoded)
         requests = [one for each in each_once for one in several(each, best_of, body.seed)]
         choices = [Choice() for _ in requests]
-        stream = Stream(worker, requests)
+        stream = Stream(worker, requests, patience)
         if body.stream:
 
             def chunk(
@@ -469,14 +500,20 @@ def make_app(
         if len(prompts) > 1 or (body.n or 1) > 1 or (body.best_of or 1) > 1 or body.opening:
             raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
         parts: list[str | Hole] = [prompts[0], Hole("middle", most=body.max_tokens), suffix]
-        stream = Stream(worker, [await filling(lambda: parts, None, body.steps, body.seed)])
+        until = stops(body.stop)
+
+        def made(patience: Patience) -> tuple[Form, int]:
+            form = worker.form(parts, None, patience)
+            return form, len(worker.tokenizer.encode(prompts[0] + suffix))
+
+        (form, read), patience = await prepared(http, made)
+        stream = Stream(worker, [filling(form, body.steps, body.seed)], patience)
 
         def answer_of(result: FillResult) -> tuple[dict[str, Any], dict[str, int]]:
-            stopper = Stopper(stops(body.stop))
+            stopper = Stopper(until)
             text = stopper.feed(str(result.values["middle"]))
             text += "" if stopper.hit else stopper.rest()
             written = len(worker.tokenizer.encode(text))
-            read = len(worker.tokenizer.encode(prompts[0] + suffix))
             usage = {"prompt_tokens": read, "completion_tokens": written}
             shown = prompts[0] + text if body.echo else text
             choice = {"index": 0, "text": shown, "finish_reason": "stop", "logprobs": None}
@@ -500,17 +537,10 @@ def make_app(
 
         return Lines(lines(), stream, answer_headers(body))
 
-    async def filling(
-        parts: Callable[[], list[str | Hole]],
-        prompt: str | None,
-        steps: int | None,
-        seed: int | None,
-    ) -> Job:
-        form = await prepared(lambda: worker.form(parts()))
-
+    def filling(form: Form, steps: int | None, seed: int | None) -> Job:
         def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
             config = model.generation.override(max_denoising_steps=steps)
-            return write_fill(model, form, prompt, config, fresh_draws(model, seed))
+            return write_fill(model, form, config, fresh_draws(model, seed))
 
         return job
 
@@ -520,20 +550,17 @@ def make_app(
                 return event
         raise Refused(503, "the server is shutting down", "stopping")
 
-    def repairing(pieces: list[tuple[str, bool]], body: FillBody) -> Job:
+    def repairing(pieces: list[tuple[str, bool]], body: FillBody, patience: Patience) -> Job:
         """A canvas some of whose pieces are pinned."""
         shown = "".join(text if pinned else "..." for text, pinned in pieces)
+        forced = worker.canvas(pieces, patience)
+        asked = Request(body.prompt or f"Fill: {shown}", max_tokens=len(forced), steps=body.steps)
+        ready = worker.prepared(asked, patience)
 
         def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
             draws = fresh_draws(model, body.seed)
-            request = Request(
-                body.prompt or f"Fill: {shown}",
-                max_tokens=model.config.canvas_length,
-                steps=body.steps,
-                draws=draws,
-                start=fill_start(model, worker.vocabulary, pieces, draws),
-            )
-            return write_events(model, tokenizer, request)
+            start = pinned_start([forced], draws)
+            return write_events(model, tokenizer, replace(ready, draws=draws, start=start))
 
         return job
 
@@ -541,12 +568,16 @@ def make_app(
     async def fill(http: Http, body: FillBody) -> Response:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
-        if body.template is not None:
-            parts = partial(parse_template, body.template)
-            job = await filling(parts, body.prompt, body.steps, body.seed)
-        else:
-            job = repairing([(piece.text, piece.pinned) for piece in body.canvas or ()], body)
-        stream = Stream(worker, [job])
+
+        def made(patience: Patience) -> Job:
+            if body.template is None:
+                pieces = [(piece.text, piece.pinned) for piece in body.canvas or ()]
+                return repairing(pieces, body, patience)
+            form = worker.form(parse_template(body.template), body.prompt, patience)
+            return filling(form, body.steps, body.seed)
+
+        job, patience = await prepared(http, made)
+        stream = Stream(worker, [job], patience)
         choice = Choice()
         if not body.stream_drafts:
             for _, event in await gathered(http, stream):
@@ -568,19 +599,16 @@ def make_app(
     async def choosing(http: Http, body: ChooseBody) -> Response:
         slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
 
-        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
-            return write_choose(
-                model,
-                tokenizer,
-                body.prompt,
-                slots,
-                body.template,
-                body.isolated,
-                body.seed,
-                body.draws,
-            )
+        def asked(patience: Patience) -> Question:
+            given = body.prompt, slots, body.template, body.isolated, body.draws
+            return worker.question(*given, patience)
 
-        for _, event in await gathered(http, Stream(worker, [job])):
+        question, patience = await prepared(http, asked)
+
+        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+            return write_choose(model, question, body.seed)
+
+        for _, event in await gathered(http, Stream(worker, [job], patience)):
             if not isinstance(event, Reading):
                 return JSONResponse({"probabilities": event}, headers=answer_headers(body))
         raise Refused(503, "the server is shutting down", "stopping")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,22 @@ Declaration = dict[str, Any]  # of a function, as the openai client sends it
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 
 
+# Characters of a long text that are encoded at once to count its tokens: a few hundredths of a
+# second, and some ten megabytes.
+COUNTED_AT_ONCE = 1 << 16
+MOST_BYTES = 4  # of a character in UTF-8: a tokenizer may take a token for each
+
+
 class TokenizerError(Error):
     """A tokenizer file or chat template that cannot be used, or a chat it refuses."""
+
+
+class TooLong(Error):
+    """A text that has too many tokens, which was seen before all of it was encoded."""
+
+
+def unhurried() -> None:
+    """Nothing is to be checked."""
 
 
 class Tokenizer:
@@ -84,8 +98,52 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text as it stands: special tokens are recognised, none is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of text as it stands: special tokens are recognised, none is added.
+
+        Raises:
+            TokenizerError: the text has half of a surrogate pair.
+        """
+        try:
+            # `encode` of the library keeps all other threads waiting until it is done; this is the
+            # same in a batch of one, and lets them run.
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:
+            raise TokenizerError("the text has half of a surrogate pair, no character") from None
+        return found.ids
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: of n tokens no text is longer than n times that."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode_within(
+        self, text: str, most: int, what: str, check: Callable[[], None] = unhurried
+    ) -> list[int]:
+        """As `encode`, of a text that is refused early if it must have more than `most` tokens.
+
+        A text that has a few more may pass. `what` names it in the error; `check` is called between
+        pieces of work and may raise.
+
+        Raises:
+            TooLong: as said.
+            TokenizerError: as `encode`.
+        """
+        if len(text) > most * self.longest:
+            raise TooLong(
+                f"{what} has {len(text):,} characters; {most:,} tokens of at most {self.longest} "
+                f"characters have room for {most * self.longest:,}"
+            )
+        if len(text) > max(COUNTED_AT_ONCE, most // MOST_BYTES):
+            # Encoding takes hundreds of bytes a token. Cut into pieces, the text has nearly as many
+            # tokens as in one; where it has twice what may be, it has too many.
+            count = 0
+            for start in range(0, len(text), COUNTED_AT_ONCE):
+                check()
+                count += len(self.encode(text[start : start + COUNTED_AT_ONCE]))
+                if count > 2 * most:
+                    raise TooLong(f"{what} has far more than {most:,} tokens")
+        check()
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids.

@@ -4,19 +4,29 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .batch import Batch
+from .canvas import forced_tokens
+from .choosing import Question, make_question
 from .context import Context, Contexts
 from .denoise import Run
 from .errors import Error
-from .filling import Form, Hole, make_form
-from .generation import Done, Request, encode_prompt, room_behind, write_events
+from .filling import Form, Hole, TemplateError, make_form
+from .generation import (
+    ContextError,
+    Done,
+    Request,
+    encode_opening,
+    encode_prompt,
+    room_behind,
+    write_events,
+)
 from .model import DiffusionGemma
 from .schema import Compiled, compiled
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, TooLong
 from .vocabulary import Vocabulary
 
 # What is given to whoever waits: events, at the end None, or an exception.
@@ -39,13 +49,54 @@ class Timeout(Error):
     """A request took longer than it may."""
 
 
+class Gone(Error):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(eq=False)
+class Patience:
+    """How long somebody waits for an answer, its preparation included.
+
+    Attributes:
+        seconds: the whole time.
+        ends: on the monotonic clock.
+        gone: whether nobody waits any more; any thread may say so.
+    """
+
+    seconds: float
+    ends: float
+    gone: bool = False
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(self.ends - time.monotonic(), 0.0)
+
+    @property
+    def timeout(self) -> Timeout:
+        """What is told when the time is over."""
+        return Timeout(f"the request took longer than {self.seconds:g} seconds")
+
+    def check(self) -> None:
+        """For work that may take long, between its pieces.
+
+        Raises:
+            Gone: nobody waits.
+            Timeout: the time is over.
+        """
+        if self.gone:
+            raise Gone("nobody waits for the answer")
+        if not self.left:
+            raise self.timeout
+
+
 @dataclass(eq=False)
 class Ticket:
     """A request on its way."""
 
     work: Request | Job
     listen: Listener
-    deadline: float
+    patience: Patience
     cancelled: bool = False
 
 
@@ -76,7 +127,7 @@ class Worker:
         load: gives the model and the tokenizer, on the thread.
         max_batch: requests that are denoised together.
         max_queue: requests that may wait; one more is refused.
-        timeout: seconds from being queued to the end.
+        timeout: seconds from being asked to the end, preparation included.
         cache_bytes: keys and values of earlier prompts that are kept.
     """
 
@@ -143,35 +194,100 @@ class Worker:
         """What the model's tokens can spell; for any thread."""
         return Vocabulary(self._model, self.tokenizer)
 
-    def prepared(self, request: Request) -> Request:
-        """The request with its prompt encoded and its schema compiled, which may take a second.
+    def patience(self) -> Patience:
+        """That of somebody who asks now."""
+        return Patience(self._timeout, time.monotonic() + self._timeout)
 
-        For the thread of whoever asks: on the worker's it would hold up the others.
+    # What follows is for the thread of whoever asks: it may take seconds, and on the worker's
+    # thread it would hold up the others. All of it raises Gone or Timeout, as `Patience.check`.
+
+    def prepared(self, request: Request, patience: Patience | None = None) -> Request:
+        """The request with its prompt and opening encoded and its schema compiled.
 
         Raises:
             ContextError, TokenizerError, SchemaError: as `stream_generate` does.
         """
+        patience = patience or self.patience()
         ids = encode_prompt(
             self.tokenizer,
             request.prompt,
+            most=self._model.context,
             enable_thinking=request.enable_thinking,
             tools=request.tools,
+            check=patience.check,
         )
         room_behind(self._model, ids)
+        opening = encode_opening(self._model, self.tokenizer, request.opening)
         schema = request.schema
         if schema is not None and not isinstance(schema, Compiled):
             schema = compiled(schema, self.vocabulary)
-        return replace(request, prompt=ids, schema=schema)
+        patience.check()
+        return replace(request, prompt=ids, schema=schema, opening=opening)
 
-    def form(self, parts: list[str | Hole]) -> Form:
-        """A text with holes in tokens; for the thread of whoever asks, too.
+    def encoded(self, text: str, patience: Patience) -> list[int]:
+        """Ids of a text that has to fit into the context.
 
         Raises:
-            TemplateError: as `make_form` does.
+            ContextError: it is far too long.
         """
-        return make_form(self._model, self.vocabulary, parts)
+        most = self._model.context
+        try:
+            return self.tokenizer.encode_within(text, most, "the prompt", patience.check)
+        except TooLong as error:
+            raise ContextError(f"{error}, and no more fits into the context") from None
 
-    def submit(self, work: Request | Job, listen: Listener) -> Ticket:
+    def form(self, parts: list[str | Hole], prompt: str | None, patience: Patience) -> Form:
+        """A text with holes in tokens.
+
+        Raises:
+            TemplateError, ContextError: as `make_form` does, or the text has more characters than
+                any context has room for.
+        """
+        given = sum(len(part) for part in parts if isinstance(part, str))
+        most = self._model.context * self.tokenizer.longest
+        if given > most:
+            raise TemplateError(
+                f"the template has {given:,} characters; the context of {self._model.context:,} "
+                f"tokens of at most {self.tokenizer.longest} has room for {most:,}"
+            )
+        return make_form(self._model, self.vocabulary, parts, prompt, patience.check)
+
+    def question(
+        self,
+        prompt: str,
+        slots: Mapping[str, Sequence[str]],
+        template: str | None,
+        isolated: bool,
+        draws: int,
+        patience: Patience,
+    ) -> Question:
+        """Slots and labels in tokens.
+
+        Raises:
+            ChooseError, ContextError: as `make_question` does.
+        """
+        return make_question(
+            self._model,
+            self.vocabulary,
+            prompt,
+            slots,
+            template,
+            isolated,
+            draws,
+            patience.check,
+        )
+
+    def canvas(self, pieces: Sequence[tuple[str, bool]], patience: Patience) -> list[int | None]:
+        """A canvas of text pieces in tokens.
+
+        Raises:
+            CanvasError, VocabularyError: as `forced_tokens` does.
+        """
+        return forced_tokens(self._model, self.vocabulary, pieces, patience.check)
+
+    def submit(
+        self, work: Request | Job, listen: Listener, patience: Patience | None = None
+    ) -> Ticket:
         """Queue work; a request has to be `prepared`.
 
         `listen` is called on the thread: with events, an exception, at last None.
@@ -179,7 +295,7 @@ class Worker:
         Raises:
             Busy: the queue is full.
         """
-        ticket = Ticket(work, listen, time.monotonic() + self._timeout)
+        ticket = Ticket(work, listen, patience or self.patience())
         with self._changed:
             if len(self._waiting) >= self._max_queue or not self.alive:
                 self.counters.refused += 1
@@ -223,9 +339,10 @@ class Worker:
             with self._changed:
                 while not (self._waiting or self.running or self._stopping.is_set()):
                     self._changed.wait()
-                if not self._waiting or self._stopping.is_set():
+                ticket = self._next()
+                if ticket is None or self._stopping.is_set():
                     return
-                ticket = self._waiting.popleft()
+                self._waiting.remove(ticket)
             if ticket.cancelled:
                 self.counters.cancelled += 1
                 continue
@@ -234,10 +351,16 @@ class Worker:
             except Exception as error:
                 self._end(ticket, error)
 
+    def _next(self) -> Ticket | None:
+        """The first in the queue that may begin: jobs leave half of the places to requests."""
+        jobs = sum(not isinstance(each.ticket.work, Request) for each in self._running.values())
+        room = jobs < max(self._max_batch // 2, 1)
+        return next((t for t in self._waiting if room or isinstance(t.work, Request)), None)
+
     def _begin(self, ticket: Ticket, batch: Batch[object], contexts: Contexts) -> None:
         context: Context | None = None
         if isinstance(ticket.work, Request):
-            ids = encode_prompt(self.tokenizer, ticket.work.prompt)
+            ids = encode_prompt(self.tokenizer, ticket.work.prompt)  # they are ids already
             context = contexts.take(ids)
             request = replace(ticket.work, prompt=ids, context=context)
             run: Run[object, None] = write_events(self._model, self.tokenizer, request)
@@ -271,25 +394,24 @@ class Worker:
 
     def _drop(self, batch: Batch[object]) -> None:
         """Stop what nobody waits for, and what has taken too long, queued or running."""
-        now = time.monotonic()
         with self._changed:
             waiting = list(self._waiting)
         for ticket in waiting:
-            if self._over(ticket, now):
+            if self._over(ticket):
                 with self._changed:
                     self._waiting.remove(ticket)
         for key, running in list(self._running.items()):
-            if self._over(running.ticket, now):
+            if self._over(running.ticket):
                 del self._running[key]
                 batch.remove(key)
 
-    def _over(self, ticket: Ticket, now: float) -> bool:
+    def _over(self, ticket: Ticket) -> bool:
         if ticket.cancelled:
             self.counters.cancelled += 1
             ticket.listen(None)
             return True
-        if now > ticket.deadline:
-            self._end(ticket, Timeout(f"the request took longer than {self._timeout:g} seconds"))
+        if not ticket.patience.left:
+            self._end(ticket, ticket.patience.timeout)
             return True
         return False
 

@@ -30,7 +30,7 @@ from mlx_diffgemma import (
     stream_generate,
 )
 from mlx_diffgemma.batch import Batch
-from mlx_diffgemma.choosing import write_choose
+from mlx_diffgemma.choosing import make_question, write_choose
 from mlx_diffgemma.denoise import Run, drive
 from mlx_diffgemma.filling import make_form, parse_template, write_fill
 from mlx_diffgemma.generation import write_events
@@ -91,13 +91,15 @@ def test_fills_and_choices_in_a_batch_give_what_they_give_alone() -> None:
     config = model.generation.override(max_denoising_steps=3)
     templates = ["a {{x}} b", "{{n:int}} c {{y:yes|no}}", "{{a:2}} and so on and so on {{b:2}} d"]
     slots = {"x": ["1", "12", "345"]}
+    vocabulary = Vocabulary(model, small)
+    question = make_question(model, vocabulary, "x", slots, None, False, 2)
 
     def runs() -> list[Run[Any, None]]:
-        forms = [make_form(model, Vocabulary(model, small), parse_template(t)) for t in templates]
+        forms = [make_form(model, vocabulary, parse_template(t), "x") for t in templates]
         draws = [SeededDraws(seed, small.vocab_size) for seed in range(3)]
         return [
-            *(write_fill(model, f, "x", config, d) for f, d in zip(forms, draws, strict=True)),
-            write_choose(model, small, "x", slots, None, False, 0, 2),
+            *(write_fill(model, f, config, d) for f, d in zip(forms, draws, strict=True)),
+            write_choose(model, question, 0),
             write_events(model, small, Request("hello", seed=1, steps=4)),
         ]
 

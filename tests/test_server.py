@@ -445,7 +445,7 @@ def test_a_slow_reader_misses_drafts_and_no_text() -> None:
     class Given:
         """A worker that has said everything before anybody listens."""
 
-        def submit(self, work: Any, listen: Callable[[object], None]) -> None:
+        def submit(self, work: Any, listen: Callable[[object], None], patience: Any) -> None:
             for canvas in range(20):
                 for step in range(48):
                     listen(Draft(canvas, step, 48, (), (), (), (), 0, (), ""))
@@ -454,7 +454,7 @@ def test_a_slow_reader_misses_drafts_and_no_text() -> None:
 
     async def read() -> list[object]:
         given: Any = Given()
-        return [event async for _, event in Stream(given, [Request("x")])]
+        return [event async for _, event in Stream(given, [Request("x")], given)]
 
     events = asyncio.run(read())
     assert "".join(e.text for e in events if isinstance(e, Text)) == "".join(

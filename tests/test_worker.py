@@ -75,10 +75,10 @@ def endless(worker: Worker) -> Request:
 
 
 def job(worker: Worker, template: str) -> Any:
-    form = worker.form(parse_template(template))
+    form = worker.form(parse_template(template), "x", worker.patience())
 
     def made(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
-        return write_fill(model, form, "x", model.generation, fresh_draws(model, 0))
+        return write_fill(model, form, model.generation, fresh_draws(model, 0))
 
     return made
 
