@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .arguments import SettingError
 from .checkpoint import (
     FLOATS,
     SHIPPED,
@@ -21,7 +22,6 @@ from .checkpoint import (
     shown,
     size_of_file,
 )
-from .arguments import SettingError
 from .config import GenerationConfig, Speed
 from .info import inspect
 from .memory import fit
