@@ -116,6 +116,7 @@ def random_checkpoint(
         path = directory / "config.json"
         saved = json.loads(path.read_text())
         saved["text_config"].pop("per_layer_config")
+        saved["text_config"]["layer_types"] = layer_types(pattern)  # not what was made of them
         for key in ("global_head_dim", "num_global_key_value_heads"):
             saved["text_config"][key] = text_config[key]
         for key in absent:

@@ -60,7 +60,7 @@ def window(tokens: int) -> dict[str, Any]:
 # Random weights are never sure of themselves: let the rule fire on a cold, quickly settled canvas.
 STOPS = {"confidence_threshold": 1.0, "t_min": 0.05, "t_max": 0.1, **bound(50.0)}
 CASES = [
-    Case("attention scale of a full layer", "f", 9),
+    Case("attention scale of full layers", "ff", 9),
     Case("value norm and self-conditioning", "sf", 20),
     Case("encoder scalars, re-saved dialect", "ssf", 20, shipped_dialect=False),
     Case("causal", "sssf", 30),
@@ -74,7 +74,8 @@ CASES = [
     Case("chunks smaller than the window", "ssf", 75, chunk=7, text=window(20)),
     Case("chunks larger than the window", "sssf", 75, chunk=33, text=window(8)),
     Case("chunks of one token", "ssf", 20, chunk=1, text=window(6)),
-    Case("key-value heads, two in full layers", "sfsf", 33, text={"num_global_key_value_heads": 2}),
+    Case("key-value heads, two in full layers", "sfsf", 33, text={
+        "num_key_value_heads": 4, "num_global_key_value_heads": 2}),
     Case("key-value heads, one everywhere", "ssf", 33, text={"num_key_value_heads": 1}),
     Case("absent keys of config.json", "sssssf", 40, text=window(24), absent=(
         "rope_parameters", "rms_norm_eps", "final_logit_softcapping", "layer_types")),
@@ -85,6 +86,8 @@ CASES = [
     Case("temperature", "ssf", 21, sampler={"t_min": 0.2, "t_max": 3.0, **bound(1e9)}),
     Case("entropy bound", "ssf", 21, sampler=bound(6.0)),
     Case("stop: stability", "ssf", 21, canvases=2, seed=12, stops=True, sampler=STOPS),
+    Case("stop: stability of the best canvas, not the drawn one", "sf", 21, seed=18, stops=True,
+         sampler={**STOPS, "t_min": 0.1, "t_max": 0.3}),
     Case("stop: stability of three", "sf", 21, seed=8, stops=True,
          sampler={**STOPS, "stability_threshold": 3}),
     Case("stop: confidence", "sf", 21, seed=9, stops=True,
