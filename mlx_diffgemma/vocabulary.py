@@ -94,9 +94,12 @@ class Vocabulary:
         """The inside of a JSON string of `least` to `most` characters, without escapes."""
         if most is not None and most > COUNTED and least <= most // LONGEST_TOKEN:
             # So long a string is bounded by its tokens, which needs fewer states than characters.
-            every = sorted(i for ids in self._json_by_length.values() for i in ids)
-            return Repeat(Tokens(tuple(every)), least, most // LONGEST_TOKEN)
+            return Repeat(self._json_any, least, most // LONGEST_TOKEN)
         return Text(self._json_by_length, least, most)
+
+    @cached_property
+    def _json_any(self) -> Tokens:
+        return Tokens(tuple(sorted(i for ids in self._json_by_length.values() for i in ids)))
 
     @cached_property
     def _json_by_length(self) -> dict[int, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
+from mlx_diffgemma.automaton import Repeat
 from mlx_diffgemma.generation import Committed, Done, generate_tokens
 from mlx_diffgemma.loading import EMBEDDED
 from mlx_diffgemma.sampler import SeededDraws
@@ -561,3 +562,12 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5
+
+
+def test_long_strings_share_the_tokens_that_they_are_made_of() -> None:
+    """Each of a schema's long strings sorted and kept the whole vocabulary anew."""
+    vocabulary = Vocabulary(RANDOM, TOKENIZER)
+    first, second = (vocabulary.json_characters(0, most) for most in (600, 700))
+    assert isinstance(first, Repeat)
+    assert isinstance(second, Repeat)
+    assert first.part is second.part
