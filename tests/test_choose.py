@@ -6,11 +6,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
-from mlx_diffgemma.choosing import ChooseError, choose
+from mlx_diffgemma.choosing import MOST_CANVASES, ChooseError, choose, make_question
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.generation import encode_prompt
 from mlx_diffgemma.model import Pass
 from mlx_diffgemma.sampler import SeededDraws
+from mlx_diffgemma.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,47 @@ def test_slots_that_cannot_be_scored(loaded: tuple[DiffusionGemma, Tokenizer]) -
     ):
         with pytest.raises(ChooseError, match=message):
             choose(*loaded, "Is it so?", slots, template=template)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_encoded(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template of a million braces took 47 s, on the thread that everybody waits for."""
+    model, tokenizer = loaded
+    vocabulary = Vocabulary(model, tokenizer)
+    encode, sizes = Tokenizer.encode, []
+
+    def noted(self: Tokenizer, text: str) -> list[int]:
+        sizes.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    two = ["a", "b"]
+    for slots, template, isolated, message in (
+        ({"x": two}, "{" * 1_000_000 + "{x}", False, "1,000,003 characters; a canvas has room for"),
+        ({"x": two}, "{" * 1_000_000 + "{x}", True, "1,000,003 characters; a canvas has room for"),
+        ({"n" * 9_000: two}, None, False, "names have more than 1,024 characters"),
+        ({"x": ["a" * 90_000, "b"]}, None, False, "more than 4096 tokens together"),
+    ):
+        with pytest.raises(ChooseError, match=message):
+            make_question(model, vocabulary, "x", slots, template, isolated, 1)
+    assert sizes == []
+    many = {"x": [f"{i:03}{i:03}" for i in range(500)]}
+    with pytest.raises(ChooseError, match=rf"more than {MOST_CANVASES:,} canvases.* 64 draws"):
+        make_question(model, vocabulary, "x", many, None, False, 64)
+    known = make_question(model, vocabulary, "x", many, None, False, 1)
+    assert len(known.rows) < 500 * 4  # labels that begin alike share canvases
+
+
+def test_a_choice_asks_for_its_draws_and_keeps_no_vocabularies(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    """What is read of each canvas is a number for each label: 4,000 took gigabytes."""
+    found = choose(*loaded, "Is it so?", {"x": ["12", "13"], "y": ["a", "b", "c"]}, draws=2)
+    once = [
+        choose(*loaded, "Is it so?", {"x": ["12", "13"], "y": ["a", "b", "c"]}, draws=n)
+        for n in (1, 2)
+    ]
+    assert found == once[1]
+    assert found != once[0]
+    assert all(sum(known.values()) == pytest.approx(1) for known in found.values())

@@ -45,6 +45,9 @@ def test_templates() -> None:
         ("{{a:}}{{b:0}}", "after the colon"),
         ("{{a:x|}}", "empty option"),
         ("{{a:float}}", "after the colon"),
+        ("{{a:" + "9" * 5000 + "}}", "at most 6 digits"),
+        ("{{a:" + "x" * 9999 + "}}", r"^\{\{a:x{56}\.\.\.: after the colon"),
+        ("{{a:" + "|".join(map(str, range(5000))) + "}}", "more than 4096 options"),
     ):
         with pytest.raises(TemplateError, match=message):
             parse_template(template)

@@ -383,6 +383,33 @@ def test_mistakes_are_told_in_openais_form(
         small.client().chat.completions.create(model="x", messages=messages, stream=True)
 
 
+MUCH = "1" * 3_900_000
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": MUCH}]}),
+        ("chat/completions", {"messages": HELLO, "opening": MUCH}),
+        ("chat/completions", {"messages": HELLO, "stop": MUCH}),
+        ("completions", {"prompt": MUCH}),
+        ("completions", {"prompt": "x", "suffix": MUCH}),
+        ("fill", {"template": MUCH + "{{x}}"}),
+        ("fill", {"template": "{{x}}", "prompt": MUCH}),
+        ("fill", {"canvas": [{"text": MUCH}]}),
+        ("choose", {"prompt": MUCH, "labels": ["a", "b"]}),
+        ("choose", {"prompt": "x", "labels": ["a", "b"], "template": MUCH + "{label}"}),
+    ],
+)
+def test_much_text_is_refused_by_its_characters(small: Server, path: str, body: Any) -> None:
+    """All of it was encoded first, on the thread of all answers or holding the interpreter: ten
+    seconds and 1.7 GB, in which /health waited, too."""
+    reply = small.post(f"/v1/{path}", body)
+    assert reply.status_code == 400
+    assert "characters" in reply.json()["error"]["message"]
+
+
 def test_each_of_many_clients_gets_its_own_answer(sudoku: Server) -> None:
     """Eight at once; `scripts/stress_server.py` does it for a minute."""
     client = sudoku.client()

@@ -1,6 +1,7 @@
 """Ids, text and chat templates."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
 from mlx_diffgemma import Tokenizer, TokenizerError
+from mlx_diffgemma.tokenizer import COUNTED_AT_ONCE, TooLong
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 
@@ -93,3 +95,61 @@ def test_plain_texts_are_what_a_token_adds() -> None:
     backend.add_special_tokens(["</s>", "<unk>"])
     assert backend.decode([2]) == "b"
     assert Tokenizer(backend, {}, None).plain == {1: "a", 2: " b", 5: " "}
+
+
+def test_encoding_lets_other_threads_run() -> None:
+    """A megabyte used to hold the interpreter for a second, and a server's /health with it."""
+    tokenizer = Tokenizer.from_directory(SUDOKU)
+    ticks, over = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not over.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = ticks
+    tokenizer.encode("12 " * 1_000_000)
+    while_encoding = ticks - before
+    over.set()
+    thread.join()
+    assert while_encoding >= 5
+
+
+def test_text_that_cannot_fit_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it was, whatever came: 3.9 MB took ten seconds and 1.7 GB, to be refused."""
+    tokenizer = Tokenizer.from_directory(SUDOKU)
+    encode, sizes = Tokenizer.encode, []
+
+    def noted(self: Tokenizer, text: str) -> list[int]:
+        sizes.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    most = 1000 * tokenizer.longest
+    with pytest.raises(TooLong, match=f"the text has {most + 1:,} characters; 1,000 tokens of at"):
+        tokenizer.encode_within("1" * (most + 1), 1000, "the text")
+    assert sizes == []
+    with pytest.raises(TooLong, match="far more than 200,000 tokens"):
+        tokenizer.encode_within("1" * 1_900_000, 200_000, "the text")
+    assert sum(sizes) < 500_000
+    sizes.clear()
+    text = "12.\n<|turn>" * 30_000
+    assert tokenizer.encode_within(text, 150_000, "the text") == encode(tokenizer, text)
+    assert len(sizes) == 1 + -(-len(text) // COUNTED_AT_ONCE)
+
+    def stop() -> None:
+        if len(sizes) == 3:
+            raise KeyError
+
+    sizes.clear()
+    with pytest.raises(KeyError):
+        tokenizer.encode_within(text, 150_000, "the text", stop)
+    assert len(sizes) == 3
+
+
+def test_half_a_character_is_refused() -> None:
+    """It was a TypeError, and an answer of 500."""
+    with pytest.raises(TokenizerError, match="surrogate"):
+        Tokenizer.from_directory(SUDOKU).encode("1\ud800")

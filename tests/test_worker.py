@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import Queue
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Done, Draft, FillResult, Request, Tokenizer
+from mlx_diffgemma.batch import SLICE
+from mlx_diffgemma.canvas import pinned_start
+from mlx_diffgemma.choosing import choose, write_choose
 from mlx_diffgemma.denoise import Run
-from mlx_diffgemma.filling import parse_template, write_fill
-from mlx_diffgemma.generation import Reading, fresh_draws
+from mlx_diffgemma.filling import TemplateError, parse_template, write_fill
+from mlx_diffgemma.generation import Reading, fresh_draws, write_events
 from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.worker import Busy, Ticket, Timeout, Worker
+from mlx_diffgemma.worker import Busy, Gone, Ticket, Timeout, Worker
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 
@@ -190,3 +194,100 @@ def test_a_schema_is_compiled_by_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
         request = worker.prepared(Request("x", schema={"enum": ["yes", "no"]}, steps=2, seed=0))
         Asked(worker, request).until(Done)
     assert threads == [threading.current_thread().name]
+
+
+def test_nothing_is_encoded_on_the_workers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Openings, choices and fills were: a megabyte of them, and all other answers stood still."""
+    encode, threads = Tokenizer.encode, set()
+
+    def noted(self: Tokenizer, text: str) -> list[int]:
+        threads.add(threading.current_thread().name)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    with working() as (worker, model):
+        model.leave.release(10_000)
+        patience = worker.patience()
+        asked = worker.prepared(Request("hi", opening="Well", seed=0, steps=2, max_tokens=24))
+        question = worker.question("x", {"x": ["1", "2"]}, None, False, 1, patience)
+        forced = worker.canvas([("a", True), ("b", False)], patience)
+        ready = worker.prepared(Request("x", seed=0, steps=2, max_tokens=24))
+
+        def repairing(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+            start = pinned_start([forced], fresh_draws(model, 0))
+            return write_events(model, tokenizer, replace(ready, start=start))
+
+        assert isinstance(Asked(worker, asked).until(Done), Done)
+        assert isinstance(Asked(worker, repairing).until(Done), Done)
+        assert Asked(worker, lambda m, t: write_choose(m, question, 0)).until(dict)
+        assert Asked(worker, job(worker, "a {{x:2}} {{y:yes|no}} b")).until(FillResult)
+    assert threads == {threading.current_thread().name}
+
+
+def test_an_opening_given_as_ids_is_the_same() -> None:
+    with working() as (worker, model):
+        model.leave.release(10_000)
+        asked = Request("hi", opening="Well", seed=0, steps=3, max_tokens=24)
+        ready = worker.prepared(asked)
+        assert ready.opening == TOKENIZER.encode("Well")
+        whole = replace(asked, prompt=ready.prompt)
+        texts = [Asked(worker, each).until(Draft).text for each in (ready, whole)]
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("Well")
+
+
+def test_preparing_ends_with_the_time_or_when_nobody_waits() -> None:
+    """Neither --timeout nor leaving ended it: threads went on for nobody."""
+    with working(timeout=0.05) as (worker, _):
+        late = worker.patience()
+        time.sleep(0.1)
+        gone = replace(late, ends=time.monotonic() + 60, gone=True)
+        for patience, error in ((late, Timeout), (gone, Gone)):
+            with pytest.raises(error):
+                worker.prepared(Request("x"), patience)
+            with pytest.raises(error):
+                worker.form(parse_template("a {{x}}"), "x", patience)
+            with pytest.raises(error):
+                worker.question("x", {"x": ["1", "2"]}, None, False, 1, patience)
+            with pytest.raises(error):
+                worker.canvas([("a", True)], patience)
+        with pytest.raises(TemplateError, match="100,000 characters; the context of"):
+            worker.form(["a" * 100_000], "x", worker.patience())
+
+
+def test_many_canvases_are_decoded_in_slices_beside_others() -> None:
+    """All canvases of a choice were one pass, and others waited for each of its draws."""
+    slots = {"x": [f"{i:02}{i:02}" for i in range(20)]}
+    with working() as (worker, model):
+        question = worker.question("x", slots, "{x}.", False, 2, worker.patience())
+        assert len(question.rows) > 2 * SLICE
+        Asked(worker, endless(worker))
+        settled(lambda: len(model.sizes) == 1)
+        choosing = Asked(worker, lambda m, t: write_choose(m, question, 0))
+        model.leave.release(40)
+        found = choosing.until(dict)
+        beside = [sizes for sizes in model.sizes if len(sizes) > 1]
+        assert all(sizes[0] == 1 and sizes[1] <= SLICE for sizes in beside)
+        assert sum(sizes[1] for sizes in beside) == 2 * len(question.rows)
+        model.leave.release(10_000)
+        alone = untrained(TOKENIZER.vocab_size, 24)
+    expected = choose(alone, TOKENIZER, "x", slots, template="{x}.", draws=2)
+    assert found["x"] == pytest.approx(expected["x"], rel=1e-4)
+
+
+def test_jobs_leave_places_to_requests() -> None:
+    """Choices took all places, and nobody else was answered for as long as they ran."""
+
+    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+        while True:
+            yield Reading(0, 1)
+
+    with working(max_batch=2) as (worker, model):
+        first, second = Asked(worker, reader), Asked(worker, reader)
+        settled(lambda: worker.running == 1)
+        model.leave.release(10_000)
+        asked = worker.prepared(Request("hello", seed=0, steps=3, max_tokens=24))
+        assert isinstance(Asked(worker, asked).until(Done), Done)
+        assert second.events.empty()
+        worker.cancel(first.ticket)
+        assert isinstance(second.until(Reading), Reading)

@@ -1,0 +1,116 @@
+"""Requests are prepared beside one another, and nobody waits for what nobody wants any more."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlx_diffgemma import Request
+from mlx_diffgemma.preparing import MOST_SLOW, Places
+from mlx_diffgemma.server import make_app
+from mlx_diffgemma.worker import Gone, Patience, Timeout, Worker
+
+
+def test_what_is_quick_does_not_wait_for_what_is_slow() -> None:
+    """Two slow schemas kept everybody else waiting, even after those who had sent them left."""
+
+    async def check() -> None:
+        places, go = Places(), threading.Event()
+        slow = [
+            asyncio.create_task(places.prepare(lambda: go.wait(20), quick=False))
+            for _ in range(MOST_SLOW + 1)
+        ]
+        await asyncio.sleep(0.05)
+        assert await places.prepare(lambda: "quick", quick=True) == "quick"
+        for task in slow:  # one waits for its place, the others' threads go on for now
+            task.cancel()
+        assert [type(e) for e in await asyncio.gather(*slow, return_exceptions=True)] == [
+            asyncio.CancelledError
+        ] * len(slow)
+        last = asyncio.create_task(places.prepare(lambda: "slow", quick=False))
+        await asyncio.sleep(0.05)
+        assert not last.done()  # no more threads than there are places
+        go.set()
+        assert await asyncio.wait_for(last, 20) == "slow"
+
+    asyncio.run(check())
+
+
+class Slow(Worker):
+    """Takes for ever to prepare a request, but looks whether anybody still waits."""
+
+    ended: BaseException | None = None
+    begun, over = threading.Event(), threading.Event()
+
+    def prepared(self, request: Request, patience: Patience | None = None) -> Request:
+        assert patience
+        self.begun.set()
+        try:
+            while not self.over.wait(0.01):
+                patience.check()
+        except BaseException as error:
+            self.ended = error
+            raise
+        finally:
+            self.over.set()
+        return request
+
+
+def asked(worker: Worker, left: Callable[[], bool]) -> tuple[int, Any]:
+    """Status and answer of a chat, whose client goes away once it has `left`."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    sent: list[Any] = []
+    given = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        if given:
+            return given.pop()
+        while not left():
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+    app: Any = make_app(worker, name="x")
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+@pytest.mark.parametrize(
+    ("timeout", "goes", "status", "error"),
+    [(0.5, False, 504, Timeout), (60.0, True, 499, Gone)],
+)
+def test_time_and_leaving_end_preparation(
+    timeout: float, goes: bool, status: int, error: type[Exception]
+) -> None:
+    """`--timeout` began only in the queue, and a client that left was prepared for to the end."""
+    load: Any = None
+    worker = Slow(load, max_batch=1, max_queue=1, timeout=timeout, cache_bytes=0)
+    worker.begun, worker.over = threading.Event(), threading.Event()
+    found, answer = asked(worker, lambda: goes and worker.begun.is_set())
+    assert found == status
+    assert answer["error"]["message"]
+    assert worker.over.wait(20)
+    assert isinstance(worker.ended, error)
