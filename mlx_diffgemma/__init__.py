@@ -12,58 +12,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import SettingError
     from .batch import batch_generate, stream_batch
-    from .canvas import CanvasError
     from .checkpoint import CheckpointError
     from .choosing import ChooseError, choose
     from .config import GenerationConfig
-    from .context import Context, SessionError
+    from .context import ContextError, PromptCache, Reading, SessionError
     from .editing import EditError, EditResult, edit, stream_edit
     from .errors import Error
     from .filling import FillResult, TemplateError, fill, stream_fill
-    from .generation import (
-        ContextError,
-        Done,
-        Draft,
-        Event,
-        Notice,
-        Reading,
-        Request,
-        generate,
-        stream_generate,
-    )
+    from .generation import Request, generate, stream_generate
     from .guards import Guards
     from .loading import load
     from .model import DiffusionGemma
+    from .request import Done, Draft, Event, Notice
     from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
     from .schema import SchemaError
     from .session import ChatSession, ToolResult
+    from .starts import CanvasError
     from .tokenizer import Tokenizer, TokenizerError
     from .turns import BadToolCall, Text, Thought, ToolCall
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
 _HOME = {
     "BadToolCall": "turns",
-    "CanvasError": "canvas",
+    "CanvasError": "starts",
     "ChatSession": "session",
     "CheckpointError": "checkpoint",
     "ChooseError": "choosing",
     "ConfidenceThreshold": "sampler",
-    "Context": "context",
-    "ContextError": "generation",
+    "PromptCache": "context",
+    "ContextError": "context",
     "DiffusionGemma": "model",
-    "Done": "generation",
-    "Draft": "generation",
+    "Done": "request",
+    "Draft": "request",
     "Draws": "sampler",
     "EditError": "editing",
     "EditResult": "editing",
     "EntropyBound": "sampler",
     "Error": "errors",
-    "Event": "generation",
+    "Event": "request",
     "FillResult": "filling",
     "GenerationConfig": "config",
     "Guards": "guards",
-    "Notice": "generation",
-    "Reading": "generation",
+    "Notice": "request",
+    "Reading": "context",
     "Request": "generation",
     "SchemaError": "schema",
     "SeededDraws": "sampler",
@@ -95,7 +86,6 @@ __all__ = [
     "CheckpointError",
     "ChooseError",
     "ConfidenceThreshold",
-    "Context",
     "ContextError",
     "DiffusionGemma",
     "Done",
@@ -110,6 +100,7 @@ __all__ = [
     "GenerationConfig",
     "Guards",
     "Notice",
+    "PromptCache",
     "Reading",
     "Request",
     "SchemaError",

@@ -12,7 +12,7 @@ Papandreou & Yuille, 2011). So every canvas that a step shows or commits is allo
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,17 +44,23 @@ class PatternTimeout(PatternError):
 
 @dataclass(frozen=True)
 class Deadline:
-    """When to give up: `at` on the monotonic clock, `seconds` after the work began."""
+    """When to give up: `at` on the monotonic clock, `seconds` after the work began.
+
+    `also` is called at each look at the clock, and may raise: nobody may be waiting any more.
+    """
 
     seconds: float
     at: float
+    also: Callable[[], None] | None = None
 
     @classmethod
-    def within(cls, seconds: float, latest: float = math.inf) -> "Deadline":
+    def within(
+        cls, seconds: float, latest: float = math.inf, also: Callable[[], None] | None = None
+    ) -> "Deadline":
         """So many seconds from now, or at `latest` on the monotonic clock if that is sooner."""
         now = time.monotonic()
         at = min(now + seconds, latest)
-        return cls(max(at - now, 0.0), at)
+        return cls(max(at - now, 0.0), at, also)
 
     def check(self) -> None:
         """Do nothing in time.
@@ -62,6 +68,8 @@ class Deadline:
         Raises:
             PatternTimeout: it is too late.
         """
+        if self.also is not None:
+            self.also()
         if time.monotonic() > self.at:
             raise PatternTimeout(
                 f"compiling the pattern took longer than {self.seconds:.3g} seconds"

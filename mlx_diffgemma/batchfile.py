@@ -14,7 +14,8 @@ from typing import Any
 from .arguments import shown
 from .errors import Error
 from .files import parse_json
-from .generation import Done, Event, Request
+from .generation import Request
+from .request import Done, Event
 from .turns import Text, Thought, ToolCall
 
 # What a line may say, beside its prompt or messages; the rest is the command's.

@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from .config import Speed
-from .generation import Done, Draft, stream_generate
+from .generation import stream_generate
 from .loading import DType, load
 from .model import DiffusionGemma
+from .request import Done, Draft
 from .tokenizer import Tokenizer
 
 

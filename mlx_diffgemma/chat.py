@@ -12,9 +12,10 @@ from types import FrameType
 
 from rich.console import Console
 
+from .context import Reading
 from .display import Screen, summary, told
 from .errors import Error
-from .generation import Done, Draft, Event, Notice, Reading
+from .request import Done, Draft, Event, Notice
 from .session import ChatSession, ToolResult
 from .tokenizer import Tokenizer
 from .tools import Tool
@@ -259,8 +260,9 @@ class Chat:
             self._say("/steps takes a number from 1.")
             return
         if rest:
-            self.session.steps = int(rest)
-        self._say(f"Most steps a canvas: {self.session.steps or 'as the checkpoint says'}")
+            self.session.settings["steps"] = int(rest)
+        steps = self.session.settings.get("steps") or "as the checkpoint says"
+        self._say(f"Most steps a canvas: {steps}")
 
     def _set_seed(self, rest: str) -> None:
         if rest and (not rest.isdecimal() or len(rest) > MOST_DIGITS):

@@ -11,20 +11,21 @@ the slot counts as one more factor, without which "no" would always beat "no ide
 
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Never
 
 import mlx.core as mx
 import numpy as np
 
-from .context import prefilling
-from .denoise import Run, drive
+from .arguments import token_ids, whole_number
+from .context import PromptCache, Reading, room_behind
+from .decoding import Decoding, rows_at_once
 from .errors import Error
-from .generation import Reading, encode_prompt, room_behind, rows_at_once
 from .model import DiffusionGemma, LayerCache, Pass
+from .request import Prompt, checked_seed, encode_prompt, stream
 from .sampler import SeededDraws
-from .tokenizer import Message, Tokenizer, unhurried
+from .tokenizer import Tokenizer, no_check
 from .vocabulary import Vocabulary
 
 # Tokens of all labels together: each may need a canvas of its own.
@@ -38,87 +39,57 @@ class ChooseError(Error):
     """Slots or labels that cannot be scored."""
 
 
-def choose(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[Message] | Sequence[int],
-    slots: Mapping[str, Sequence[str]],
-    *,
-    template: str | None = None,
-    isolated: bool = False,
-    seed: int = 0,
-    draws: int = 1,
-) -> Chances:
-    """The probability of each label in each slot; those of a slot sum to 1.
+@dataclass(frozen=True)
+class ChooseRequest:
+    """Labels that are to be weighed, see `choose`."""
 
-    Args:
-        prompt: as in `stream_generate`.
-        slots: labels by slot name. They count as different texts: leading spaces matter.
-        template: the answer, with `{name}` where a slot stands; None is the slot itself, or of
-            several slots a line each, `name: {name}`. While a slot is scored, the others are noise
-            of their first label's length.
-        isolated: score each slot in a text that ends at its neighbours.
-        seed: of the noise.
-        draws: noise canvases to average over; each is one more pass.
+    prompt: Prompt
+    slots: Mapping[str, Sequence[str]]
+    template: str | None = None
+    isolated: bool = False
+    seed: int = 0
+    draws: int = 1
 
-    Raises:
-        ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
-        ContextError: the prompt does not fit.
-    """
-    vocabulary = Vocabulary(model, tokenizer)
-    question = make_question(model, vocabulary, prompt, slots, template, isolated, draws)
-    run = write_choose(model, question, seed)
-    items: Generator[Reading | Chances, None, None] = drive(model, run)
-    (found,) = (item for item in items if not isinstance(item, Reading))
-    return found
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Question":
+        """The canvases that are to be read, see `request.Task`.
 
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """What is to be chosen, in tokens. It holds no arrays of MLX, so any thread may make it."""
-
-    prompt: list[int]
-    slots: dict[str, list[str]]  # labels by slot
-    rows: list["_Row"]
-    draws: int
-
-
-def make_question(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    prompt: str | Sequence[Message] | Sequence[int],
-    slots: Mapping[str, Sequence[str]],
-    template: str | None,
-    isolated: bool,
-    draws: int,
-    check: Callable[[], None] = unhurried,
-) -> Question:
-    """The canvases that `choose` reads; `check` is called now and then, and may raise.
-
-    Raises:
-        ChooseError, ContextError: as `choose`.
-    """
-    if not slots:
-        raise ChooseError("there is no slot to choose for")
-    _refuse_long(model, vocabulary.tokenizer, slots, template, isolated)
-    labels = {name: _encoded(vocabulary, name, texts, check) for name, texts in slots.items()}
-    if sum(len(ids) for known in labels.values() for ids in known.values()) > MOST_TOKENS:
-        raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
-    parts = _parts(template, list(slots))
-    texts = [parts] if not isolated else _isolate(parts)
-    context = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
-    room_behind(model, context)
-    rows: list[_Row] = []
-    for pieces in texts:
-        for where in range(1, len(pieces), 2):
-            check()
-            rows += _rows(model, vocabulary, pieces, where, labels)
-            if len(rows) * draws > MOST_CANVASES:
-                raise ChooseError(
-                    f"the labels need more than {MOST_CANVASES:,} canvases: one for each token "
-                    f"that labels of a slot do not begin with alike, times {draws} draws"
-                )
-    return Question(context, {name: list(known) for name, known in labels.items()}, rows, draws)
+        Raises:
+            ChooseError: no slot, fewer than two labels, a template without a slot, or too long, or
+                more canvases than `MOST_CANVASES`.
+            ContextError: the prompt does not fit.
+            SettingError: seed or draws are out of range.
+        """
+        slots, template, isolated = self.slots, self.template, self.isolated
+        checked_seed(self.seed)
+        whole_number("draws", self.draws, 1)
+        if not slots:
+            raise ChooseError("there is no slot to choose for")
+        _refuse_long(model, vocabulary.tokenizer, slots, template, isolated)
+        labels = {name: _encoded(vocabulary, name, texts, check) for name, texts in slots.items()}
+        if sum(len(ids) for known in labels.values() for ids in known.values()) > MOST_TOKENS:
+            raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
+        parts = _parts(template, list(slots))
+        texts = [parts] if not isolated else _isolate(parts)
+        prompt = encode_prompt(vocabulary.tokenizer, self.prompt, most=model.context, check=check)
+        token_ids(prompt, model.config.vocab_size)
+        room_behind(model, prompt)
+        rows: list[_Row] = []
+        for pieces in texts:
+            for where in range(1, len(pieces), 2):
+                check()
+                rows += _rows(model, vocabulary, pieces, where, labels)
+                if len(rows) * self.draws > MOST_CANVASES:
+                    raise ChooseError(
+                        f"the labels need more than {MOST_CANVASES:,} canvases: one for each token "
+                        f"that labels of a slot do not begin with alike, times {self.draws} draws"
+                    )
+        names = {name: list(known) for name, known in labels.items()}
+        return Question(model, prompt, names, rows, self.seed, self.draws)
 
 
 def _refuse_long(
@@ -144,33 +115,39 @@ def _refuse_long(
         )
 
 
-def write_choose(
-    model: DiffusionGemma, question: Question, seed: int
-) -> Run[Reading | Chances, None]:
-    """As `choose`, but somebody else decodes: see `batch.py`. The result is the last item."""
-    context, rows, slots = question.prompt, question.rows, question.slots
-    cache = model.make_cache()
-    for tokens_read in prefilling(model, context, cache):
-        if tokens_read < len(context):
-            yield Reading(tokens_read, len(context))
-    source = SeededDraws(seed, model.config.vocab_size)
-    chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in slots.items()}
-    for _ in range(question.draws):
-        # One noise for all rows: labels are compared under the same circumstances.
-        noise = source.tokens((1, model.config.canvas_length))
-        scores: Chances = {name: dict.fromkeys(known, 0.0) for name, known in slots.items()}
-        read = yield from _read(model, cache, rows, noise)
-        for row, log_p in zip(rows, read, strict=True):
-            for (label, _), score in zip(row.asked, log_p, strict=True):
-                scores[row.slot][label] += score
-        for name, known in scores.items():
-            top = max(known.values())
-            weights = {label: math.exp(score - top) for label, score in known.items()}
-            total = sum(weights.values())
-            for label, weight in weights.items():
-                chances[name][label] += weight / total / question.draws
-    mx.clear_cache()
-    yield chances
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A choice that is ready to be made, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    prompt: list[int]
+    slots: dict[str, list[str]]  # labels by slot
+    rows: list["_Row"]
+    seed: int
+    draws: int
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Chances, None]:
+        """The probabilities, which are the last item."""
+        model = self.model
+        yield from prompt_cache.reading(self.prompt)
+        source = SeededDraws(self.seed, model.config.vocab_size)
+        chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in self.slots.items()}
+        for _ in range(self.draws):
+            # One noise for all rows: labels are compared under the same circumstances.
+            noise = source.tokens((1, model.config.canvas_length))
+            scores: Chances = {name: dict.fromkeys(known, 0.0) for name, known in chances.items()}
+            read = yield from _read(model, prompt_cache.cache, self.rows, noise)
+            for row, log_p in zip(self.rows, read, strict=True):
+                for (label, _), score in zip(row.asked, log_p, strict=True):
+                    scores[row.slot][label] += score
+            for name, known in scores.items():
+                top = max(known.values())
+                weights = {label: math.exp(score - top) for label, score in known.items()}
+                total = sum(weights.values())
+                for label, weight in weights.items():
+                    chances[name][label] += weight / total / self.draws
+        mx.clear_cache()
+        yield chances
 
 
 @dataclass
@@ -185,7 +162,7 @@ class _Row:
 
 def _read(
     model: DiffusionGemma, cache: list[LayerCache], rows: list[_Row], noise: mx.array
-) -> Run[Never, list[list[float]]]:
+) -> Decoding[Never, list[list[float]]]:
     """Log-probabilities at each row's position, of the tokens it asks about."""
     found: list[list[float]] = []
     at_once = rows_at_once(model)
@@ -295,3 +272,36 @@ def _encoded(
     if len(encoded) < 2 or not all(encoded.values()):
         raise ChooseError(f"slot {name} needs at least two labels, none of them empty")
     return encoded
+
+
+def choose(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    slots: Mapping[str, Sequence[str]],
+    *,
+    template: str | None = None,
+    isolated: bool = False,
+    seed: int = 0,
+    draws: int = 1,
+) -> Chances:
+    """The probability of each label in each slot; those of a slot sum to 1.
+
+    Args:
+        prompt: as in `stream_generate`.
+        slots: labels by slot name. They count as different texts: leading spaces matter.
+        template: the answer, with `{name}` where a slot stands; None is the slot itself, or of
+            several slots a line each, `name: {name}`. While a slot is scored, the others are noise
+            of their first label's length.
+        isolated: score each slot in a text that ends at its neighbours.
+        seed: of the noise.
+        draws: noise canvases to average over; each is one more pass.
+
+    Raises:
+        ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
+        ContextError: the prompt does not fit.
+    """
+    request = ChooseRequest(prompt, slots, template, isolated, seed, draws)
+    items: Iterator[Reading | Chances] = stream(model, tokenizer, request)
+    (found,) = (item for item in items if not isinstance(item, Reading))
+    return found

@@ -175,10 +175,11 @@ def generate(
 
     from rich.console import Console
 
-    from .context import Context
+    from .context import PromptCache, Reading
     from .display import Screen, progress, summary, told
-    from .generation import Done, Draft, Notice, Reading, stream_generate
+    from .generation import stream_generate
     from .loading import load
+    from .request import Done, Draft, Notice
     from .turns import BadToolCall, Text, Thought, ToolCall
 
     wanted = None
@@ -191,9 +192,9 @@ def generate(
     loaded, tokenizer = load(
         model, revision=revision, dtype=dtype, max_memory=size(max_memory), speed=speed
     )
-    context = Context(loaded)
+    context = PromptCache(loaded)
     if prompt_cache is not None and prompt_cache.exists():
-        context, _ = Context.load(prompt_cache, loaded)
+        context, _ = PromptCache.load(prompt_cache, loaded)
     events = stream_generate(
         loaded,
         tokenizer,
@@ -204,7 +205,7 @@ def generate(
         sampler=chosen,
         schema=wanted,
         enable_thinking=thinking,
-        context=context,
+        prompt_cache=context,
         guards=watchful,
         shrink=shrink,
     )
@@ -269,6 +270,7 @@ def generate_batch(
     from .batch import stream_batch
     from .batchfile import Answers, read_requests, writing
     from .generation import Request
+    from .request import Event
 
     prompts = read_requests(file, template, system)
     answers = Answers(prompts.ids)
@@ -285,7 +287,9 @@ def generate_batch(
         if asked:
             loaded, tokenizer = load()
             requests = (request for _, request in asked)
-            events = stream_batch(loaded, tokenizer, requests, max_batch=max_batch)
+            events: Iterator[tuple[int, Event | Error]] = stream_batch(
+                loaded, tokenizer, requests, max_batch=max_batch
+            )
             with progress:
                 task = progress.add_task("answering", total=len(asked))
                 for number, event in events:
@@ -645,8 +649,8 @@ def demo(
 
     from .demo import SCENES
     from .evaluate import SPECIALIST, events_of
-    from .generation import Draft
     from .loading import load
+    from .request import Draft
     from .turns import Text
 
     introduce(None)
@@ -964,7 +968,7 @@ def watch(
     from rich.console import Console
 
     from .display import Frame, can_draw, draw, progress
-    from .generation import Draft
+    from .request import Draft
 
     console = Console(stderr=True, highlight=False)
     drawing = live and can_draw(console)

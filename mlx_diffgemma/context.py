@@ -22,7 +22,7 @@ PREFILL_CHUNK = 2048
 MARK_BYTES = 1 << 30
 # Tokens that a new mark has to save from being encoded again; fewer are not worth its memory.
 WORTH_A_MARK = 256
-# Contexts of earlier prompts kept at most: each is compared with every new prompt.
+# PrefixCache of earlier prompts kept at most: each is compared with every new prompt.
 MOST_CONTEXTS = 64
 # Characters of messages and tokens in a file; the longest contexts are said in some megabytes.
 MOST_METADATA = 1 << 25
@@ -33,24 +33,45 @@ class SessionError(Error):
     """A saved context or session that cannot be written, read, or used with this model."""
 
 
+class ContextError(Error):
+    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A long prompt is being encoded: `done` of `total` tokens so far."""
+
+    done: int
+    total: int
+
+
+def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
+    """Tokens of context that a prompt leaves, at least a canvas.
+
+    Raises:
+        ContextError: the prompt is empty or leaves less.
+    """
+    room = model.context - len(prompt)
+    length = model.config.canvas_length
+    short = model.context < model.config.max_position_embeddings
+    if not prompt:
+        raise ContextError("the prompt is empty")
+    if room < length:
+        raise ContextError(
+            f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
+            f"the context of {model.context}"
+            + (", which is all that fits into memory" if short else "")
+        )
+    return room
+
+
 def prefill(
     model: DiffusionGemma,
     tokens: Sequence[int],
     cache: list[LayerCache],
     chunk: int = PREFILL_CHUNK,
 ) -> None:
-    """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`."""
-    for _ in prefilling(model, tokens, cache, chunk):
-        pass
-
-
-def prefilling(
-    model: DiffusionGemma,
-    tokens: Sequence[int],
-    cache: list[LayerCache],
-    chunk: int = PREFILL_CHUNK,
-) -> Generator[int, None, None]:
-    """As `prefill`, with a pause after each chunk: how many tokens have been read by now.
+    """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`.
 
     Raises:
         SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
@@ -64,7 +85,6 @@ def prefilling(
         model.encode(some, cache, evaluate=mx.eval)
         mx.eval([layer.held for layer in cache])
         mx.clear_cache()
-        yield min(start + chunk, len(tokens))
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ class Mark:
         return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
 
 
-class Context:
+class PromptCache:
     """The tokens a model has encoded, with its cache; later prompts pay only for what is new.
 
     Sliding layers forget, so going back to any earlier token is not possible: `read` goes back to
@@ -125,8 +145,8 @@ class Context:
 
     def reading(
         self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
-    ) -> Generator[int, None, None]:
-        """As `read`, with a pause after each chunk: how many tokens are held by now.
+    ) -> Generator[Reading, None, None]:
+        """As `read`, with a pause after each chunk but the last.
 
         Where the tokens depart from what was held a mark is left, if it saves enough: the next
         prompt may begin in the same way.
@@ -146,7 +166,8 @@ class Context:
         for goal in [agreed] * departs + [len(tokens)]:
             while len(self) < goal:
                 self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)
-                yield len(self)
+                if len(self) < len(tokens):
+                    yield Reading(len(self), len(tokens))
             self.mark()
 
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
@@ -189,9 +210,9 @@ class Context:
             layer.restore(mark)
         del self._tokens[length:]
 
-    def fork(self) -> "Context":
+    def fork(self) -> "PromptCache":
         """A context of its own that has read the same; arrays are shared until they change."""
-        other = Context(self._model)
+        other = PromptCache(self._model)
         other._tokens, other._marks = list(self._tokens), list(self._marks)
         other.cache = [layer.fork() for layer in self.cache]
         return other
@@ -236,7 +257,7 @@ class Context:
                     yield f"{prefix}layers.{i}", layer.held
 
     @classmethod
-    def load(cls, path: Path, model: DiffusionGemma) -> tuple["Context", object]:
+    def load(cls, path: Path, model: DiffusionGemma) -> tuple["PromptCache", object]:
         """A context that was saved, and what was saved beside it.
 
         Raises:
@@ -320,26 +341,26 @@ def _layers(
     return found
 
 
-class Contexts:
+class PrefixCache:
     """What was read for earlier requests, the latest first, within a number of bytes."""
 
     def __init__(self, model: DiffusionGemma, most_bytes: int):
         self._model = model
         self._most = most_bytes
-        self._kept: list[Context] = []
+        self._kept: list[PromptCache] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all; what two of them share counts twice."""
         return sum(context.nbytes for context in self._kept)
 
-    def take(self, tokens: Sequence[int]) -> Context:
+    def take(self, tokens: Sequence[int]) -> PromptCache:
         """A context for a new prompt: the one that has read most of it, or an empty one."""
         shared = [context.shared(tokens) for context in self._kept]
         most = max(shared, default=0)
-        return self._kept[shared.index(most)].fork() if most else Context(self._model)
+        return self._kept[shared.index(most)].fork() if most else PromptCache(self._model)
 
-    def give(self, context: Context) -> None:
+    def give(self, context: PromptCache) -> None:
         """Keep a context that is no longer used; the ones that it goes on from are dropped."""
         read = context.tokens
         self._kept = [c for c in self._kept if c.tokens != read[: len(c)]]

@@ -1,15 +1,12 @@
 """The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
 
 Chat, filling, editing and batches differ in where a canvas starts: `Start`. The loop does not call
-the decoder; it yields a `Pass` and is sent the hidden states. So `drive` runs one loop, and
-`batch.py` runs many and decodes their passes together.
+the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden states.
 """
 
 from collections import deque
 from collections.abc import Generator
-from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,13 +14,9 @@ import numpy as np
 from . import sampler as rules
 from .arguments import SettingError, check_canvas, whole_number
 from .config import GenerationConfig
+from .decoding import Decoding, drive
 from .model import DiffusionGemma, LayerCache, Pass
 from .readout import log_probability, read_out
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-# Yields items and passes; a pass is answered with its hidden states, an item with None.
-Run = Generator[Item | Pass, mx.array | None, Result]
 
 
 @dataclass(frozen=True)
@@ -89,19 +82,6 @@ def check_start(start: Start, vocab_size: int, steps: int) -> None:
     whole_number("the first step", start.first_step, 1, steps)
 
 
-def drive(model: DiffusionGemma, run: Run[Item, object]) -> Generator[Item, None, None]:
-    """Decode what a run asks for, and yield the rest: a run becomes an ordinary generator."""
-    answer: mx.array | None = None
-    with closing(run), suppress(StopIteration):
-        while True:
-            item = run.send(answer)
-            answer = None
-            if isinstance(item, Pass):
-                answer = model.decode([item], mx.async_eval)[0]
-            else:
-                yield item
-
-
 def denoise(
     model: DiffusionGemma,
     cache: list[LayerCache],
@@ -123,7 +103,7 @@ def refine(
     config: GenerationConfig,
     draws: rules.Draws,
     start: Start | None = None,
-) -> Run[Snapshot, Snapshot]:
+) -> Decoding[Snapshot, Snapshot]:
     """As `denoise`, but somebody else decodes; returns the last snapshot.
 
     Raises:

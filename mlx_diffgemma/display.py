@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from .generation import Done, Draft, Notice
 from .guards import Guard
+from .request import Done, Draft, Notice
 
 if TYPE_CHECKING:
     from .bench import Report

@@ -6,7 +6,7 @@ prompt. The text behind the part is given but may shift, so that the part can gr
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,15 +14,16 @@ import numpy as np
 
 from .arguments import SettingError
 from .automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
-from .canvas import CanvasError, clip_context
 from .config import GenerationConfig
-from .context import prefill
-from .denoise import Start, denoise
+from .context import PromptCache, Reading, room_behind
+from .decoding import Decoding, relay
+from .denoise import Start, refine
 from .errors import Error
-from .generation import Draft, draft_of, encode_prompt, fresh_draws
 from .model import DiffusionGemma
+from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .sampler import Draws, Sampler
-from .tokenizer import Tokenizer
+from .starts import CanvasError, clip_context
+from .tokenizer import Tokenizer, no_check
 from .vocabulary import Vocabulary
 
 STRENGTH = 0.4
@@ -47,32 +48,60 @@ class EditResult:
     notes: tuple[str, ...]
 
 
-def stream_edit(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    text: str,
-    instruction: str,
-    *,
-    lines: tuple[int, int] | None = None,
-    strength: float = STRENGTH,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
-) -> Generator[Draft | EditResult, None, None]:
-    """As `edit`, lazily: a `Draft` a denoising step, then the result."""
-    if not 0 < strength <= 1:
-        raise SettingError(f"strength must be over 0 and at most 1, not {strength:g}")
-    left, part, right = split_lines(text, lines)
-    if not part.strip():
-        raise EditError("there is nothing to edit")
-    config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
-    vocabulary = Vocabulary(model, tokenizer)
-    chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4)
-    asked = f"{instruction.strip().rstrip(':')}: {part}"
-    prompt = encode_prompt(tokenizer, asked, most=model.context)
-    draws = draws or fresh_draws(model, seed)
-    return _edit(model, vocabulary, left, chunks, right, prompt, strength, config, draws)
+@dataclass(frozen=True)
+class EditRequest:
+    """A text that is to be rewritten, see `edit`."""
+
+    text: str
+    instruction: str
+    lines: tuple[int, int] | None = None
+    strength: float = STRENGTH
+    steps: int | None = None
+    seed: int | None = None
+    sampler: Sampler | None = None
+    draws: Draws | None = None
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Revision":
+        """The part in pieces that fit into canvases, see `request.Task`.
+
+        Raises:
+            EditError: there are no such lines, or nothing in them.
+            CanvasError: a line is longer than three quarters of a canvas.
+            ContextError: the prompt, which holds the part, does not fit.
+            SettingError: a setting is out of range.
+        """
+        if not 0 < self.strength <= 1:
+            raise SettingError(f"strength must be over 0 and at most 1, not {self.strength:g}")
+        checked_seed(self.seed)
+        left, part, right = split_lines(self.text, self.lines)
+        if not part.strip():
+            raise EditError("there is nothing to edit")
+        tokenizer = vocabulary.tokenizer
+        most = model.context * tokenizer.longest
+        if len(self.text) > most:
+            raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
+        config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
+        asked = f"{self.instruction.strip().rstrip(':')}: {part}"
+        prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
+        room_behind(model, prompt)
+        chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4, check)
+        return Revision(
+            model,
+            vocabulary,
+            left,
+            chunks,
+            right,
+            prompt,
+            self.strength,
+            config,
+            self.seed,
+            self.draws,
+        )
 
 
 def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
@@ -94,10 +123,11 @@ def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str
     return "".join(every[: first - 1]), kept, part[len(kept) :] + "".join(every[last:])
 
 
-def _chunks(tokenizer: Tokenizer, part: str, most: int) -> list[str]:
+def _chunks(tokenizer: Tokenizer, part: str, most: int, check: Callable[[], None]) -> list[str]:
     """The part in pieces of whole lines, of at most `most` tokens each."""
     chunks: list[str] = []
     for number, line in enumerate(part.splitlines(keepends=True), 1):
+        check()
         if len(tokenizer.encode(line)) > most:
             raise CanvasError(f"line {number} of what is to be edited is over {most} tokens long")
         if chunks and len(tokenizer.encode(chunks[-1] + line)) <= most:
@@ -107,41 +137,55 @@ def _chunks(tokenizer: Tokenizer, part: str, most: int) -> list[str]:
     return chunks
 
 
-def _edit(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    left: str,
-    chunks: list[str],
-    right: str,
-    prompt: list[int],
-    strength: float,
-    config: GenerationConfig,
-    draws: Draws,
-) -> Generator[Draft | EditResult, None, None]:
-    tokenizer = vocabulary.tokenizer
-    written = left
-    passes = 0
-    notes: list[str] = []
-    try:
-        for number, chunk in enumerate(chunks):
-            given = tokenizer.encode(written) if written else []
-            context, dropped = clip_context(model, prompt, given)
-            if dropped and not notes:
-                notes.append(f"The model did not see the first {dropped} tokens of the text.")
-            cache = model.make_cache()
-            prefill(model, context, cache)
-            body = chunk.rstrip("\r\n")
-            behind = chunk[len(body) :] + "".join(chunks[number + 1 :]) + right
-            start = edit_start(model, vocabulary, body, behind, strength, config, draws)
-            for snapshot in denoise(model, cache, config, draws, start):
-                passes += 1
-                yield draft_of(tokenizer, snapshot, number, config)
-            tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
-            kept = _without(tokens, vocabulary.end, _visible(tokenizer, behind))
-            written += tokenizer.decode(kept) + chunk[len(body) :]
-    finally:
-        mx.clear_cache()
-    yield EditResult(written + right, passes, tuple(notes))
+@dataclass(frozen=True, eq=False)
+class Revision:
+    """A rewriting that is ready to run, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    vocabulary: Vocabulary
+    left: str
+    chunks: list[str]
+    right: str
+    prompt: list[int]
+    strength: float
+    config: GenerationConfig
+    seed: int | None
+    draws: Draws | None
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | EditResult, None]:
+        """A `Draft` a denoising step, at last the `EditResult`."""
+        draws = self.draws or fresh_draws(self.model, self.seed)
+        written, steps = self.left, 0
+        notes: list[str] = []
+        try:
+            for number, chunk in enumerate(self.chunks):
+                given = self.vocabulary.tokenizer.encode(written) if written else []
+                context, dropped = clip_context(self.model, self.prompt, given)
+                if dropped and not notes:
+                    notes.append(f"The model did not see the first {dropped} tokens of the text.")
+                yield from prompt_cache.reading(context)
+                rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
+                written += rewritten + chunk[len(chunk.rstrip("\r\n")) :]
+                steps += count
+        finally:
+            mx.clear_cache()
+        yield EditResult(written + self.right, steps, tuple(notes))
+
+    def _rewrite(
+        self, number: int, prompt_cache: PromptCache, draws: Draws
+    ) -> Decoding[Draft, tuple[str, int]]:
+        """A chunk without its line break, rewritten, and how many steps that took."""
+        tokenizer, config, chunk = self.vocabulary.tokenizer, self.config, self.chunks[number]
+        body = chunk.rstrip("\r\n")
+        behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
+        start = edit_start(self.model, self.vocabulary, body, behind, self.strength, config, draws)
+        snapshot = yield from relay(
+            refine(self.model, prompt_cache.cache, config, draws, start),
+            lambda state: [draft_of(tokenizer, state, number, config)],
+        )
+        tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+        kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind))
+        return tokenizer.decode(kept), snapshot.step - start.first_step + 1
 
 
 def edit_start(
@@ -205,6 +249,24 @@ def _without(tokens: list[int], end: int, right: list[int]) -> list[int]:
     return tokens
 
 
+def stream_edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str,
+    *,
+    lines: tuple[int, int] | None = None,
+    strength: float = STRENGTH,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> Generator[Reading | Draft | EditResult, None, None]:
+    """As `edit`, lazily: a `Draft` a denoising step, then the result."""
+    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
+    return stream(model, tokenizer, request)
+
+
 def edit(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
@@ -239,17 +301,7 @@ def edit(
         ContextError: the prompt, which holds the part, does not fit.
         SettingError: strength is out of range.
     """
-    *_, result = stream_edit(
-        model,
-        tokenizer,
-        text,
-        instruction,
-        lines=lines,
-        strength=strength,
-        steps=steps,
-        seed=seed,
-        sampler=sampler,
-        draws=draws,
-    )
+    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
+    *_, result = stream(model, tokenizer, request)
     assert isinstance(result, EditResult)
     return result

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from .canvas import fill_start
+from .denoise import Start
 from .editing import STRENGTH, edit_start
 from .errors import Error
 from .files import read_text
-from .generation import Done, Event, stream_generate
+from .generation import stream_generate
 from .model import DiffusionGemma
+from .request import Done, Event
 from .sampler import SeededDraws
+from .starts import Pieces
 from .tokenizer import Tokenizer
 from .turns import Text
 from .vocabulary import Vocabulary
@@ -30,7 +32,7 @@ class TaskError(Error):
 class Case:
     """A prompt and what is right: `answer` exactly, or a match of the regular expression `regex`.
 
-    `pieces` pins parts of the canvas (see `canvas.fill_start`); `start` is text to be repaired.
+    `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired.
     """
 
     task: str
@@ -109,9 +111,9 @@ def events_of(
 ) -> Iterator[Event]:
     """Answer one case, as `stream_generate` does."""
     draws = SeededDraws(seed, model.config.vocab_size)
-    start = None
+    start: Start | Pieces | None = None
     if case.pieces is not None:
-        start = fill_start(model, Vocabulary(model, tokenizer), case.pieces, draws)
+        start = Pieces(case.pieces)
     elif case.start is not None:
         config = model.generation.override(max_denoising_steps=steps)
         vocabulary = Vocabulary(model, tokenizer)

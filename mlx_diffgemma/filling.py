@@ -14,6 +14,7 @@ again from other noise; the least surprising one is kept.
 import math
 import re
 from collections.abc import Callable, Generator, Iterable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal as Lit
@@ -23,25 +24,17 @@ import mlx.core as mx
 import numpy as np
 
 from .automaton import Choice, Literal, Pattern, Repeat, Sequence, compile_pattern
-from .canvas import clip_context, planned_start
 from .config import GenerationConfig
-from .context import prefilling
-from .denoise import Run, Snapshot, Start, drive, refine
+from .context import ContextError, PromptCache, Reading, room_behind
+from .decoding import Decoding, relay, rows_at_once
+from .denoise import refine
 from .errors import Error
-from .generation import (
-    ContextError,
-    Draft,
-    Reading,
-    draft_of,
-    encode_prompt,
-    fresh_draws,
-    room_behind,
-    rows_at_once,
-)
 from .model import DiffusionGemma, LayerCache, Pass
 from .readout import log_probability, read_out
+from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .sampler import Draws, Sampler
-from .tokenizer import Tokenizer, unhurried
+from .starts import clip_context, planned_start
+from .tokenizer import Tokenizer, no_check
 from .vocabulary import Vocabulary, integer
 
 TEXT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -284,158 +277,6 @@ def _row(
 # Filling -----------------------------------------------------------------------------------------
 
 
-def stream_fill(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    template: str,
-    *,
-    prompt: str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
-) -> Generator[Reading | Draft | FillResult, None, None]:
-    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result.
-
-    A text that is read in several chunks says so with a `Reading` after each.
-    """
-    config = model.generation.override(max_denoising_steps=steps, sampler=sampler)
-    form = make_form(model, Vocabulary(model, tokenizer), parse_template(template), prompt)
-    return drive(model, write_fill(model, form, config, draws or fresh_draws(model, seed)))
-
-
-@dataclass(frozen=True, eq=False)
-class Form:
-    """A template and its prompt in tokens. It holds no arrays of MLX, so any thread may make it."""
-
-    parts: tuple[str | Hole, ...]
-    vocabulary: Vocabulary
-    pieces: tuple[_Piece, ...]
-    prompt: list[int]
-
-    @cached_property
-    def gaps(self) -> dict[str, _Gap]:
-        """The holes by name, in their order."""
-        return {piece.hole.name: piece for piece in self.pieces if isinstance(piece, _Gap)}
-
-
-def make_form(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    parts: list[str | Hole],
-    prompt: str | None,
-    check: Callable[[], None] = unhurried,
-) -> Form:
-    """Text and holes in turn, for the canvases of a model.
-
-    `prompt` is as in `fill`; `check` is called now and then, and may raise.
-
-    Raises:
-        TemplateError: a hole fits no canvas.
-        ContextError: the prompt does not fit.
-    """
-    pieces = tuple(_pieces(model, vocabulary, parts, check))
-    if prompt is None:
-        shown = "the gap in the text"
-        if _fits(model, pieces):
-            shown = "".join(part if isinstance(part, str) else "..." for part in parts)
-        prompt = f"Fill: {shown}"
-    ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
-    room_behind(model, ids)
-    return Form(tuple(parts), vocabulary, pieces, ids)
-
-
-def _fits(model: DiffusionGemma, pieces: Iterable[_Piece]) -> bool:
-    """Whether a canvas has room for all of a template, before its holes' lengths are decided."""
-    lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, _Gap)}
-    return _size(pieces, lengths) < model.config.canvas_length
-
-
-def write_fill(
-    model: DiffusionGemma,
-    form: Form,
-    config: GenerationConfig,
-    draws: Draws,
-) -> Run[Reading | Draft | FillResult, None]:
-    """As `stream_fill`, but somebody else decodes: see `batch.py`."""
-    vocabulary, pieces = form.vocabulary, form.pieces
-    tokenizer = vocabulary.tokenizer
-    room = model.config.canvas_length
-    gaps = form.gaps
-    lengths = {name: gap.start_length for name, gap in gaps.items()}
-    fits = _fits(model, pieces)
-    context: list[int] = []
-    written: dict[str, list[int]] = {}
-    probabilities: dict[str, tuple[float, ...]] = {}
-    notes: list[str] = []
-    passes = window = 0
-    cache = model.make_cache()
-    try:
-        while len(written) < len(gaps):
-            # Text left of the next hole is context, but for a template that fits as a whole.
-            while not fits and not isinstance(left := pieces[0], _Gap):
-                context += left
-                pieces = pieces[1:]
-            if not window:
-                context, dropped = clip_context(model, form.prompt, context)
-                if dropped:
-                    notes.append(f"The model did not see the first {dropped} tokens of the text.")
-            elif cache[0].length + len(context) + room > model.context:
-                raise ContextError("the text between the holes does not fit into the context")
-            for tokens_read in prefilling(model, context, cache):
-                if tokens_read < len(context):
-                    yield Reading(tokens_read, len(context))
-            names = list(_row(vocabulary, pieces, lengths, room, last=True).spans)
-            undecided = [name for name in names if len(gaps[name].patterns) > 1]
-            for name in [*undecided, None]:
-                now = _row(vocabulary, pieces, lengths, room, last=True).spans
-                if name is not None and name not in now:
-                    continue  # longer holes before it have pushed it out of this canvas
-                tried = [lengths]
-                if name is not None:
-                    tried = [{**lengths, name: length} for length in sorted(gaps[name].patterns)]
-                layouts = [
-                    _Layout(each, _row(vocabulary, pieces, each, room, last=True)) for each in tried
-                ]
-                settled, count = yield from _try(
-                    model, vocabulary, cache, layouts, name, config, draws, window
-                )
-                lengths = settled.layout.lengths
-                passes += count
-            sure = [name for name in settled.layout.row.spans if gaps[name].hole.kind != "text"]
-            for _ in range(RETRIES if settled.doubtful(sure) else 0):
-                other, count = yield from _try(
-                    model, vocabulary, cache, [settled.layout], None, config, draws, window
-                )
-                passes += count
-                settled = min(settled, other, key=lambda each: each.total(sure))
-                if not settled.doubtful(sure):
-                    break
-            # Keep the holes that lie in the canvas, and go on behind the last of them.
-            for name, (start, end) in settled.layout.row.spans.items():
-                written[name] = settled.tokens[start:end]
-                probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
-            last, (_, reach) = list(settled.layout.row.spans.items())[-1]
-            stop = pieces.index(gaps[last]) + 1
-            context = settled.tokens[:reach]
-            unseen = _size(pieces[stop:], lengths) - (settled.layout.row.end - reach)
-            if unseen > 0:
-                filled = ", ".join(settled.layout.row.spans)
-                notes.append(
-                    f"Filling {filled}, the model did not see the last {unseen} tokens of the text."
-                )
-            pieces = pieces[stop:]
-            fits = False
-            window += 1
-    finally:
-        mx.clear_cache()
-    yield _result(tokenizer, form.parts, gaps, written, probabilities, passes, notes)
-
-
-def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
-    return sum(lengths[p.hole.name] if isinstance(p, _Gap) else len(p) for p in pieces)
-
-
 @dataclass(frozen=True)
 class _Layout:
     """A canvas as it would be with holes of these lengths."""
@@ -474,6 +315,227 @@ class _Settled:
         return np.array(self.canvas[0]).tolist()
 
 
+@dataclass(frozen=True)
+class FillRequest:
+    """A template that is to be filled, see `fill`; parts are a template that has been parsed."""
+
+    template: str | Sequence_[str | Hole]
+    prompt: str | None = None
+    steps: int | None = None
+    seed: int | None = None
+    sampler: Sampler | None = None
+    draws: Draws | None = None
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Form":
+        """The template and its prompt in tokens, see `request.Task`.
+
+        Raises:
+            TemplateError: no hole, or one that makes no sense or fits no canvas, or a text that no
+                context has room for.
+            ContextError: the prompt does not fit.
+            SettingError: a setting is out of range.
+        """
+        config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
+        checked_seed(self.seed)
+        parts = self.template
+        parts = parse_template(parts) if isinstance(parts, str) else list(parts)
+        _refuse_long(model, vocabulary.tokenizer, parts)
+        pieces = tuple(_pieces(model, vocabulary, parts, check))
+        prompt = self.prompt
+        if prompt is None:
+            shown = "the gap in the text"
+            if _fits(model, pieces):
+                shown = "".join(part if isinstance(part, str) else "..." for part in parts)
+            prompt = f"Fill: {shown}"
+        ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
+        room_behind(model, ids)
+        return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
+
+
+def _refuse_long(model: DiffusionGemma, tokenizer: Tokenizer, parts: list[str | Hole]) -> None:
+    given = sum(len(part) for part in parts if isinstance(part, str))
+    most = model.context * tokenizer.longest
+    if given > most:
+        raise TemplateError(
+            f"the template has {given:,} characters; the context of {model.context:,} "
+            f"tokens of at most {tokenizer.longest} has room for {most:,}"
+        )
+
+
+def _fits(model: DiffusionGemma, pieces: Iterable[_Piece]) -> bool:
+    """Whether a canvas has room for all of a template, before its holes' lengths are decided."""
+    lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, _Gap)}
+    return _size(pieces, lengths) < model.config.canvas_length
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A template that is ready to be filled, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    vocabulary: Vocabulary
+    parts: tuple[str | Hole, ...]
+    pieces: tuple[_Piece, ...]
+    prompt: list[int]
+    config: GenerationConfig
+    seed: int | None
+    draws: Draws | None
+
+    @cached_property
+    def gaps(self) -> dict[str, _Gap]:
+        """The holes by name, in their order."""
+        return {piece.hole.name: piece for piece in self.pieces if isinstance(piece, _Gap)}
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | FillResult, None]:
+        """A `Draft` a denoising step (of the first row tried), at last the `FillResult`."""
+        draws = self.draws or fresh_draws(self.model, self.seed)
+        filling = _Filling(self, prompt_cache, draws)
+        try:
+            while len(filling.written) < len(self.gaps):
+                yield from filling.read()
+                canvas = yield from filling.decide()
+                filling.keep(canvas)
+        finally:
+            mx.clear_cache()
+        yield filling.result()
+
+
+class _Filling:
+    """A template that is being filled, canvas by canvas: what is decided, and what is ahead."""
+
+    def __init__(self, form: Form, prompt_cache: PromptCache, draws: Draws):
+        self._form, self._cache, self._draws = form, prompt_cache, draws
+        self._pieces = form.pieces
+        self._lengths = {name: gap.start_length for name, gap in form.gaps.items()}
+        self._fits = _fits(form.model, form.pieces)
+        self._context: list[int] = []  # to be read next
+        self._window = self._passes = 0
+        self._notes: list[str] = []
+        self._probabilities: dict[str, tuple[float, ...]] = {}
+        self.written: dict[str, list[int]] = {}
+
+    @property
+    def _room(self) -> int:
+        return self._form.model.config.canvas_length
+
+    def _row(self, lengths: dict[str, int]) -> _Row:
+        return _row(self._form.vocabulary, self._pieces, lengths, self._room, last=True)
+
+    def read(self) -> Decoding[Reading, None]:
+        """Read what stands left of the next hole, but for a template that fits as a whole."""
+        form = self._form
+        while not self._fits and not isinstance(left := self._pieces[0], _Gap):
+            self._context += left
+            self._pieces = self._pieces[1:]
+        if not self._window:
+            context, dropped = clip_context(form.model, form.prompt, self._context)
+            if dropped:
+                self._notes.append(f"The model did not see the first {dropped} tokens of the text.")
+        else:
+            context = [*self._cache.tokens, *self._context]
+            if len(context) + self._room > form.model.context:
+                raise ContextError("the text between the holes does not fit into the context")
+        yield from self._cache.reading(context)
+
+    def decide(self) -> Decoding[Draft, _Settled]:
+        """Decide the lengths of holes from left to right, then all that lie in the canvas."""
+        gaps = self._form.gaps
+        names = list(self._row(self._lengths).spans)
+        undecided = [name for name in names if len(gaps[name].patterns) > 1]
+        for name in [*undecided, None]:
+            if name is not None and name not in self._row(self._lengths).spans:
+                continue  # longer holes before it have pushed it out of this canvas
+            tried = [self._lengths]
+            if name is not None:
+                tried = [{**self._lengths, name: length} for length in sorted(gaps[name].patterns)]
+            settled = yield from self._try([_Layout(each, self._row(each)) for each in tried], name)
+            self._lengths = settled.layout.lengths
+        sure = [name for name in settled.layout.row.spans if gaps[name].hole.kind != "text"]
+        for _ in range(RETRIES if settled.doubtful(sure) else 0):
+            other = yield from self._try([settled.layout], None)
+            settled = min(settled, other, key=lambda each: each.total(sure))
+            if not settled.doubtful(sure):
+                break
+        return settled
+
+    def _try(self, layouts: list[_Layout], name: str | None) -> Decoding[Draft, _Settled]:
+        form = self._form
+        settled, steps = yield from _try(
+            form.model,
+            form.vocabulary,
+            self._cache.cache,
+            layouts,
+            name,
+            form.config,
+            self._draws,
+            self._window,
+        )
+        self._passes += steps
+        return settled
+
+    def keep(self, settled: _Settled) -> None:
+        """Keep the holes that lie in the canvas, and go on behind the last of them."""
+        row, gaps = settled.layout.row, self._form.gaps
+        for name, (start, end) in row.spans.items():
+            self.written[name] = settled.tokens[start:end]
+            self._probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
+        last, (_, reach) = list(row.spans.items())[-1]
+        stop = self._pieces.index(gaps[last]) + 1
+        self._context = settled.tokens[:reach]
+        unseen = _size(self._pieces[stop:], self._lengths) - (row.end - reach)
+        if unseen > 0:
+            filled = ", ".join(row.spans)
+            self._notes.append(
+                f"Filling {filled}, the model did not see the last {unseen} tokens of the text."
+            )
+        self._pieces = self._pieces[stop:]
+        self._fits = False
+        self._window += 1
+
+    def result(self) -> FillResult:
+        """The text with its holes filled."""
+        form = self._form
+        values: dict[str, str | int] = {}
+        text = ""
+        for part in form.parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            value = form.vocabulary.tokenizer.decode(self.written[part.name])
+            # The space that the hole took over stands in the text already.
+            value = value.removeprefix(" ") if form.gaps[part.name].spaced else value
+            text += value
+            values[part.name] = int(value) if part.kind == "int" else value
+        return FillResult(text, values, self._probabilities, self._passes, tuple(self._notes))
+
+
+def stream_fill(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    template: str | Sequence_[str | Hole],
+    *,
+    prompt: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> Generator[Reading | Draft | FillResult, None, None]:
+    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result.
+
+    A text that is read in several chunks says so with a `Reading` after each but the last.
+    """
+    return stream(model, tokenizer, FillRequest(template, prompt, steps, seed, sampler, draws))
+
+
+def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
+    return sum(lengths[p.hole.name] if isinstance(p, _Gap) else len(p) for p in pieces)
+
+
 def _try(
     model: DiffusionGemma,
     vocabulary: Vocabulary,
@@ -483,7 +545,7 @@ def _try(
     config: GenerationConfig,
     draws: Draws,
     window: int,
-) -> Run[Draft, tuple[_Settled, int]]:
+) -> Decoding[Draft, tuple[_Settled, int]]:
     """Denoise each layout and count the steps; the one whose hole `name` surprises least.
 
     Without a name there is one layout, and it gets all its steps.
@@ -499,7 +561,10 @@ def _try(
         group = layouts[first : first + at_once]
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
         start = planned_start(plans, vocabulary, draws)
-        snapshot = yield from _drafts(model, vocabulary, cache, start, config, draws, window)
+        snapshot = yield from relay(
+            refine(model, cache, config, draws, start),
+            lambda state: [draft_of(vocabulary.tokenizer, state, window, config)],
+        )
         passes += snapshot.step
         for i, layout in enumerate(group):
             canvas = snapshot.argmax[i : i + 1]
@@ -519,36 +584,13 @@ def _try(
     return min(finished, key=lambda settled: settled.mean(name)), passes
 
 
-def _drafts(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    cache: list[LayerCache],
-    start: Start,
-    config: GenerationConfig,
-    draws: Draws,
-    window: int,
-) -> Run[Draft, Snapshot]:
-    """As `refine`, with drafts in the place of snapshots."""
-    run = refine(model, cache, config, draws, start)
-    answer: mx.array | None = None
-    while True:
-        try:
-            item = run.send(answer)
-        except StopIteration as end:
-            return end.value
-        if isinstance(item, Pass):
-            answer = yield item
-        else:
-            answer = yield draft_of(vocabulary.tokenizer, item, window, config)
-
-
 def _in_groups(
     model: DiffusionGemma,
     cache: list[LayerCache],
     canvas: mx.array,
     spans: dict[str, tuple[int, int]],
     draws: Draws,
-) -> Run[Never, dict[str, list[float]]]:
+) -> Decoding[Never, dict[str, list[float]]]:
     """The surprise of each hole's tokens, in at most GROUPS passes, each hiding every so-manyth."""
     names = [list(spans)[i::GROUPS] for i in range(min(GROUPS, len(spans)))]
     hidden = [[spans[name] for name in group] for group in names]
@@ -566,7 +608,7 @@ def surprisal(
     canvas: mx.array,
     hidden: list[list[tuple[int, int]]],
     draws: Draws,
-) -> Run[Never, list[list[float]]]:
+) -> Decoding[Never, list[list[float]]]:
     """-log p (nats) of each token of a canvas (1, L), once for each list of spans that is hidden.
 
     A pass sees noise in the place of its hidden spans.
@@ -589,33 +631,10 @@ def surprisal(
     return found
 
 
-def _result(
-    tokenizer: Tokenizer,
-    parts: Iterable[str | Hole],
-    gaps: dict[str, _Gap],
-    written: dict[str, list[int]],
-    probabilities: dict[str, tuple[float, ...]],
-    steps: int,
-    notes: list[str],
-) -> FillResult:
-    values: dict[str, str | int] = {}
-    text = ""
-    for part in parts:
-        if isinstance(part, str):
-            text += part
-            continue
-        value = tokenizer.decode(written[part.name])
-        # The space that the hole took over stands in the text already.
-        value = value.removeprefix(" ") if gaps[part.name].spaced else value
-        text += value
-        values[part.name] = int(value) if part.kind == "int" else value
-    return FillResult(text, values, probabilities, steps, tuple(notes))
-
-
 def fill(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
-    template: str,
+    template: str | Sequence_[str | Hole],
     *,
     prompt: str | None = None,
     steps: int | None = None,
@@ -641,15 +660,7 @@ def fill(
         TemplateError: no hole, or one that makes no sense or fits no canvas.
         ContextError: prompt and text do not fit.
     """
-    *_, result = stream_fill(
-        model,
-        tokenizer,
-        template,
-        prompt=prompt,
-        steps=steps,
-        seed=seed,
-        sampler=sampler,
-        draws=draws,
-    )
+    request = FillRequest(template, prompt, steps, seed, sampler, draws)
+    *_, result = stream(model, tokenizer, request)
     assert isinstance(result, FillResult)
     return result

@@ -1,22 +1,18 @@
-"""Generation in layers: arrays (denoise.py) -> tokens of several canvases -> events with text."""
+"""Answers, in layers: arrays (denoise.py) -> tokens of several canvases -> events with text."""
 
-import os
 import re
-import sys
-import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
 import numpy as np
 
 from .arguments import SettingError, token_ids, whole_number
 from .config import GenerationConfig
-from .context import PREFILL_CHUNK, Context
-from .denoise import Run, Snapshot, Start, drive, refine
-from .errors import Error
+from .context import PREFILL_CHUNK, PromptCache, Reading, room_behind
+from .decoding import Clock, Decoding, drive, relay
+from .denoise import Snapshot, Start, refine
 from .guards import (
     OFF,
     Again,
@@ -30,83 +26,36 @@ from .guards import (
     judge_by,
     trust,
 )
-from .model import DiffusionGemma, Pass
-from .sampler import Constraint, Draws, Sampler, SeededDraws
-from .tokenizer import Declaration, Message, Tokenizer, TooLong, unhurried
-from .turns import BadToolCall, Text, Thought, ToolCall, TurnReader
+from .model import DiffusionGemma
+from .request import (
+    Done,
+    Event,
+    Notice,
+    Options,
+    Prompt,
+    checked_seed,
+    draft_of,
+    encode_prompt,
+    fresh_draws,
+    stream,
+)
+from .sampler import Constraint, Draws, Sampler
+from .starts import (
+    CanvasStart,
+    First,
+    Noise,
+    Opening,
+    Pieces,
+    document,
+    encode_opening,
+    forced_tokens,
+)
+from .tokenizer import Declaration, Tokenizer, no_check
+from .turns import Stopper, Text, TurnReader
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from .schema import Compiled, Schema
-
-# Canvas positions computed side by side where a task has many canvases.
-POSITIONS_AT_ONCE = 4096
-
-
-class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A long prompt is being encoded: `done` of `total` tokens so far."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Draft:
-    """One denoising step: the canvas as it stands.
-
-    `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
-    (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
-    tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
-    """
-
-    canvas: int
-    step: int
-    steps: int
-    tokens: tuple[int, ...]
-    accepted: tuple[bool, ...]
-    entropies: tuple[float, ...]
-    probabilities: tuple[float, ...]
-    end: int
-    visible: tuple[bool, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A guard has stepped in, see `guards.py`; `again` where the canvas is tried once more."""
-
-    guard: Guard
-    again: bool
-
-
-@dataclass(frozen=True)
-class Done:
-    """The end, with statistics.
-
-    `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
-    end token, as the reference does. Times are seconds of computing:
-    `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
-    divides by the latter. Memory is in bytes, weights included.
-    """
-
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    canvases: int
-    denoising_steps: int
-    tokens_per_forward: float
-    prompt_seconds: float
-    generation_seconds: float
-    tokens_per_second: float
-    peak_memory: int
-
-
-Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
 
 
 @dataclass(frozen=True)
@@ -125,91 +74,58 @@ class Committed:
     guard: Guard | None = None
 
 
-def rows_at_once(model: DiffusionGemma) -> int:
-    """How many canvases may go through one pass, at least one."""
-    return max(1, POSITIONS_AT_ONCE // model.config.canvas_length)
-
-
-def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
-    """Tokens of context that a prompt leaves, at least a canvas.
-
-    Raises:
-        ContextError: the prompt is empty or leaves less.
-    """
-    room = model.context - len(prompt)
-    length = model.config.canvas_length
-    short = model.context < model.config.max_position_embeddings
-    if not prompt:
-        raise ContextError("the prompt is empty")
-    if room < length:
-        raise ContextError(
-            f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {model.context}"
-            + (", which is all that fits into memory" if short else "")
-        )
-    return room
-
-
-# Where the next canvas starts, by the tokens of those before it; None is uniform noise.
-Starts = Callable[[Sequence[int]], Start | None]
-
-
-def from_noise(generated: Sequence[int]) -> None:
-    """Every canvas starts from noise."""
-
-
 def generate_tokens(
     model: DiffusionGemma,
     prompt: Sequence[int],
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
-    starts: Starts = from_noise,
-    context: Context | None = None,
-    judge: Judge = trust,
+    start: CanvasStart | None = None,
 ) -> Generator[Reading | Encoded | Snapshot | Again | Committed, None, None]:
     """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
-
-    `starts` says where each canvas starts, `judge` what becomes of it. The last canvas is not
-    encoded: whoever goes on reads it with the next prompt.
 
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
     """
-    run = write_tokens(model, prompt, config, draws, prefill_chunk, starts, context, judge)
-    return drive(model, run)
+    start = start or Noise(model.config.canvas_length)
+    cache = PromptCache(model)
+    return drive(
+        model, decode_tokens(model, prompt, config, draws, prefill_chunk, start, cache, trust)
+    )
 
 
-def write_tokens(
+def decode_tokens(
     model: DiffusionGemma,
     prompt: Sequence[int],
     config: GenerationConfig,
     draws: Draws,
     prefill_chunk: int,
-    starts: Starts,
-    context: Context | None,
+    start: CanvasStart,
+    prompt_cache: PromptCache,
     judge: Judge,
-) -> Run[Reading | Encoded | Snapshot | Again | Committed, None]:
-    """As `generate_tokens`, but somebody else decodes."""
+    ended: Callable[[], bool] = lambda: False,
+) -> Decoding[Reading | Encoded | Snapshot | Again | Committed, None]:
+    """Canvas after canvas: a snapshot a step, then what is committed.
+
+    `judge` says what becomes of a canvas; `ended`, once it is committed, whether whoever reads has
+    enough. The last canvas is not encoded: whoever goes on reads it with the next prompt.
+    """
     room = room_behind(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
-    context = Context(model) if context is None else context
-    new = len(prompt) - context.shared(prompt)
-    for tokens_read in context.reading(prompt, prefill_chunk):
-        if tokens_read < len(prompt):
-            yield Reading(tokens_read, len(prompt))
+    new = len(prompt) - prompt_cache.shared(prompt)
+    yield from prompt_cache.reading(prompt, prefill_chunk)
     yield Encoded(new)
     generated: list[int] = []
     while True:
         attempts: list[Candidate] = []
         forbidden: Constraint | None = None
         while True:
-            start = starts(generated)
+            begun = start.begin(generated, draws)
             if forbidden is not None:
-                start = start or Start(draws.tokens((1, length)))
-                start = replace(start, constraint=forbidden)
-            snapshot = yield from refine(model, context.cache, config, draws, start)
+                begun = begun or Start(draws.tokens((1, length)))
+                begun = replace(begun, constraint=forbidden)
+            snapshot = yield from refine(model, prompt_cache.cache, config, draws, begun)
             attempts.append(_candidate(snapshot, config, budget))
             verdict = judge(generated, attempts)
             if isinstance(verdict, Take):
@@ -229,9 +145,9 @@ def write_tokens(
                 reason = "not_converged"
         yield Committed(tokens, reason, verdict.guard)
         mx.clear_cache()
-        if reason:
+        if reason or ended():
             return
-        context.extend(tokens, prefill_chunk)
+        prompt_cache.extend(tokens, prefill_chunk)
         generated += tokens
 
 
@@ -247,33 +163,9 @@ def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Can
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model.
+    """An answer that is asked for; all but the prompt is described with `Options`."""
 
-    Attributes:
-        prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`) that the template
-            renders, or token ids, which are taken as they are.
-        max_tokens: budget over all canvases; None asks the checkpoint, as it does below.
-        steps: most denoising steps a canvas.
-        seed: makes the output repeatable; None draws one.
-        sampler: `EntropyBound` or `ConfidenceThreshold`.
-        draws: takes the place of `seed`, to replay a run.
-        start: what the first canvas starts from, see `canvas.py`; None is noise.
-        schema: a JSON Schema that the answer follows, see `schema.py`, or one that is `compiled`;
-            not together with `start`.
-        prefill_chunk: tokens of the prompt encoded at once; bounds memory, not the result.
-        enable_thinking: ask for thoughts before the answer.
-        context: what the model has read before; of the prompt only what is new is encoded.
-        guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
-            as in the reference. A schema's answer needs none.
-        tools: function declarations in JSON Schema, for templates that know them.
-        stop: strings before which the text ends.
-        opening: what the answer begins with, as text, in which special tokens are recognised, or
-            as ids.
-        shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
-            model was trained on.
-    """
-
-    prompt: str | Sequence[Message] | Sequence[int]
+    prompt: Prompt
     max_tokens: int | None = None
     steps: int | None = None
     seed: int | None = None
@@ -281,132 +173,220 @@ class Request:
     draws: Draws | None = None
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
-    start: Start | None = None
+    start: Start | Pieces | None = None
     schema: "Schema | Compiled | None" = None
-    context: Context | None = None
     guards: Guards = OFF
     shrink: bool = False
     tools: Sequence[Declaration] = ()
     stop: Sequence[str] = ()
     opening: str | Sequence[int] = ""
 
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Answer":
+        """Encode the prompt, compile the schema, find what is wrong; see `request.Task`.
 
-def stream_generate(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[Message] | Sequence[int],
-    *,
-    max_tokens: int | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
-    enable_thinking: bool = False,
-    prefill_chunk: int = PREFILL_CHUNK,
-    start: Start | None = None,
-    schema: "Schema | None" = None,
-    context: Context | None = None,
-    guards: Guards = OFF,
-    shrink: bool = False,
-    tools: Sequence[Declaration] = (),
-    stop: Sequence[str] = (),
-    opening: str = "",
-) -> Generator[Event, None, None]:
-    """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
+        Raises:
+            ContextError: the prompt is empty or does not fit.
+            TokenizerError: the chat template refuses the messages.
+            SettingError: a setting is out of range, an id is not in the vocabulary, or two options
+                make no sense together.
+            SchemaError: the schema is not supported, or no document is short enough.
+            CanvasError: text pieces do not fit into a canvas.
+        """
+        self._check_options()
+        config = model.generation.override(
+            max_new_tokens=self.max_tokens,
+            max_denoising_steps=self.steps,
+            sampler=self.sampler,
+        )
+        tokenizer = vocabulary.tokenizer
+        ids = encode_prompt(
+            tokenizer,
+            self.prompt,
+            most=model.context,
+            enable_thinking=self.enable_thinking,
+            tools=self.tools,
+            check=check,
+        )
+        token_ids(ids, model.config.vocab_size)
+        room_behind(model, ids)
+        guards = self.guards
+        if config.max_denoising_steps < model.generation.max_denoising_steps:
+            guards = replace(guards, not_converged=False)
+        start, schema = self._start(model, vocabulary, config, len(ids), check)
+        return Answer(
+            model=model,
+            tokenizer=tokenizer,
+            prompt=ids,
+            config=config,
+            start=start,
+            schema=schema,
+            judge=trust if guards == OFF else _judge(tokenizer, ids, config, guards),
+            seed=self.seed,
+            draws=self.draws,
+            prefill_chunk=self.prefill_chunk,
+            stop=tuple(self.stop),
+        )
 
-    What a canvas adds is `Text`; from models that think or call tools also `Thought`, `ToolCall`
-    and `BadToolCall`. Closing the iterator stops at once and frees the cache.
+    def _check_options(self) -> None:
+        """Refuse what is out of range or makes no sense together."""
+        whole_number("prefill_chunk", self.prefill_chunk, 1)
+        checked_seed(self.seed)
+        given = {field.name for field in fields(self) if getattr(self, field.name)}
+        for one, others in (
+            ("schema", ("start", "opening", "shrink", "guards")),
+            ("start", ("opening", "shrink")),
+        ):
+            for other in others:
+                if other == "guards" and self.guards == OFF:
+                    continue
+                if {one, other} <= given:
+                    raise SettingError(f"a {one} does not go with {other}")
 
-    The arguments are those of `Request`.
+    def _start(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        config: GenerationConfig,
+        prompt_tokens: int,
+        check: Callable[[], None],
+    ) -> tuple[CanvasStart, "Compiled | None"]:
+        """Where canvases start, and the schema that they follow."""
+        length = model.config.canvas_length
+        if self.schema is not None:
+            from .schema import Compiled, compiled
 
-    Raises:
-        ContextError: the prompt is empty or does not fit, before any computation.
-        TokenizerError: the chat template refuses the messages.
-        SettingError: a setting out of range, or an id that the vocabulary does not have.
-        SchemaError: the schema is not supported, or no document is short enough.
-    """
-    request = Request(
-        prompt,
-        max_tokens=max_tokens,
-        steps=steps,
-        seed=seed,
-        sampler=sampler,
-        draws=draws,
-        enable_thinking=enable_thinking,
-        prefill_chunk=prefill_chunk,
-        start=start,
-        schema=schema,
-        context=context,
-        guards=guards,
-        shrink=shrink,
-        tools=tools,
-        stop=stop,
-        opening=opening,
-    )
-    return drive(model, write_events(model, tokenizer, request))
-
-
-def write_events(model: DiffusionGemma, tokenizer: Tokenizer, request: Request) -> Run[Event, None]:
-    """As `stream_generate`, but somebody else decodes: see `batch.py`."""
-    config = model.generation.override(
-        max_new_tokens=request.max_tokens,
-        max_denoising_steps=request.steps,
-        sampler=request.sampler,
-    )
-    whole_number("prefill_chunk", request.prefill_chunk, 1)
-    ids = encode_prompt(
-        tokenizer,
-        request.prompt,
-        most=model.context,
-        enable_thinking=request.enable_thinking,
-        tools=request.tools,
-    )
-    token_ids(ids, model.config.vocab_size)
-    draws = request.draws or fresh_draws(model, request.seed)
-    guards = request.guards
-    check: Callable[[str], None] = lambda text: None  # noqa: E731
-    if request.schema is not None:
-        from .schema import Compiled, compiled, schema_starts
-        from .vocabulary import Vocabulary
-
-        schema = request.schema
-        if not isinstance(schema, Compiled):
-            schema = compiled(schema, Vocabulary(model, tokenizer))
-        starts = schema_starts(model, schema, len(ids), config, draws)
-        check = schema.check
-        guards = OFF
-    else:
-        opening = encode_opening(model, tokenizer, request.opening)
-        starts = partial(_start, model, request, config, draws, opening)
-    if config.max_denoising_steps < model.generation.max_denoising_steps:
-        guards = replace(guards, not_converged=False)
-    judge = trust if guards == OFF else _judge(tokenizer, ids, config, guards)
-    chunk, context = request.prefill_chunk, request.context
-    run = write_tokens(model, ids, config, draws, chunk, starts, context, judge)
-    return _events(tokenizer, ids, config, run, check, request.stop)
+            schema = self.schema
+            if not isinstance(schema, Compiled):
+                schema = compiled(schema, vocabulary, check=check)
+            return document(model, schema, prompt_tokens, config), schema
+        if self.start is not None:
+            start: Start | list[int | None] = (
+                self.start
+                if isinstance(self.start, Start)
+                else forced_tokens(model, vocabulary, self.start.pieces, check)
+            )
+            return First(start), None
+        budget = config.max_new_tokens if self.shrink else None
+        if opening := encode_opening(model, vocabulary.tokenizer, self.opening):
+            token_ids(opening, model.config.vocab_size)
+            return Opening(tuple(opening), length, budget), None
+        return Noise(length, budget), None
 
 
-def _start(
-    model: DiffusionGemma,
-    request: Request,
-    config: GenerationConfig,
-    draws: Draws,
-    opening: list[int],
-    generated: Sequence[int],
-) -> Start | None:
-    """Where a canvas starts that no schema rules."""
-    if request.start is not None and not generated:
-        return request.start
-    length = model.config.canvas_length
-    if request.shrink:
-        left = config.max_new_tokens - len(generated)
-        length = max(min(length, left), len(opening) + 1)
-    if opening and not generated:
-        given = [*opening, *[0] * (length - len(opening))]
-        pinned = mx.arange(length)[None] < len(opening)
-        noise = draws.tokens((1, length))
-        return Start(mx.where(pinned, mx.array([given], dtype=mx.int32), noise), pinned)
-    return Start(draws.tokens((1, length))) if request.shrink else None
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A request that is ready to run, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    prompt: list[int]
+    config: GenerationConfig
+    start: CanvasStart
+    schema: "Compiled | None"
+    judge: Judge
+    seed: int | None
+    draws: Draws | None
+    prefill_chunk: int
+    stop: tuple[str, ...]
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
+        """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
+        mx.reset_peak_memory()
+        teller = _Teller(self)
+        try:
+            tokens = decode_tokens(
+                self.model,
+                self.prompt,
+                self.config,
+                self.draws or fresh_draws(self.model, self.seed),
+                self.prefill_chunk,
+                self.start,
+                prompt_cache,
+                self.judge,
+                lambda: teller.reason is not None,
+            )
+            yield from relay(tokens, teller.tell, teller.clock)
+            yield from teller.end()
+        finally:
+            mx.clear_cache()
+
+
+class _Teller:
+    """Tells of tokens as text, up to a stop string, and keeps count."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._reader = TurnReader(answer.tokenizer, answer.prompt)
+        self._stopper = Stopper(answer.stop)
+        self._text = ""
+        self._encoded = self._generated = self._canvases = self._passes = 0
+        self._prompt_seconds = 0.0
+        self.clock = Clock()
+        self.reason: FinishReason | None = None
+
+    def tell(self, item: Reading | Encoded | Snapshot | Again | Committed) -> Iterator[Event]:
+        """What is to be said of an item."""
+        answer = self._answer
+        match item:
+            case Reading():
+                yield item
+            case Encoded():
+                self._prompt_seconds, self._encoded = self.clock.seconds, item.tokens
+            case Snapshot():
+                self._passes += 1
+                yield draft_of(answer.tokenizer, item, self._canvases, answer.config, self._reader)
+            case Again():
+                yield Notice(item.guard, again=True)
+            case Committed():
+                yield from self._commit(item)
+
+    def _commit(self, item: Committed) -> Iterator[Event]:
+        self._canvases += 1
+        self._generated += len(item.tokens)
+        self.reason = item.finish_reason
+        for part in self._reader.feed(item.tokens, last=self.reason is not None):
+            if isinstance(part, Text):
+                self._text += part.text
+                part = Text(self._stopper.feed(part.text))
+            if not isinstance(part, Text) or part.text:
+                yield part
+            if self._stopper.hit:
+                self.reason = "stop"
+                break
+        if item.guard is not None:
+            yield Notice(item.guard, again=False)
+
+    def end(self) -> Iterator[Event]:
+        """The text that a stop string might have followed, and the statistics.
+
+        Raises:
+            SchemaError: the text is no document of the schema: a defect.
+        """
+        if rest := self._stopper.rest():
+            yield Text(rest)
+        if self._answer.schema is not None:
+            self._answer.schema.check(self._text)
+        assert self.reason is not None
+        seconds = self.clock.seconds - self._prompt_seconds
+        prompt_tokens = len(self._answer.prompt)
+        yield Done(
+            finish_reason=self.reason,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=prompt_tokens - self._encoded,
+            generated_tokens=self._generated,
+            canvases=self._canvases,
+            denoising_steps=self._passes,
+            tokens_per_forward=self._generated / self._passes,
+            prompt_seconds=self._prompt_seconds,
+            generation_seconds=seconds,
+            tokens_per_second=self._generated / seconds,
+            peak_memory=mx.get_peak_memory(),
+        )
 
 
 def _judge(
@@ -432,226 +412,40 @@ def _judge(
 _SENTENCE = re.compile(r"(?:[.!?\u2026][\"'\u201d\u2019)\]]*\s?|[\u3002\uff01\uff1f\n])$")
 
 
-def _events(
+def stream_generate(
+    model: DiffusionGemma,
     tokenizer: Tokenizer,
-    prompt: list[int],
-    config: GenerationConfig,
-    run: Run[Reading | Encoded | Snapshot | Again | Committed, None],
-    check: Callable[[str], None],
-    stop: Sequence[str],
-) -> Run[Event, None]:
-    """Tokens as text, up to a stop string; `check` gets the whole of it before the last event."""
-    mx.reset_peak_memory()
-    prompt_seconds = seconds = 0.0
-    reader = TurnReader(tokenizer, prompt)
-    generated = canvases = passes = encoded = 0
-    text = ""
-    stopper = Stopper(stop)
-    answer: mx.array | None = None
-    try:
-        while True:
-            # Only time spent computing counts, not what the consumer does between events.
-            resumed = time.perf_counter()
-            item = run.send(answer)
-            answer = None
-            if isinstance(item, Pass):
-                answer = yield item
-            seconds += time.perf_counter() - resumed
-            if isinstance(item, Pass):
-                continue
-            if isinstance(item, Reading):
-                yield item
-            elif isinstance(item, Encoded):
-                prompt_seconds, encoded = seconds, item.tokens
-            elif isinstance(item, Snapshot):
-                passes += 1
-                yield draft_of(tokenizer, item, canvases, config, reader)
-            elif isinstance(item, Again):
-                yield Notice(item.guard, again=True)
-            else:
-                canvases += 1
-                generated += len(item.tokens)
-                reason = item.finish_reason
-                for part in reader.feed(item.tokens, last=reason is not None):
-                    if isinstance(part, Text):
-                        text += part.text
-                        part = Text(stopper.feed(part.text))
-                    if not isinstance(part, Text) or part.text:
-                        yield part
-                    if stopper.hit:
-                        reason = "stop"
-                        break
-                if item.guard is not None:
-                    yield Notice(item.guard, again=False)
-                if reason is not None:
-                    break
-        if rest := stopper.rest():
-            yield Text(rest)
-        check(text)
-        yield Done(
-            finish_reason=reason,
-            prompt_tokens=len(prompt),
-            cached_tokens=len(prompt) - encoded,
-            generated_tokens=generated,
-            canvases=canvases,
-            denoising_steps=passes,
-            tokens_per_forward=generated / passes,
-            prompt_seconds=prompt_seconds,
-            generation_seconds=seconds - prompt_seconds,
-            tokens_per_second=generated / (seconds - prompt_seconds),
-            peak_memory=mx.get_peak_memory(),
-        )
-    finally:
-        run.close()
-        mx.clear_cache()
-
-
-def draft_of(
-    tokenizer: Tokenizer,
-    snapshot: Snapshot,
-    canvas: int,
-    config: GenerationConfig,
-    reader: TurnReader | None = None,
-) -> Draft:
-    """The first row of a snapshot as an event; `reader` knows what the turn has come to."""
-    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
-    kinds = (reader or TurnReader(tokenizer)).kinds(tokens)
-    visible = tuple(kind == "text" for kind in kinds)
-    end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
-    return Draft(
-        canvas=canvas,
-        step=snapshot.step,
-        steps=config.max_denoising_steps,
-        tokens=tuple(tokens),
-        accepted=tuple(np.array(snapshot.accepted)[0].tolist()),
-        entropies=tuple(np.array(snapshot.entropy)[0].tolist()),
-        probabilities=tuple(np.array(snapshot.probability)[0].tolist()),
-        end=end,
-        visible=visible,
-        text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
-    )
-
-
-class Stopper:
-    """Text up to the first of some stop strings; what may become one waits."""
-
-    def __init__(self, stop: Sequence[str]):
-        self._stop = [text for text in stop if text]
-        self._held = ""
-        self.hit = False
-
-    def feed(self, text: str) -> str:
-        """What can be shown now that this text has come."""
-        self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        self.hit = bool(found)
-        end = len(self._held) if not found else min(found)
-        if not found:
-            waits = (
-                n
-                for stop in self._stop
-                for n in range(min(len(stop) - 1, len(self._held)), 0, -1)
-                if self._held.endswith(stop[:n])
-            )
-            end -= max(waits, default=0)
-        shown, self._held = self._held[:end], "" if found else self._held[end:]
-        return shown
-
-    def rest(self) -> str:
-        """What waited in vain."""
-        shown, self._held = self._held, ""
-        return shown
-
-
-def fresh_draws(model: DiffusionGemma, seed: int | None) -> SeededDraws:
-    """Draws from a seed, or from one that the system draws."""
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4))
-    return SeededDraws(seed, model.config.vocab_size)
-
-
-def encode_prompt(
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[Message] | Sequence[int],
+    prompt: Prompt,
     *,
-    most: int = sys.maxsize,
-    enable_thinking: bool = False,
-    tools: Sequence[Declaration] = (),
-    check: Callable[[], None] = unhurried,
-) -> list[int]:
-    """Ids of a prompt: a string is one user message; ids pass through.
+    prompt_cache: PromptCache | None = None,
+    **options: Unpack[Options],
+) -> Generator[Event, None, None]:
+    """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
 
-    Of text that must have more than `most` tokens not all is encoded; `check` is called now and
-    then, and may raise.
+    What a canvas adds is `Text`; from models that think or call tools also `Thought`, `ToolCall`
+    and `BadToolCall`. Closing the iterator stops at once and frees the cache.
 
-    Raises:
-        SettingError: it is neither messages nor ids.
-        ContextError: the prompt is empty, or text that is far too long.
-        TokenizerError: the chat template refuses the messages.
-    """
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ContextError("the prompt is empty")
-        prompt = [{"role": "user", "content": prompt}]
-    messages = [part for part in prompt if isinstance(part, dict)]
-    if not messages:
-        return token_ids(prompt)
-    if len(messages) < len(prompt):
-        raise SettingError("a prompt is either messages or token ids, not both")
-    text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
-    try:
-        return tokenizer.encode_within(text, most, "the prompt", check)
-    except TooLong as error:
-        raise ContextError(f"{error}, and no more fits into the context") from None
-
-
-def encode_opening(
-    model: DiffusionGemma, tokenizer: Tokenizer, opening: str | Sequence[int]
-) -> list[int]:
-    """Ids of what an answer begins with; ids pass through.
+    Args:
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
+        prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`), or token ids.
+        prompt_cache: what the model has read before; of the prompt only what is new is encoded.
+        options: see `Options`.
 
     Raises:
-        ContextError: it leaves no room in a canvas.
+        Error: as `Request.prepare`, before anything is computed.
     """
-    length = model.config.canvas_length
-    if isinstance(opening, str):
-        try:
-            ids = tokenizer.encode_within(opening, length, "the opening")
-        except TooLong as error:
-            raise ContextError(f"{error}, and no more fits into a canvas") from None
-    else:
-        ids = list(opening)
-    if len(ids) >= length:
-        raise ContextError(f"the opening has {len(ids)} tokens, more than a canvas holds")
-    return ids
+    return stream(model, tokenizer, Request(prompt, **options), prompt_cache)
 
 
 def generate(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Message] | Sequence[int],
+    prompt: Prompt,
     *,
-    max_tokens: int | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
-    enable_thinking: bool = False,
-    prefill_chunk: int = PREFILL_CHUNK,
-    schema: "Schema | None" = None,
+    prompt_cache: PromptCache | None = None,
+    **options: Unpack[Options],
 ) -> str:
     """The answer as a string; arguments and errors as in `stream_generate`."""
-    events = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        steps=steps,
-        seed=seed,
-        sampler=sampler,
-        draws=draws,
-        enable_thinking=enable_thinking,
-        prefill_chunk=prefill_chunk,
-        schema=schema,
-    )
+    events = stream_generate(model, tokenizer, prompt, prompt_cache=prompt_cache, **options)
     return "".join(event.text for event in events if isinstance(event, Text))

@@ -509,7 +509,7 @@ class Attention(nn.Module):
         if len(views) == 1:
             seen = self._attend(queries, new, views[0])
         else:
-            # Contexts differ in length: rows of each attend by themselves, without padding.
+            # PrefixCache differ in length: rows of each attend by themselves, without padding.
             ends = list(accumulate(view.rows for view in views))[:-1]
             parts = zip(mx.split(queries, ends), mx.split(new, ends), views, strict=True)
             seen = mx.concatenate([self._attend(*part) for part in parts])

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from .generation import Done, Draft, Request
-from .guards import Guards
+from .editing import STRENGTH
+from .generation import Answer, Request
+from .guards import OFF, Guards
+from .request import Done, Draft
 from .strangers import JsonError, read_json
 from .turns import BadToolCall, Text, Thought, ToolCall
 
@@ -117,6 +119,16 @@ class FillBody(Body):
     template: NotBlank | None = None
     canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
+    steps: Steps | None = None
+    seed: NonNegative | None = None
+    stream_drafts: bool | None = None
+
+
+class EditBody(Body):
+    text: NotBlank
+    instruction: NotBlank
+    lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
     steps: Steps | None = None
     seed: NonNegative | None = None
     stream_drafts: bool | None = None
@@ -290,7 +302,7 @@ def chat_request(body: ChatBody) -> Request:
         steps=body.steps,
         enable_thinking=thinking and schema is None,
         schema=schema,
-        guards=Guards(thinking_budget=body.thinking_budget),
+        guards=OFF if schema is not None else Guards(thinking_budget=body.thinking_budget),
         tools=tools,
         stop=() if schema is not None else stops(body.stop),
         opening=opening,
@@ -315,10 +327,10 @@ def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -
     return f"{name}{{"
 
 
-def several(request: Request, count: int, seed: int | None) -> list[Request]:
-    """The same request with other seeds."""
+def several(answer: Answer, count: int, seed: int | None) -> list[Answer]:
+    """The same answer with other seeds."""
     seeds = [None if seed is None else seed + i for i in range(count)]
-    return [replace(request, seed=each) for each in seeds]
+    return [replace(answer, seed=each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:

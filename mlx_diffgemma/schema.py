@@ -15,7 +15,6 @@ library that checks values gets the keywords above, less $ref, and no others.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
-from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
@@ -34,14 +33,8 @@ from .automaton import (
     Sequence,
     compile_pattern,
 )
-from .canvas import planned_start
-from .config import GenerationConfig
-from .denoise import Start
 from .errors import Error
 from .files import read_text
-from .generation import Starts
-from .model import DiffusionGemma
-from .sampler import Draws
 from .vocabulary import SHOWN, Vocabulary
 
 Schema = Mapping[str, Any] | bool
@@ -199,7 +192,12 @@ def parse_schema(schema: Schema, deadline: float = math.inf) -> Pattern:
     return _guarded(lambda limit: _Reader(schema, limit).pattern(), deadline)
 
 
-def compile_schema(schema: Schema, vocabulary: Vocabulary, deadline: float = math.inf) -> Machine:
+def compile_schema(
+    schema: Schema,
+    vocabulary: Vocabulary,
+    deadline: float = math.inf,
+    check: Callable[[], None] | None = None,
+) -> Machine:
     """The automaton of a schema's documents, each followed by the end of the answer.
 
     Raises:
@@ -213,7 +211,7 @@ def compile_schema(schema: Schema, vocabulary: Vocabulary, deadline: float = mat
         _ = machine.shortest  # kept by the machine, so that the thread of MLX need not compute it
         return machine
 
-    return _guarded(compile_, deadline)
+    return _guarded(compile_, deadline, check)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,20 +242,28 @@ class Compiled:
             raise SchemaError(f"the document is not valid: {_shown(problem.message)}")
 
 
-def compiled(schema: Schema, vocabulary: Vocabulary, deadline: float = math.inf) -> Compiled:
+def compiled(
+    schema: Schema,
+    vocabulary: Vocabulary,
+    deadline: float = math.inf,
+    check: Callable[[], None] | None = None,
+) -> Compiled:
     """A schema with its automaton.
 
     Raises:
-        SchemaError: as `parse_schema`, whose deadline this has, too.
+        SchemaError: as `parse_schema`, whose deadline this has, too; `check` is called now and
+            then, and may raise something else.
     """
-    machine = compile_schema(schema, vocabulary, deadline)
-    resolved = _guarded(lambda limit: _Reader(schema, limit).resolved(), deadline)
+    machine = compile_schema(schema, vocabulary, deadline, check)
+    resolved = _guarded(lambda limit: _Reader(schema, limit).resolved(), deadline, check)
     return Compiled(resolved, vocabulary, machine)
 
 
-def _guarded(work: Callable[[Deadline], Made], latest: float) -> Made:
+def _guarded(
+    work: Callable[[Deadline], Made], latest: float, check: Callable[[], None] | None = None
+) -> Made:
     """Do the work within `COMPILE_SECONDS`, or until `latest`; its failures are a SchemaError."""
-    limit = Deadline.within(COMPILE_SECONDS, latest)
+    limit = Deadline.within(COMPILE_SECONDS, latest, check)
     try:
         return work(limit)
     except PatternTimeout:
@@ -268,36 +274,6 @@ def _guarded(work: Callable[[Deadline], Made], latest: float) -> Made:
         raise SchemaError(f"the schema is too large: {error}") from None
     except RecursionError:
         raise SchemaError("the schema is nested too deeply") from None
-
-
-def schema_starts(
-    model: DiffusionGemma,
-    schema: Compiled,
-    prompt_tokens: int,
-    config: GenerationConfig,
-    draws: Draws,
-) -> Starts:
-    """Canvases that are, one after another, a document of the schema within the token budget.
-
-    Raises:
-        SchemaError: the shortest document is over the budget.
-    """
-    machine = schema.machine
-    length = model.config.canvas_length
-    room = (model.context - prompt_tokens) // length * length
-    budget = min(config.max_new_tokens, room)
-    if machine.shortest > budget:
-        raise SchemaError(
-            f"the shortest document of the schema has {machine.shortest} tokens, more than the "
-            f"{budget} that may be written"
-        )
-
-    def start(generated: Row[int]) -> Start:
-        states = machine.advance(frozenset([machine.first]), generated)
-        plan = machine.plan(length, budget - len(generated), states)
-        return planned_start([plan], schema.vocabulary, draws)
-
-    return start
 
 
 def _library(deadline: Deadline) -> Callable[[Schema], Any]:

@@ -26,24 +26,14 @@ from fastapi.responses import (
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from .canvas import pinned_start
-from .choosing import Question, write_choose
-from .denoise import Run
+from .choosing import ChooseRequest
+from .context import ContextError, Reading
 from .edge import Gate, Limits, refusal
+from .editing import EditRequest, EditResult
 from .errors import Error
-from .filling import FillResult, Form, Hole, parse_template, write_fill
-from .generation import (
-    ContextError,
-    Done,
-    Draft,
-    Reading,
-    Request,
-    Stopper,
-    fresh_draws,
-    write_events,
-)
+from .filling import FillRequest, FillResult, Hole
+from .generation import Answer, Request
 from .guards import Guards
-from .model import DiffusionGemma
 from .preparing import QUICK_BYTES, Places
 from .protocol import (
     Body,
@@ -51,6 +41,7 @@ from .protocol import (
     Choice,
     ChooseBody,
     CompletionBody,
+    EditBody,
     FillBody,
     Refused,
     Sampling,
@@ -61,8 +52,10 @@ from .protocol import (
     stops,
     usage_of,
 )
-from .tokenizer import Tokenizer
-from .worker import Busy, Job, Patience, Stopped, Ticket, Timeout, Worker
+from .request import Done, Draft, Prepared
+from .starts import Pieces
+from .turns import Stopper
+from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
 
 PAGE = Path(__file__).parent / "data" / "page.html"
 # Seconds that a refused client is asked to wait.
@@ -74,7 +67,7 @@ Result = TypeVar("Result")
 class Stream:
     """Events of several pieces of work, on their way from the worker's thread to a handler."""
 
-    def __init__(self, worker: Worker, works: Sequence[Request | Job], patience: Patience):
+    def __init__(self, worker: Worker, works: Sequence[Prepared[object]], patience: Patience):
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[Any]] = asyncio.Queue()
@@ -383,8 +376,8 @@ def make_app(
 
     @app.post("/v1/chat/completions", responses=responses)
     async def chat(http: Http, body: ChatBody) -> Response:
-        def encoded(patience: Patience) -> Request:
-            return worker.prepared(chat_request(body), patience)
+        def encoded(patience: Patience) -> Answer:
+            return chat_request(body).prepare(worker.model, worker.vocabulary, patience.check)
 
         one, patience = await prepared(http, encoded, slow=body.response_format is not None)
         requests = several(one, body.n or 1, body.seed)
@@ -451,10 +444,12 @@ def make_app(
             opening=body.opening or "",
         )
 
-        def encoded(patience: Patience) -> list[Request]:
+        def encoded(patience: Patience) -> list[Answer]:
             texts = [worker.encoded(prompt, patience) for prompt in prompts]
             ids = [each if bos is None else [bos, *each] for each in texts]
-            return [worker.prepared(replace(template, prompt=each), patience) for each in ids]
+            asked = [replace(template, prompt=each) for each in ids]
+            given = worker.model, worker.vocabulary, patience.check
+            return [each.prepare(*given) for each in asked]
 
         each_once, patience = await prepared(http, encoded)
         requests = [one for each in each_once for one in several(each, best_of, body.seed)]
@@ -502,12 +497,14 @@ def make_app(
         parts: list[str | Hole] = [prompts[0], Hole("middle", most=body.max_tokens), suffix]
         until = stops(body.stop)
 
-        def made(patience: Patience) -> tuple[Form, int]:
-            form = worker.form(parts, None, patience)
+        asked = FillRequest(parts, steps=body.steps, seed=body.seed)
+
+        def made(patience: Patience) -> tuple[Prepared[object], int]:
+            form = worker.prepare(asked, patience)
             return form, len(worker.tokenizer.encode(prompts[0] + suffix))
 
         (form, read), patience = await prepared(http, made)
-        stream = Stream(worker, [filling(form, body.steps, body.seed)], patience)
+        stream = Stream(worker, [form], patience)
 
         def answer_of(result: FillResult) -> tuple[dict[str, Any], dict[str, int]]:
             stopper = Stopper(until)
@@ -537,47 +534,34 @@ def make_app(
 
         return Lines(lines(), stream, answer_headers(body))
 
-    def filling(form: Form, steps: int | None, seed: int | None) -> Job:
-        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
-            config = model.generation.override(max_denoising_steps=steps)
-            return write_fill(model, form, config, fresh_draws(model, seed))
-
-        return job
-
     async def filled(http: Http, stream: Stream) -> FillResult:
         for _, event in await gathered(http, stream):
             if isinstance(event, FillResult):
                 return event
         raise Refused(503, "the server is shutting down", "stopping")
 
-    def repairing(pieces: list[tuple[str, bool]], body: FillBody, patience: Patience) -> Job:
-        """A canvas some of whose pieces are pinned."""
+    def fill_task(body: FillBody) -> FillRequest | Request:
+        """A template, or a canvas some of whose pieces are pinned."""
+        if body.template is not None:
+            return FillRequest(body.template, body.prompt, body.steps, body.seed)
+        pieces = tuple((piece.text, piece.pinned) for piece in body.canvas or ())
         shown = "".join(text if pinned else "..." for text, pinned in pieces)
-        forced = worker.canvas(pieces, patience)
-        asked = Request(body.prompt or f"Fill: {shown}", max_tokens=len(forced), steps=body.steps)
-        ready = worker.prepared(asked, patience)
-
-        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
-            draws = fresh_draws(model, body.seed)
-            start = pinned_start([forced], draws)
-            return write_events(model, tokenizer, replace(ready, draws=draws, start=start))
-
-        return job
+        return Request(
+            body.prompt or f"Fill: {shown}",
+            max_tokens=worker.model.config.canvas_length,
+            steps=body.steps,
+            seed=body.seed,
+            start=Pieces(pieces),
+        )
 
     @app.post("/v1/fill", responses=responses)
     async def fill(http: Http, body: FillBody) -> Response:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
 
-        def made(patience: Patience) -> Job:
-            if body.template is None:
-                pieces = [(piece.text, piece.pinned) for piece in body.canvas or ()]
-                return repairing(pieces, body, patience)
-            form = worker.form(parse_template(body.template), body.prompt, patience)
-            return filling(form, body.steps, body.seed)
-
-        job, patience = await prepared(http, made)
-        stream = Stream(worker, [job], patience)
+        task = fill_task(body)
+        work, patience = await prepared(http, lambda patience: worker.prepare(task, patience))
+        stream = Stream(worker, [work], patience)
         choice = Choice()
         if not body.stream_drafts:
             for _, event in await gathered(http, stream):
@@ -599,19 +583,37 @@ def make_app(
     async def choosing(http: Http, body: ChooseBody) -> Response:
         slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
 
-        def asked(patience: Patience) -> Question:
-            given = body.prompt, slots, body.template, body.isolated, body.draws
-            return worker.question(*given, patience)
-
-        question, patience = await prepared(http, asked)
-
-        def job(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
-            return write_choose(model, question, body.seed)
-
-        for _, event in await gathered(http, Stream(worker, [job], patience)):
+        task = ChooseRequest(
+            body.prompt, slots, body.template, body.isolated, body.seed, body.draws
+        )
+        work, patience = await prepared(http, lambda patience: worker.prepare(task, patience))
+        for _, event in await gathered(http, Stream(worker, [work], patience)):
             if not isinstance(event, Reading):
                 return JSONResponse({"probabilities": event}, headers=answer_headers(body))
         raise Refused(503, "the server is shutting down", "stopping")
+
+    @app.post("/v1/edit", responses=responses)
+    async def editing(http: Http, body: EditBody) -> Response:
+        task = EditRequest(
+            body.text, body.instruction, span(body.lines), body.strength, body.steps, body.seed
+        )
+        work, patience = await prepared(http, lambda patience: worker.prepare(task, patience))
+        stream = Stream(worker, [work], patience)
+        if not body.stream_drafts:
+            for _, event in await gathered(http, stream):
+                if isinstance(event, EditResult):
+                    return JSONResponse(edit_facts(event), headers=answer_headers(body))
+            raise Refused(503, "the server is shutting down", "stopping")
+        events = await begun(http, stream)
+
+        async def lines() -> AsyncIterator[str]:
+            async for _, event in events:
+                if isinstance(event, Draft):
+                    yield draft_event(0, event)
+                elif isinstance(event, EditResult):
+                    yield sse(edit_facts(event))
+
+        return Lines(lines(), stream, answer_headers(body))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -668,3 +670,13 @@ def fill_facts(event: object, choice: Choice) -> dict[str, Any]:
         return {}
     steps = choice.done.denoising_steps
     return {"text": choice.text, "values": {}, "denoising_steps": steps, "notes": []}
+
+
+def edit_facts(result: EditResult) -> dict[str, Any]:
+    """An edited text as JSON."""
+    return {"text": result.text, "denoising_steps": result.steps, "notes": list(result.notes)}
+
+
+def span(lines: list[int] | None) -> tuple[int, int] | None:
+    """First and last line."""
+    return None if lines is None else (lines[0], lines[1])

@@ -3,13 +3,13 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from .context import Context, SessionError
-from .generation import ContextError, Done, Event, stream_generate
+from .context import ContextError, PromptCache, SessionError
+from .generation import stream_generate
 from .guards import Guards
 from .model import DiffusionGemma
-from .sampler import Sampler
+from .request import Done, Event, Settings
 from .tokenizer import Declaration, Message, Tokenizer
 from .turns import Text, Thought, ToolCall
 
@@ -35,9 +35,8 @@ class ChatSession:
         system: the system message.
         tools: function declarations in JSON Schema, as the `openai` client sends them.
         enable_thinking: ask for thoughts before an answer.
-        guards: what to do about bad canvases; all on unless told otherwise.
-        max_tokens, steps, sampler, shrink: as in `stream_generate`; these and `guards` are
-            attributes, and may change between turns.
+        settings: see `Settings`; they may change between turns. Guards are all on unless told
+            otherwise.
 
     Raises:
         SessionError: the template ignores tools or thinking, so asking for them would do nothing;
@@ -52,21 +51,16 @@ class ChatSession:
         system: str | None = None,
         tools: Sequence[Declaration] = (),
         enable_thinking: bool = False,
-        guards: Guards | None = None,
-        max_tokens: int | None = None,
-        steps: int | None = None,
-        sampler: Sampler | None = None,
-        shrink: bool = False,
+        **settings: Unpack[Settings],
     ):
         self._model = model
         self._tokenizer = tokenizer
-        self._context = Context(model)
+        self._context = PromptCache(model)
         self._messages: list[Message] = []
         self._unanswered: list[Message] | None = None
         self._tools = list(tools)
         self._thinking = False
-        self.guards = guards or Guards()
-        self.max_tokens, self.steps, self.sampler, self.shrink = max_tokens, steps, sampler, shrink
+        self.settings: Settings = {"guards": Guards(), **settings}
         self.enable_thinking = enable_thinking
         if not all(map(_is_declaration, self._tools)):
             raise SessionError("a tool is no declaration of a function")
@@ -80,7 +74,7 @@ class ChatSession:
         return tuple(self._messages)
 
     @property
-    def context(self) -> Context:
+    def context(self) -> PromptCache:
         """What the model has read."""
         return self._context
 
@@ -206,7 +200,7 @@ class ChatSession:
             SessionError: there is no such file, it is damaged or no session, or another model's;
                 this session is as it was.
         """
-        context, extra = Context.load(path, self._model)
+        context, extra = PromptCache.load(path, self._model)
         if extra is None:
             raise SessionError(f"{path} is a prompt cache, not a session")
         messages, tools, thinking = _conversation(path, extra)
@@ -244,14 +238,12 @@ class ChatSession:
         events = stream_generate(
             self._model,
             self._tokenizer,
-            self._tokenizer.encode(self._render(asked)),
-            max_tokens=self.max_tokens,
-            steps=self.steps,
+            asked,
+            prompt_cache=self._context,
             seed=seed,
-            sampler=self.sampler,
-            context=self._context,
-            guards=self.guards,
-            shrink=self.shrink,
+            tools=self._tools,
+            enable_thinking=self._thinking,
+            **self.settings,
         )
         return self._record(asked, events)
 

@@ -34,7 +34,7 @@ class TooLong(Error):
     """A text that has too many tokens, which was seen before all of it was encoded."""
 
 
-def unhurried() -> None:
+def no_check() -> None:
     """Nothing is to be checked."""
 
 
@@ -117,7 +117,7 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab()), default=1)
 
     def encode_within(
-        self, text: str, most: int, what: str, check: Callable[[], None] = unhurried
+        self, text: str, most: int, what: str, check: Callable[[], None] = no_check
     ) -> list[int]:
         """As `encode`, of a text that is refused early if it must have more than `most` tokens.
 

@@ -267,3 +267,34 @@ def _separator(text: str, at: int, end: str) -> int:
     if text.startswith(end, at):
         return at
     raise CallError(f"a comma or {end} is missing at character {at}")
+
+
+class Stopper:
+    """Text up to the first of some stop strings; what may become one waits."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """What can be shown now that this text has come."""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self.hit = bool(found)
+        end = len(self._held) if not found else min(found)
+        if not found:
+            waits = (
+                n
+                for stop in self._stop
+                for n in range(min(len(stop) - 1, len(self._held)), 0, -1)
+                if self._held.endswith(stop[:n])
+            )
+            end -= max(waits, default=0)
+        shown, self._held = self._held[:end], "" if found else self._held[end:]
+        return shown
+
+    def rest(self) -> str:
+        """What waited in vain."""
+        shown, self._held = self._held, ""
+        return shown

@@ -4,35 +4,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
-from .batch import Batch
-from .canvas import forced_tokens
-from .choosing import Question, make_question
-from .context import Context, Contexts
-from .denoise import Run
+from .context import ContextError, PrefixCache, PromptCache
+from .decoding import Batch
 from .errors import Error
-from .filling import Form, Hole, TemplateError, make_form
-from .generation import (
-    ContextError,
-    Done,
-    Request,
-    encode_opening,
-    encode_prompt,
-    room_behind,
-    write_events,
-)
+from .generation import Answer
 from .model import DiffusionGemma
-from .schema import Compiled, compiled
+from .request import Done, Prepared, Task
 from .tokenizer import Tokenizer, TooLong
 from .vocabulary import Vocabulary
 
 # What is given to whoever waits: events, at the end None, or an exception.
 Listener = Callable[[object], None]
-# Work that is no request for an answer (filling, choosing); called on the thread.
-Job = Callable[[DiffusionGemma, Tokenizer], Run[object, None]]
+Item = TypeVar("Item")
 
 _log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
@@ -94,7 +82,7 @@ class Patience:
 class Ticket:
     """A request on its way."""
 
-    work: Request | Job
+    work: Prepared[object]
     listen: Listener
     patience: Patience
     cancelled: bool = False
@@ -117,7 +105,7 @@ class Counters:
 @dataclass
 class _Running:
     ticket: Ticket
-    context: Context | None
+    prompt_cache: PromptCache
 
 
 class Worker:
@@ -189,6 +177,11 @@ class Worker:
         """Requests being answered."""
         return len(self._running)
 
+    @property
+    def model(self) -> DiffusionGemma:
+        """The model; its arrays are for the worker's thread alone."""
+        return self._model
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What the model's tokens can spell; for any thread."""
@@ -201,28 +194,16 @@ class Worker:
     # What follows is for the thread of whoever asks: it may take seconds, and on the worker's
     # thread it would hold up the others. All of it raises Gone or Timeout, as `Patience.check`.
 
-    def prepared(self, request: Request, patience: Patience | None = None) -> Request:
-        """The request with its prompt and opening encoded and its schema compiled.
+    def prepare(self, task: Task[Item], patience: Patience | None = None) -> Prepared[Item]:
+        """The request with its text encoded and its schema compiled.
 
         Raises:
-            ContextError, TokenizerError, SchemaError: as `stream_generate` does.
+            Error: as the task's own `prepare`.
         """
-        patience = patience or self.patience()
-        ids = encode_prompt(
-            self.tokenizer,
-            request.prompt,
-            most=self._model.context,
-            enable_thinking=request.enable_thinking,
-            tools=request.tools,
-            check=patience.check,
-        )
-        room_behind(self._model, ids)
-        opening = encode_opening(self._model, self.tokenizer, request.opening)
-        schema = request.schema
-        if schema is not None and not isinstance(schema, Compiled):
-            schema = compiled(schema, self.vocabulary)
-        patience.check()
-        return replace(request, prompt=ids, schema=schema, opening=opening)
+        check = (patience or self.patience()).check
+        prepared = task.prepare(self._model, self.vocabulary, check)
+        check()
+        return prepared
 
     def encoded(self, text: str, patience: Patience) -> list[int]:
         """Ids of a text that has to fit into the context.
@@ -236,59 +217,10 @@ class Worker:
         except TooLong as error:
             raise ContextError(f"{error}, and no more fits into the context") from None
 
-    def form(self, parts: list[str | Hole], prompt: str | None, patience: Patience) -> Form:
-        """A text with holes in tokens.
-
-        Raises:
-            TemplateError, ContextError: as `make_form` does, or the text has more characters than
-                any context has room for.
-        """
-        given = sum(len(part) for part in parts if isinstance(part, str))
-        most = self._model.context * self.tokenizer.longest
-        if given > most:
-            raise TemplateError(
-                f"the template has {given:,} characters; the context of {self._model.context:,} "
-                f"tokens of at most {self.tokenizer.longest} has room for {most:,}"
-            )
-        return make_form(self._model, self.vocabulary, parts, prompt, patience.check)
-
-    def question(
-        self,
-        prompt: str,
-        slots: Mapping[str, Sequence[str]],
-        template: str | None,
-        isolated: bool,
-        draws: int,
-        patience: Patience,
-    ) -> Question:
-        """Slots and labels in tokens.
-
-        Raises:
-            ChooseError, ContextError: as `make_question` does.
-        """
-        return make_question(
-            self._model,
-            self.vocabulary,
-            prompt,
-            slots,
-            template,
-            isolated,
-            draws,
-            patience.check,
-        )
-
-    def canvas(self, pieces: Sequence[tuple[str, bool]], patience: Patience) -> list[int | None]:
-        """A canvas of text pieces in tokens.
-
-        Raises:
-            CanvasError, VocabularyError: as `forced_tokens` does.
-        """
-        return forced_tokens(self._model, self.vocabulary, pieces, patience.check)
-
     def submit(
-        self, work: Request | Job, listen: Listener, patience: Patience | None = None
+        self, work: Prepared[object], listen: Listener, patience: Patience | None = None
     ) -> Ticket:
-        """Queue work; a request has to be `prepared`.
+        """Queue a request that is prepared.
 
         `listen` is called on the thread: with events, an exception, at last None.
 
@@ -322,18 +254,18 @@ class Worker:
             "canvas": config.canvas_length,
         }
         batch = Batch[object](model)
-        contexts = Contexts(model, self._cache_bytes)
+        prefix_cache = PrefixCache(model, self._cache_bytes)
         self._ready.set()
         while not self._stopping.is_set():
-            self._admit(batch, contexts)
-            self._advance(batch, contexts)
+            self._admit(batch, prefix_cache)
+            self._advance(batch, prefix_cache)
             self._drop(batch)
         batch.close()
         for ticket in [*(running.ticket for running in self._running.values()), *self._waiting]:
             ticket.listen(Stopped("the server is shutting down"))
             ticket.listen(None)
 
-    def _admit(self, batch: Batch[object], contexts: Contexts) -> None:
+    def _admit(self, batch: Batch[object], prefix_cache: PrefixCache) -> None:
         """Take from the queue while there is room; waits where nothing else is to be done."""
         while self.running < self._max_batch:
             with self._changed:
@@ -347,28 +279,25 @@ class Worker:
                 self.counters.cancelled += 1
                 continue
             try:
-                self._begin(ticket, batch, contexts)
+                self._begin(ticket, batch, prefix_cache)
             except Exception as error:
                 self._end(ticket, error)
 
     def _next(self) -> Ticket | None:
-        """The first in the queue that may begin: jobs leave half of the places to requests."""
-        jobs = sum(not isinstance(each.ticket.work, Request) for each in self._running.values())
-        room = jobs < max(self._max_batch // 2, 1)
-        return next((t for t in self._waiting if room or isinstance(t.work, Request)), None)
+        """The first in the queue that may begin.
 
-    def _begin(self, ticket: Ticket, batch: Batch[object], contexts: Contexts) -> None:
-        context: Context | None = None
-        if isinstance(ticket.work, Request):
-            ids = encode_prompt(self.tokenizer, ticket.work.prompt)  # they are ids already
-            context = contexts.take(ids)
-            request = replace(ticket.work, prompt=ids, context=context)
-            run: Run[object, None] = write_events(self._model, self.tokenizer, request)
-        else:
-            run = ticket.work(self._model, self.tokenizer)
-        self._running[batch.add(run)] = _Running(ticket, context)
+        Fills, edits and choices, which have many canvases, leave half of the places to answers.
+        """
+        others = sum(not isinstance(each.ticket.work, Answer) for each in self._running.values())
+        room = others < max(self._max_batch // 2, 1)
+        return next((t for t in self._waiting if room or isinstance(t.work, Answer)), None)
 
-    def _advance(self, batch: Batch[object], contexts: Contexts) -> None:
+    def _begin(self, ticket: Ticket, batch: Batch[object], prefix_cache: PrefixCache) -> None:
+        prompt_cache = prefix_cache.take(ticket.work.prompt)
+        key = batch.add(ticket.work.run(prompt_cache))
+        self._running[key] = _Running(ticket, prompt_cache)
+
+    def _advance(self, batch: Batch[object], prefix_cache: PrefixCache) -> None:
         if not len(batch):
             return
         try:
@@ -376,6 +305,8 @@ class Worker:
                 running = self._running[key]
                 if event is None or isinstance(event, Exception):
                     del self._running[key]
+                    if event is None:
+                        prefix_cache.give(running.prompt_cache)
                     self._end(running.ticket, event)
                     continue
                 running.ticket.listen(event)
@@ -384,8 +315,6 @@ class Worker:
                     self.counters.cached_tokens += event.cached_tokens
                     self.counters.generated_tokens += event.generated_tokens
                     self.counters.denoising_steps += event.denoising_steps
-                    if running.context is not None:
-                        contexts.give(running.context)
         except Exception as error:  # of a common pass: all are told, and the thread goes on
             for key, running in list(self._running.items()):
                 batch.remove(key)

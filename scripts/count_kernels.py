@@ -720,14 +720,14 @@ def grouped(
 def run_ours(directory: str, recorder: Recorder) -> Cost:
     """The third step of mlx-diffgemma."""
     recorder.install()
-    from mlx_diffgemma import Context, load
+    from mlx_diffgemma import PromptCache, load
     from mlx_diffgemma.denoise import denoise
     from mlx_diffgemma.sampler import SeededDraws
 
     # On a CPU the default is float32, whatever is stored.
     dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
     model, _ = load(directory, dtype=dtype)
-    context = Context(model)
+    context = PromptCache(model)
     context.read(list(range(100, 164)))
     draws = SeededDraws(0, model.config.vocab_size)
     config = model.generation.override(max_denoising_steps=4)

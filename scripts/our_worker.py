@@ -6,7 +6,7 @@ from time import perf_counter
 
 from worker import Answer, between, main, now
 
-from mlx_diffgemma import Context, Done, Draft, load, stream_generate
+from mlx_diffgemma import Done, Draft, PromptCache, load, stream_generate
 
 
 class System:
@@ -16,11 +16,11 @@ class System:
         # On a CPU the default is float32, whatever is stored.
         dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
         self._model, self._tokenizer = load(directory, dtype=dtype)
-        self._context: Context | None = None
+        self._context: PromptCache | None = None
 
     def remember(self) -> None:
         """Keep what was read."""
-        self._context = Context(self._model)
+        self._context = PromptCache(self._model)
 
     def answer(self, prompt: list[int], steps: int, max_tokens: int) -> Answer:
         started = perf_counter()

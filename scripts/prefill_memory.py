@@ -21,10 +21,10 @@ def measure(directory: str, tokens: int, chunk: int) -> dict[str, float]:
     """Read a prompt of so many tokens."""
     import mlx.core as mx
 
-    from mlx_diffgemma import Context, load
+    from mlx_diffgemma import PromptCache, load
 
     model, _ = load(directory)
-    context = Context(model)
+    context = PromptCache(model)
     weights = mx.get_active_memory()
     mx.reset_peak_memory()
     started = perf_counter()

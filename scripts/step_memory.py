@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 from small_checkpoint import write_small
 
-from mlx_diffgemma import Context
+from mlx_diffgemma import PromptCache
 from mlx_diffgemma.denoise import denoise
 from mlx_diffgemma.loading import load_model
 from mlx_diffgemma.sampler import SeededDraws
@@ -34,7 +34,7 @@ def main() -> None:
         model = load_model(directory, dtype="float32")
         if arguments.kept:
             model.keep_table(mx.eval)
-        context = Context(model)
+        context = PromptCache(model)
         context.read(list(range(64)))
         mx.clear_cache()
         weights = mx.get_active_memory()

@@ -12,7 +12,6 @@ from random_model import untrained
 
 from mlx_diffgemma import (
     ConfidenceThreshold,
-    Context,
     ContextError,
     DiffusionGemma,
     Done,
@@ -21,6 +20,7 @@ from mlx_diffgemma import (
     Event,
     FillResult,
     Guards,
+    PromptCache,
     Request,
     SeededDraws,
     Text,
@@ -29,9 +29,9 @@ from mlx_diffgemma import (
     stream_batch,
     stream_generate,
 )
-from mlx_diffgemma.batch import Batch
+from mlx_diffgemma.bench import Run
 from mlx_diffgemma.choosing import make_question, write_choose
-from mlx_diffgemma.denoise import Run, drive
+from mlx_diffgemma.decoding import Batch, drive
 from mlx_diffgemma.filling import make_form, parse_template, write_fill
 from mlx_diffgemma.generation import write_events
 from mlx_diffgemma.guards import OFF
@@ -187,7 +187,7 @@ def test_removing_a_request_frees_what_it_holds() -> None:
 
 
 def test_a_context_serves_one_request_after_another() -> None:
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     for cached in (0, 30):
         (done,) = [
             event

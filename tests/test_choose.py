@@ -8,8 +8,8 @@ import pytest
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.choosing import MOST_CANVASES, ChooseError, choose, make_question
 from mlx_diffgemma.context import prefill
-from mlx_diffgemma.generation import encode_prompt
 from mlx_diffgemma.model import Pass
+from mlx_diffgemma.request import encode_prompt
 from mlx_diffgemma.sampler import SeededDraws
 from mlx_diffgemma.vocabulary import Vocabulary
 

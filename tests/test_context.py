@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import untrained
 
-from mlx_diffgemma import Context, DiffusionGemma, SessionError, SettingError
+from mlx_diffgemma import DiffusionGemma, PromptCache, SessionError, SettingError
 from mlx_diffgemma import context as module
-from mlx_diffgemma.context import Contexts, fingerprint, prefill
+from mlx_diffgemma.context import PrefixCache, fingerprint, prefill
 
 MODEL = untrained(20, 8, windows=(6, None, 9))
 CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def logits(model: DiffusionGemma, context: Context) -> np.ndarray[Any, Any]:
+def logits(model: DiffusionGemma, context: PromptCache) -> np.ndarray[Any, Any]:
     return np.array(model(CANVAS, context.cache))
 
 
 def fresh(model: DiffusionGemma, tokens: list[int]) -> np.ndarray[Any, Any]:
-    context = Context(model)
+    context = PromptCache(model)
     assert context.read(tokens) == len(tokens)
     return logits(model, context)
 
@@ -41,7 +41,7 @@ def test_any_sequence_of_prompts_gives_the_logits_of_the_last_one_alone(
     """Each prompt keeps a part of the one before and goes on differently."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WORTH_A_MARK", worth)
-        context, tokens = Context(MODEL), [7]
+        context, tokens = PromptCache(MODEL), [7]
         for kept, more in edits:
             tokens = [7, *tokens[1:kept], *more]
             saved = context.shared(tokens)
@@ -52,7 +52,7 @@ def test_any_sequence_of_prompts_gives_the_logits_of_the_last_one_alone(
 
 
 def test_only_what_is_new_is_encoded() -> None:
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     document = [i % 20 for i in range(400)]
     assert context.read([*document, 1, 2]) == 402
     assert context.read([*document, 1, 2, 3, 4]) == 2
@@ -71,7 +71,7 @@ def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
     model = untrained(20, 8, windows=(6, None, None), context=1 << 15)
     above = []
     for length in (1_000, 1_000, 16_000):  # the first compiles
-        context = Context(model)
+        context = PromptCache(model)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -84,7 +84,7 @@ def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
 
 
 def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     for count in range(20, 200, 20):
         context.read([1] * count)
     # Keys and values, two sliding layers that keep 5 and 8 tokens of 16 numbers.
@@ -100,7 +100,7 @@ def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers used to hold the new tokens and some not."""
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     context.read([1, 2, 3])
 
     def interrupted(model: DiffusionGemma, tokens: Any, cache: Any, chunk: int) -> None:
@@ -118,7 +118,7 @@ def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.Mon
 
 def test_what_cannot_be_read_leaves_the_context_as_it_was() -> None:
     """Ids beyond the vocabulary were read from beyond the table; a chunk of 0 never ended."""
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     context.read([1, 2, 3])
     for ids in ([1, 20], [-1], [2**40], [1.0], [True], ["1"]):
         wrong: Any = ids
@@ -136,14 +136,14 @@ def test_what_cannot_be_read_leaves_the_context_as_it_was() -> None:
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1] * 30, [1] * 30 + [2] * 9], []])
 def test_save_and_load(prompts: list[list[int]], tmp_path: Path) -> None:
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     for prompt in prompts:
         context.read(prompt)
     context.extend([4, 4])
     file = tmp_path / "chat"
     context.save(file, {"said": "ähem"})
     assert [path.name for path in tmp_path.iterdir()] == ["chat"]
-    again, extra = Context.load(file, MODEL)
+    again, extra = PromptCache.load(file, MODEL)
     assert extra == {"said": "ähem"}
     assert again.tokens == context.tokens
     np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, context))
@@ -154,22 +154,22 @@ def test_save_and_load(prompts: list[list[int]], tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "chat"
-    context = Context(MODEL)
+    context = PromptCache(MODEL)
     context.read([1, 2, 3])
     context.save(file)
     other = untrained(20, 8, windows=(6, None, 9), seed=4)
     with pytest.raises(SessionError, match="another model"):
-        Context.load(file, other)
+        PromptCache.load(file, other)
     with pytest.raises(SessionError, match="not a file"):
-        Context.load(tmp_path / "nothing", MODEL)
+        PromptCache.load(tmp_path / "nothing", MODEL)
     mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(2)})
     with pytest.raises(SessionError, match="not a context"):
-        Context.load(tmp_path / "weights.safetensors", MODEL)
+        PromptCache.load(tmp_path / "weights.safetensors", MODEL)
     whole = file.read_bytes()
     for size in (0, 5, 200, len(whole) - 8):
         file.write_bytes(whole[:size])
         with pytest.raises(SessionError, match="damaged"):
-            Context.load(file, MODEL)
+            PromptCache.load(file, MODEL)
     with pytest.raises(SessionError, match="cannot be written"):
         context.save(tmp_path / "no" / "such" / "folder")
     with pytest.raises(SessionError, match="cannot be written"):
@@ -188,7 +188,7 @@ def test_a_fingerprint_tells_weights_apart() -> None:
 def test_contexts_of_earlier_prompts_are_kept_within_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept = Contexts(MODEL, 1 << 20)
+    kept = PrefixCache(MODEL, 1 << 20)
     first = kept.take([1] * 300)
     assert first.read([1] * 300) == 300
     kept.give(first)
@@ -205,6 +205,6 @@ def test_contexts_of_earlier_prompts_are_kept_within_bounds(
     monkeypatch.setattr(module, "MOST_CONTEXTS", 1)
     kept.give(kept.take([9]))
     assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 0
-    none = Contexts(MODEL, 0)
+    none = PrefixCache(MODEL, 0)
     none.give(first)
     assert none.nbytes == 0

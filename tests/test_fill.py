@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
+from mlx_diffgemma.context import ContextError
 from mlx_diffgemma.filling import Hole, TemplateError, fill, parse_template, stream_fill
-from mlx_diffgemma.generation import ContextError, Draft
 from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.request import Draft
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)

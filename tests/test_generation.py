@@ -30,11 +30,12 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.canvas import CanvasError, fill_start
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.generation import Committed, Stopper, generate_tokens
+from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.model import LayerCache
+from mlx_diffgemma.starts import CanvasError, fill_start
+from mlx_diffgemma.turns import Stopper
 from mlx_diffgemma.vocabulary import Vocabulary
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma import load, stream_generate
+from mlx_diffgemma.context import ContextError
 from mlx_diffgemma.errors import Error
-from mlx_diffgemma.generation import ContextError
 from mlx_diffgemma.info import Info, Part, inspect
 from mlx_diffgemma.loading import EMBEDDED
 from mlx_diffgemma.memory import TooLarge, fit, read_size

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_diffgemma import ConfidenceThreshold, EntropyBound, GenerationConfig, SeededDraws
 from mlx_diffgemma import sampler as rules
-from mlx_diffgemma.config import SettingError
+from mlx_diffgemma.arguments import SettingError
 
 
 def test_temperature_runs_from_t_max_to_one_step_above_t_min() -> None:

@@ -20,8 +20,9 @@ from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
 from mlx_diffgemma.automaton import Repeat
-from mlx_diffgemma.generation import Committed, Done, generate_tokens
+from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.request import Done
 from mlx_diffgemma.sampler import SeededDraws
 from mlx_diffgemma.schema import (
     SchemaError,

@@ -17,12 +17,12 @@ from random_model import Scripted, scripted, untrained
 
 from mlx_diffgemma import (
     ChatSession,
-    Context,
     ContextError,
     Done,
     Draft,
     Event,
     Guards,
+    PromptCache,
     Reading,
     SessionError,
     Text,
@@ -80,7 +80,7 @@ def test_a_cached_session_answers_as_one_encoded_from_scratch() -> None:
         assert text_of(events) == again
         # The same logits for a canvas behind all that was said.
         prompt = TOKENIZER.encode(TOKENIZER.render_chat(talk.messages))
-        fresh = Context(MODEL)
+        fresh = PromptCache(MODEL)
         fresh.read(prompt)
         talk.context.read(prompt)
         canvas = mx.array([[5] * 16])
@@ -197,7 +197,7 @@ def test_save_and_load_go_on_alike(tmp_path: Path) -> None:
     assert text_of(list(talk.stream("x", seed=1))) == text_of(list(again.stream("x", seed=1)))
     with pytest.raises(SessionError, match="another model"):
         ChatSession.load(file, untrained(768, 16, windows=(40, None), seed=9), TOKENIZER)
-    Context(MODEL).save(file)
+    PromptCache(MODEL).save(file)
     with pytest.raises(SessionError, match="prompt cache"):
         ChatSession.load(file, MODEL, TOKENIZER)
 
@@ -367,10 +367,10 @@ def test_a_full_disk_leaves_the_old_session(saved: Path, tmp_path: Path) -> None
     code = """
 import resource, sys
 from pathlib import Path
-from mlx_diffgemma import Context, Error
+from mlx_diffgemma import PromptCache, Error
 from random_model import untrained
 model = untrained(768, 16, windows=(40, None))
-context, extra = Context.load(Path(sys.argv[1]), model)
+context, extra = PromptCache.load(Path(sys.argv[1]), model)
 context.extend([30] * 200)
 resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 try:

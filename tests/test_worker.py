@@ -12,13 +12,15 @@ import pytest
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Done, Draft, FillResult, Request, Tokenizer
-from mlx_diffgemma.batch import SLICE
-from mlx_diffgemma.canvas import pinned_start
+from mlx_diffgemma.bench import Run
 from mlx_diffgemma.choosing import choose, write_choose
-from mlx_diffgemma.denoise import Run
+from mlx_diffgemma.context import Reading
+from mlx_diffgemma.decoding import SLICE
 from mlx_diffgemma.filling import TemplateError, parse_template, write_fill
-from mlx_diffgemma.generation import Reading, fresh_draws, write_events
+from mlx_diffgemma.generation import write_events
 from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.request import fresh_draws
+from mlx_diffgemma.starts import pinned_start
 from mlx_diffgemma.worker import Busy, Gone, Ticket, Timeout, Worker
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
