@@ -545,8 +545,11 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
 
 
 def test_a_deadline_that_has_passed_refuses_any_schema() -> None:
+    late = time.monotonic()
     with pytest.raises(SchemaError, match="compiling the schema took longer than 0 seconds"):
-        compiled({"type": "null"}, Vocabulary(RANDOM, TOKENIZER), time.monotonic())
+        compiled({"type": "null"}, Vocabulary(RANDOM, TOKENIZER), late)
+    with pytest.raises(SchemaError, match="compiling the schema took longer than 0 seconds"):
+        parse_schema({"type": "null"}, late)
 
 
 def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
