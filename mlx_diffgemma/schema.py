@@ -619,6 +619,8 @@ class _Reader:
         if "properties" in rules:
             members = rules["properties"].items()
             rules["properties"] = {name: self._resolve(member) for name, member in members}
+        if rules.get("maxItems") == 0:
+            rules.pop("items", None)  # nobody has read it
         if "items" in rules:
             rules["items"] = self._resolve(rules["items"])
         if "anyOf" in rules:

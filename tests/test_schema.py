@@ -567,6 +567,12 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     assert time.monotonic() - began < 5
 
 
+def test_what_no_document_can_have_is_not_read() -> None:
+    loop = {"items": {"$ref": "#/items"}, "maxItems": 0}
+    for schema in (loop, {"maxItems": 0.0, "items": {"properties": 1}}):
+        compiled(schema, Vocabulary(RANDOM, TOKENIZER)).check("[]")
+
+
 def test_long_strings_share_the_tokens_that_they_are_made_of() -> None:
     """Each of a schema's long strings sorted and kept the whole vocabulary anew."""
     vocabulary = Vocabulary(RANDOM, TOKENIZER)
