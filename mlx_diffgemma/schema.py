@@ -481,8 +481,8 @@ class _Reader:
         self._inside: list[str] = []
         self._depth = 0
         self._parts = 0
-        # By target of a reference: its pattern and its parts.
-        self._known: dict[str, tuple[Pattern, int]] = {}
+        # By target of a reference. What refers to it often is counted by `_Encoder`.
+        self._known: dict[str, Pattern] = {}
         self._resolved: dict[str, Schema] = {}
         self._validator = _library(deadline)
 
@@ -564,16 +564,11 @@ class _Reader:
         target = rules["$ref"]
         if target in self._inside:
             raise SchemaError(f"{where}: {_shown(target)} contains itself, which is not supported")
-        if target in self._known:
-            pattern, parts = self._known[target]
-            self._count(parts)
-            return pattern
-        before = self._parts
-        self._inside.append(target)
-        pattern = self.value(self._found(target, where), _shown(target))
-        self._inside.pop()
-        self._known[target] = pattern, self._parts - before
-        return pattern
+        if target not in self._known:
+            self._inside.append(target)
+            self._known[target] = self.value(self._found(target, where), _shown(target))
+            self._inside.pop()
+        return self._known[target]
 
     def _found(self, target: str, where: str) -> Any:
         """What a reference names, inside of this schema; nothing else is looked up."""
@@ -600,6 +595,8 @@ class _Reader:
         if "properties" in rules:
             members = rules["properties"].items()
             rules["properties"] = {name: self._resolve(member) for name, member in members}
+        if rules.get("maxItems") == 0:
+            rules.pop("items", None)  # nobody has read it
         if "items" in rules:
             rules["items"] = self._resolve(rules["items"])
         if "anyOf" in rules:

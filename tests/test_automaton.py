@@ -15,6 +15,7 @@ from slow import best_canvas
 from mlx_diffgemma.automaton import (
     Choice,
     Deadline,
+    Graph,
     Literal,
     Machine,
     Pattern,
@@ -161,6 +162,8 @@ def test_a_pattern_is_given_up_at_its_deadline() -> None:
     slow = Repeat(Choice((Literal((1, 2)), Repeat(Tokens((1,)), 0, 50))), 0, 500)
     with pytest.raises(PatternTimeout, match="took longer than 3 seconds"):
         compile_pattern(slow, Deadline(3, time.monotonic() - 1))
+    with pytest.raises(PatternTimeout):
+        slow.build(Graph(deadline=Deadline(3, time.monotonic() - 1)), 0)
     began = time.monotonic()
     with pytest.raises(PatternTimeout, match="took longer than 0 seconds"):
         compile_pattern(slow, Deadline.within(10, began))

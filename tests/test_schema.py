@@ -546,8 +546,11 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
 
 
 def test_a_deadline_that_has_passed_refuses_any_schema() -> None:
+    late = time.monotonic()
     with pytest.raises(SchemaError, match="compiling the schema took longer than 0 seconds"):
-        compiled({"type": "null"}, Vocabulary(RANDOM, TOKENIZER), time.monotonic())
+        compiled({"type": "null"}, Vocabulary(RANDOM, TOKENIZER), late)
+    with pytest.raises(SchemaError, match="compiling the schema took longer than 0 seconds"):
+        parse_schema({"type": "null"}, late)
 
 
 def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +566,12 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5
+
+
+def test_what_no_document_can_have_is_not_read() -> None:
+    loop = {"items": {"$ref": "#/items"}, "maxItems": 0}
+    for schema in (loop, {"maxItems": 0.0, "items": {"properties": 1}}):
+        compiled(schema, Vocabulary(RANDOM, TOKENIZER)).check("[]")
 
 
 def test_long_strings_share_the_tokens_that_they_are_made_of() -> None:
