@@ -365,14 +365,13 @@ def converted(job: Job) -> Iterator[Piece]:
         arrays = [_read(tensor, start, stop) for tensor in job.sources]
         plain = arrays[0] if job.packed is None else _unpacked(arrays, job.packed)
         target = _FLOATS.get(job.parts[-1][1], plain.dtype)
+        damaged = _not_finite(weight.name, plain)
         made = [plain.astype(target)]
-        after = _not_finite(weight.name, made[0])
+        lost = 0 if plain.dtype == target else _not_finite(weight.name, made[0]) - damaged
         if job.wanted is not None:
             made = list(mx.quantize(made[0], **asdict(job.wanted)))
-            after = mx.maximum(after, _not_packed(plain, made, job.wanted))
-        before = _not_finite(weight.name, plain)
-        mx.eval(made, before, after)
-        yield Piece(made, int(before), int(after) - int(before))
+            lost = lost or _not_packed(plain, made, job.wanted) - damaged
+        yield Piece(made, damaged, lost)
         mx.clear_cache()
 
 
@@ -386,24 +385,23 @@ def _unpacked(arrays: list[mx.array], packed: Quantization) -> mx.array:
     )
 
 
-def _not_finite(name: str, numbers: mx.array) -> mx.array:
+def _not_finite(name: str, numbers: mx.array) -> int:
     """How many are NaN, or infinite where the name is not one of a bound."""
-    if name.endswith(_BOUNDS):
-        return mx.isnan(numbers).sum()
-    return (~mx.isfinite(numbers)).sum()
+    bad = mx.isnan(numbers) if name.endswith(_BOUNDS) else ~mx.isfinite(numbers)
+    return int(bad.sum())
 
 
-def _not_packed(plain: mx.array, made: list[mx.array], wanted: Quantization) -> mx.array:
+def _not_packed(plain: mx.array, made: list[mx.array], wanted: Quantization) -> int:
     """How many numbers a format could not hold: they came out infinite, or far too small."""
     if wanted.mode == "affine":
         scales, biases = made[1:]
-        return (~mx.isfinite(scales + biases)).sum() * wanted.group_size
+        return int((~mx.isfinite(scales + biases)).sum()) * wanted.group_size
     weight, scales = made
     back = mx.dequantize(
         weight, scales, None, wanted.group_size, wanted.bits, wanted.mode, dtype=mx.float32
     )
     too_large = mx.abs(plain) > _LARGEST.get(wanted.mode, mx.inf)
-    return (~mx.isfinite(back) | too_large).sum()
+    return int((~mx.isfinite(back) | too_large).sum())
 
 
 def _check_finite(job: Job, damaged: int, lost: int) -> None:

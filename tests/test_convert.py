@@ -1,5 +1,6 @@
 """Conversion: the published layout, the right numbers, and nothing half-written."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -418,6 +419,29 @@ def test_one_at_a_time_whoever_comes(tmp_path: Path) -> None:
     assert set(most) == {1}
     assert said == {f"another conversion is writing {target}"}
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_on_a_file_that_is_gone_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, its holder may finish and a third may begin."""
+    room, flock, third = tmp_path / ".out.incomplete", fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not third:
+            (room / "lock").rename(tmp_path / "gone")
+            third.append((room / "lock").open("w"))
+            flock(third[0], how)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ConvertError, match="another conversion"), staged(tmp_path / "out"):
+        pytest.fail("two are inside")
+    assert os.listdir(room) == ["lock"]
+    third[0].close()
+    with staged(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["gone", "out"]
 
 
 def test_what_stands_in_the_way_is_left_alone(tmp_path: Path) -> None:
