@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from .bench import machine
 from .checkpoint import SHIPPED
-from .checks import LIMITS, NOTHING, Checks, Result, Subject
+from .checks import LIMITS, NOTHING, REAL, Checks, Result, Subject
 from .convert import Recipe, uniform
 from .convert.recipes import MODES
 from .demo import SCENES
@@ -91,7 +91,7 @@ def plan(checks: Checks, quick: bool) -> Iterator[Planned]:
         for part in (checks.layers, checks.readout):
             yield _planned(name, dtype, part, on)
     if not quick:
-        yield Planned("random, real width", "float32", checks.real_width)
+        yield Planned(REAL, "float32", checks.real_width)
 
 
 def _planned(

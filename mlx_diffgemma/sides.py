@@ -152,32 +152,36 @@ def pair(weights: Weights, reference: Side, tested: Side, keep: Sequence[str] = 
     return Pair(plain, model)
 
 
-def random_weights(config: Config, generation: GenerationConfig, table: Quantization) -> Weights:
-    """Random numbers in float16, of a size that activations stay near one.
+def random_weights(config: Config, generation: GenerationConfig, recipe: Recipe) -> Weights:
+    """Random numbers in float32, of a size that activations stay near one.
 
-    The embedding table is made in its packed form: unpacked it might not fit into memory.
+    Matrices are made in their packed form (affine): unpacked they might not fit into memory.
     """
-    keys = iter(mx.random.split(mx.random.key(1), 999))
+    rng = np.random.default_rng(1)
     arrays: dict[str, mx.array] = {}
-    model = DiffusionGemma(config, generation)
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    shapes = {name: array.shape for name, array in parameters.items()}
-    rows, width = shapes.pop(f"{EMBEDDING}.weight")
-    for name, shape in shapes.items():
-        noise = mx.random.normal(shape, mx.float16, key=next(keys))
-        # Logits of some units, of which the cap leaves most: neither all alike nor one for certain.
-        arrays[name] = noise * shape[-1] ** -0.5 if len(shape) > 1 else 1 + noise / 10
-        mx.eval(arrays[name])
-    words = rows, width * table.bits // 32
-    groups = rows, width // table.group_size
-    spread = 3 * width**-0.5  # of a row's numbers, which are uniform over 2^bits levels
-    step = spread * 12**0.5 / 2**table.bits
-    scales = step * (1 + mx.random.uniform(shape=groups, key=next(keys)) / 2)
-    arrays[f"{EMBEDDING}.weight"] = mx.random.randint(0, 2**32, words, mx.uint32, key=next(keys))
-    arrays[f"{EMBEDDING}.scales"] = scales.astype(mx.float16)
-    arrays[f"{EMBEDDING}.biases"] = (-scales * (2**table.bits - 1) / 2).astype(mx.float16)
-    mx.eval(arrays)
-    return Weights(config, generation, arrays, {EMBEDDING: table})
+    formats: dict[str, Quantization] = {}
+    parameters: dict[str, mx.array] = dict(
+        tree_flatten(DiffusionGemma(config, generation).parameters())
+    )
+    for name, shape in ((name, array.shape) for name, array in parameters.items()):
+        module, _, leaf = name.rpartition(".")
+        chosen = recipe.rule(module) if leaf == "weight" and len(shape) > 1 else None
+        if chosen is None:
+            arrays[name] = mx.array(1 + rng.standard_normal(shape, np.float32) / 10)
+            continue
+        formats[module] = chosen
+        *rows, width = shape
+        words, groups = width * chosen.bits // 32, width // chosen.group_size
+        # Numbers are uniform over 2^bits levels around zero. Logits then are some units, of which
+        # the cap leaves most: neither are all alike nor is one for certain.
+        spread = (3 if module == EMBEDDING else 1) * width**-0.5
+        step = spread * 12**0.5 / 2**chosen.bits
+        scales = step * rng.uniform(0.75, 1.25, (*rows, groups)).astype(np.float32)
+        drawn = rng.integers(0, 2**32, (*rows, words), np.uint32)
+        arrays[name] = mx.array(drawn)
+        arrays[f"{module}.scales"] = mx.array(scales)
+        arrays[f"{module}.biases"] = mx.array(scales * ((1 - 2**chosen.bits) / 2))
+    return Weights(config, generation, arrays, formats)
 
 
 # What is watched ---------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ def tapped(
 
 @dataclass(frozen=True)
 class Book:
-    """What a step reads off hidden states (B, L, hidden), with all logits at once.
+    """What a step reads off hidden states (B, L, hidden), with all logits at once, in float64.
 
     `best` and `sampled` are ids (B, L), `entropy` and `log_best` (of the best token) nats (B, L),
     `belief` is the expected embedding (B, L, hidden).
@@ -264,26 +268,24 @@ class Book:
 
 def by_the_book(model: DiffusionGemma, hidden: mx.array, heat: float, draws: SeededDraws) -> Book:
     """Definitions, in the order in which one would write them down."""
-    count = model.config.vocab_size
+    count, width = model.config.vocab_size, model.config.hidden_size
     starts = range(0, count, ROWS)
-    products = []
-    for first in starts:
-        products.append(hidden @ _rows(model, first).swapaxes(-1, -2))
-        mx.eval(products)
+    products = [np.array(hidden @ _rows(model, first).swapaxes(-1, -2)) for first in starts]
     cap = model.config.final_logit_softcapping
-    levels = mx.tanh(mx.concatenate(products, axis=-1) / cap) * cap / heat
-    log_p = levels - mx.logsumexp(levels, axis=-1, keepdims=True)
-    p = mx.exp(log_p)
-    expected = mx.zeros(hidden.shape)
+    levels = np.tanh(np.concatenate(products, axis=-1).astype(np.float64) / cap) * cap / heat
+    below = levels - levels.max(axis=-1, keepdims=True)
+    log_p = below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+    p = np.exp(log_p)
+    expected = np.zeros(hidden.shape)
     for first in starts:
-        expected = expected + p[..., first : first + ROWS] @ _rows(model, first)
-        mx.eval(expected)
+        some = mx.array(p[..., first : first + ROWS].astype(np.float32))
+        expected += np.array(some @ _rows(model, first))
     return Book(
-        best=mx.argmax(levels, axis=-1),
-        sampled=_drawn(p, draws),
-        entropy=-(p * log_p).sum(axis=-1),
-        log_best=log_p.max(axis=-1),
-        belief=model.scaled(expected),
+        best=mx.array(levels.argmax(axis=-1)),
+        sampled=mx.array(_drawn(p, draws)),
+        entropy=mx.array(-(p * log_p).sum(axis=-1)),
+        log_best=mx.array(log_p.max(axis=-1)),
+        belief=mx.array(expected * width**0.5),
     )
 
 
@@ -293,16 +295,17 @@ def _rows(model: DiffusionGemma, first: int) -> mx.array:
     return model.embedding(mx.arange(first, last)).astype(mx.float32)
 
 
-def _drawn(p: mx.array, draws: SeededDraws) -> mx.array:
+def _drawn(p: Any, draws: SeededDraws) -> Any:
     """Ids drawn of probabilities (B, L, V): first a sub-block, then one in it, by Gumbel-max."""
     width = sub_block(p.shape[-1])
     blocks = -(-p.shape[-1] // width)
-    noise = draws.gumbel((*p.shape[:2], blocks + width))
+    noise = np.array(draws.gumbel((*p.shape[:2], blocks + width)), dtype=np.float64)
     missing = blocks * width - p.shape[-1]
-    grouped = mx.pad(p, [(0, 0), (0, 0), (0, missing)]).reshape(*p.shape[:2], blocks, width)
-    chosen = mx.argmax(mx.log(grouped.sum(axis=-1)) + noise[..., :blocks], axis=-1)
-    inside = mx.take_along_axis(grouped, chosen[..., None, None], axis=2)[..., 0, :]
-    return chosen * width + mx.argmax(mx.log(inside) + noise[..., blocks:], axis=-1)
+    grouped = np.pad(p, [(0, 0), (0, 0), (0, missing)]).reshape(*p.shape[:2], blocks, width)
+    with np.errstate(divide="ignore"):  # the log of what cannot be drawn
+        chosen = (np.log(grouped.sum(axis=-1)) + noise[..., :blocks]).argmax(axis=-1)
+        inside = np.take_along_axis(grouped, chosen[..., None, None], axis=2)[..., 0, :]
+        return chosen * width + (np.log(inside) + noise[..., blocks:]).argmax(axis=-1)
 
 
 # How far apart -----------------------------------------------------------------------------------
