@@ -77,9 +77,8 @@ LIMITS = {
         ROWS, "one layer, the same input: sums in another order", 1e-5, 5e-3, 3e-2, 5e-3
     ),
     "stack": Limit(ROWS, "errors of all layers add up", 1e-4, 3e-2, 2e-1, 3e-2),
-    "nats": Limit("largest difference in nats", "of a sum of exponentials", 1e-4, 2e-2, 1e-1, 2e-2),
+    "nats": Limit("largest in nats", "logits of up to 50 rounded", 1e-4, 1e-1, 3e-1, 4e-2),
     "belief": Limit(ROWS, "probabilities rounded to the type", 1e-5, 5e-3, 3e-2, 5e-3),
-    "choice": Limit(SHARE, "near ties may fall either way", 0.0, 0.1, 0.2, 0.1),
     "canvases": Limit(SHARE, "one near tie changes all later steps", 0.0, *[None] * 3),
     "broken": Limit("share that is broken", "a promise, whatever the numbers", *[0.0] * 4),
 }
@@ -96,8 +95,10 @@ SCHEMA = {
 }
 # A step at the real width: peak of both sides, measured; and what is left to the user.
 REAL_BYTES = 3_000_000_000
-# Positions read off there by a CPU, for which the canvas of 256 would take minutes.
-REAL_READ = 8
+# Positions of its canvas on a CPU, for which 256 would take minutes.
+REAL_CANVAS = 4
+# Positions that the reference, which is slow, reads off.
+READ = 32
 
 
 @dataclass(frozen=True)
@@ -300,37 +301,42 @@ class Checks:
         yield self._worst("self-conditioning", on, "layer", arrays, first[2])
 
     def readout(self, on: Subject) -> Iterator[Result]:
-        """Entropy, tokens and expected embedding of the reference's hidden states."""
+        """Tokens, entropy and expected embedding of the reference's hidden states."""
         plain, model = on.pair.plain, on.pair.tested
         canvas = _ids(plain, 2, _length(on))
         # Rounded for both.
         hidden = self.reference.run(
             lambda: _as(model, plain.decode([Pass(canvas, plain.make_cache())])[0])
         )[0]
-        read = REAL_READ if on.name == REAL else canvas.shape[1]
-        heat, tape = 0.6, Tape(5, plain.config.vocab_size)
+        read, heat, tape = min(READ, _length(on)), 0.6, Tape(5, plain.config.vocab_size)
 
-        def wanted_() -> dict[str, mx.array]:
-            return vars(by_the_book(plain, hidden[:, :read].astype(mx.float32), heat, tape))
-
-        def found_() -> dict[str, mx.array]:
+        def found_() -> list[mx.array]:
             seen = read_out(model, hidden, heat, draws=tape.rewind(), belief=True)
             assert seen.sampled is not None
             assert seen.belief is not None
             best = seen.choices.tokens[..., 0]
             log_best = log_probability(model, hidden, best, heat, seen)
-            all_ = [best, seen.sampled, seen.entropy, log_best, seen.belief]
-            names = "best", "sampled", "entropy", "log_best", "belief"
-            return {name: each[:, :read] for name, each in zip(names, all_, strict=True)}
+            every = [best, seen.sampled, seen.entropy, log_best, seen.belief.astype(mx.float32)]
+            return [each[:, :read] for each in every]
 
-        wanted, found, cost = self.both(wanted_, found_)
-        for name, said in (("best", "best token"), ("sampled", "drawn token")):
-            share = differing(found[name], wanted[name])
-            yield self.result(f"readout: {said}", on, "choice", share, cost)
-        for name, said in (("entropy", "entropy"), ("log_best", "log-probability")):
-            nats = self._apart(said, found[name], wanted[name]).absolute
-            yield self.result(f"readout: {said}", on, "nats", nats, cost)
-        arrays = {"expected embedding": (found["belief"], wanted["belief"])}
+        # The tested side first: its noise serves both.
+        mx.reset_peak_memory()
+        found, fast = self.tested.run(found_)
+        best, sampled, entropy, log_best, belief = map(np.array, found)
+        noise = tape.rewind().gumbel(())  # the same again, whatever the shape
+        book, slow = self.reference.run(
+            lambda: by_the_book(plain, hidden[:, :read].astype(mx.float32), heat, noise[:, :read])
+        )
+        cost = Cost(slow, fast, mx.get_peak_memory())
+        nats = {
+            "best token": book.lost_by_best(best),
+            "drawn token": book.lost_by_drawn(sampled),
+            "entropy": float(np.abs(entropy - book.entropy).max()),
+            "log-probability": float(np.abs(log_best - book.log_p.max(axis=-1)).max()),
+        }
+        for name, value in nats.items():
+            yield self.result(f"readout: {name}", on, "nats", value, cost)
+        arrays = {"expected embedding": (mx.array(belief), mx.array(book.belief))}
         yield self._worst("readout: expected embedding", on, "belief", arrays, cost)
 
     def rows(self, on: Subject) -> Iterator[Result]:
@@ -490,7 +496,7 @@ class Checks:
             why = f"needs {decimal(REAL_BYTES)}, {decimal(free)} are free"
             yield self.without("real width", REAL, dtype, "skipped", why)
             return
-        weights = self.reference.run(lambda: _real(256 if gpu else REAL_READ, dtype))[0]
+        weights = self.reference.run(lambda: _real(256 if gpu else REAL_CANVAS, dtype))[0]
         both = pair(weights, self.reference, self.tested, keep=[EMBEDDING])
         del weights
         on = Subject(REAL, dtype, both)

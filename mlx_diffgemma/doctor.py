@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 from rich.filesize import decimal
@@ -16,6 +16,7 @@ from .checks import LIMITS, NOTHING, REAL, Checks, Result, Subject
 from .convert import Recipe, uniform
 from .convert.recipes import MODES
 from .demo import SCENES
+from .errors import Error
 from .loading import DType, load_model
 from .memory import free_memory
 from .sides import packed, pair, weights_of
@@ -35,10 +36,16 @@ class Planned:
     run: Callable[[], Iterator[Result]]
 
 
-def devices() -> tuple[mx.Device, mx.Device]:
-    """The reference's and the tested one: the CPU, and the GPU where there is one."""
-    cpu = mx.Device(mx.cpu)
-    return cpu, mx.Device(mx.gpu) if mx.is_available(mx.gpu) else cpu
+def devices(tested: Literal["cpu", "gpu"] | None = None) -> tuple[mx.Device, mx.Device]:
+    """The reference's, which is the CPU, and the tested one; None is the GPU where there is one.
+
+    Raises:
+        Error: there is no GPU.
+    """
+    cpu, there = mx.Device(mx.cpu), mx.is_available(mx.gpu)
+    if tested == "gpu" and not there:
+        raise Error("MLX finds no GPU here")
+    return cpu, mx.Device(mx.gpu) if there and tested != "cpu" else cpu
 
 
 def examine(
@@ -119,7 +126,7 @@ def _recipes(quick: bool) -> Iterator[tuple[Recipe, DType]]:
             yield recipe, "float32"
             if size == sizes[0]:
                 yield recipe, "bfloat16"
-                yield recipe, "float16"
+        yield _uniform(widths[0], sizes[0], mode), "float16"
 
 
 def _uniform(bits: int, size: int, mode: str) -> Recipe:
@@ -167,11 +174,11 @@ def introduction(known: dict[str, Any]) -> list[str]:
         f"{known['system']}, {chip}, {decimal(known['free_memory'])} free",
     ]
     if not known["gpu"]:
-        lines.append(
-            "There is no GPU here: compiled and joined on the CPU against plain, on it too."
-        )
-    else:
-        lines.append(f"{known['tested']} against plain on {known['reference']}")
+        lines.append("There is no GPU here: what is tested is the CPU.")
+    lines.append(
+        f"As the package computes on {known['tested']}, against plain float32 (nothing compiled, "
+        f"joined, packed or in blocks) on {known['reference']}"
+    )
     heads = ("check", "model", "type", "value", "tolerance", "tested", "plain", "peak")
     return [*lines, "", _columns(*heads)]
 

@@ -172,9 +172,9 @@ def random_weights(config: Config, generation: GenerationConfig, recipe: Recipe)
         formats[module] = chosen
         *rows, width = shape
         words, groups = width * chosen.bits // 32, width // chosen.group_size
-        # Numbers are uniform over 2^bits levels around zero. Logits then are some units, of which
-        # the cap leaves most: neither are all alike nor is one for certain.
-        spread = (3 if module == EMBEDDING else 1) * width**-0.5
+        # Numbers are uniform over 2^bits levels around zero. The table is such that a position
+        # gives its own token, which is part of its hidden state, some of the probability.
+        spread = (0.4 if module == EMBEDDING else 1) * width**-0.5
         step = spread * 12**0.5 / 2**chosen.bits
         scales = step * rng.uniform(0.75, 1.25, (*rows, groups)).astype(np.float32)
         drawn = rng.integers(0, 2**32, (*rows, words), np.uint32)
@@ -255,19 +255,38 @@ def tapped(
 class Book:
     """What a step reads off hidden states (B, L, hidden), with all logits at once, in float64.
 
-    `best` and `sampled` are ids (B, L), `entropy` and `log_best` (of the best token) nats (B, L),
-    `belief` is the expected embedding (B, L, hidden).
+    `log_p` (B, L, V) are log-probabilities in nats, `entropy` (B, L) is theirs; `belief` is the
+    expected embedding (B, L, hidden); `outer` and `inner` are the scores, noise included, of
+    sub-blocks (B, L, blocks) and of all ids by sub-block (B, L, blocks, ids).
     """
 
-    best: mx.array
-    sampled: mx.array
-    entropy: mx.array
-    log_best: mx.array
-    belief: mx.array
+    log_p: Any
+    entropy: Any
+    belief: Any
+    outer: Any
+    inner: Any
+
+    def lost_by_best(self, ids: Any) -> float:
+        """Nats that the worst of ids (B, L) is behind the best token: 0, or more at a near tie."""
+        return float((self.log_p.max(axis=-1) - _at(self.log_p, ids)).max())
+
+    def lost_by_drawn(self, ids: Any) -> float:
+        """As much of the draw, by its noisy scores: those of the sub-block and those inside it."""
+        block, place = np.divmod(ids, self.inner.shape[-1])
+        inside = np.take_along_axis(self.inner, block[..., None, None], axis=2)[..., 0, :]
+        outer = self.outer.max(axis=-1) - _at(self.outer, block)
+        return float((outer + inside.max(axis=-1) - _at(inside, place)).max())
 
 
-def by_the_book(model: DiffusionGemma, hidden: mx.array, heat: float, draws: SeededDraws) -> Book:
-    """Definitions, in the order in which one would write them down."""
+def _at(scores: Any, ids: Any) -> Any:
+    return np.take_along_axis(scores, ids[..., None], axis=-1)[..., 0]
+
+
+def by_the_book(model: DiffusionGemma, hidden: mx.array, heat: float, noise: mx.array) -> Book:
+    """Definitions, in the order in which one would write them down.
+
+    `noise` is the draw's, (B, L, sub-blocks + ids of a sub-block).
+    """
     count, width = model.config.vocab_size, model.config.hidden_size
     starts = range(0, count, ROWS)
     products = [np.array(hidden @ _rows(model, first).swapaxes(-1, -2)) for first in starts]
@@ -280,13 +299,8 @@ def by_the_book(model: DiffusionGemma, hidden: mx.array, heat: float, draws: See
     for first in starts:
         some = mx.array(p[..., first : first + ROWS].astype(np.float32))
         expected += np.array(some @ _rows(model, first))
-    return Book(
-        best=mx.array(levels.argmax(axis=-1)),
-        sampled=mx.array(_drawn(p, draws)),
-        entropy=mx.array(-(p * log_p).sum(axis=-1)),
-        log_best=mx.array(log_p.max(axis=-1)),
-        belief=mx.array(expected * width**0.5),
-    )
+    entropy = -(p * log_p).sum(axis=-1)
+    return Book(log_p, entropy, expected * width**0.5, *_noisy(p, np.array(noise, np.float64)))
 
 
 def _rows(model: DiffusionGemma, first: int) -> mx.array:
@@ -295,17 +309,15 @@ def _rows(model: DiffusionGemma, first: int) -> mx.array:
     return model.embedding(mx.arange(first, last)).astype(mx.float32)
 
 
-def _drawn(p: Any, draws: SeededDraws) -> Any:
-    """Ids drawn of probabilities (B, L, V): first a sub-block, then one in it, by Gumbel-max."""
+def _noisy(p: Any, noise: Any) -> tuple[Any, Any]:
+    """Scores of a draw in two stages, by Gumbel-max: of sub-blocks, and of ids in each."""
     width = sub_block(p.shape[-1])
     blocks = -(-p.shape[-1] // width)
-    noise = np.array(draws.gumbel((*p.shape[:2], blocks + width)), dtype=np.float64)
     missing = blocks * width - p.shape[-1]
     grouped = np.pad(p, [(0, 0), (0, 0), (0, missing)]).reshape(*p.shape[:2], blocks, width)
     with np.errstate(divide="ignore"):  # the log of what cannot be drawn
-        chosen = (np.log(grouped.sum(axis=-1)) + noise[..., :blocks]).argmax(axis=-1)
-        inside = np.take_along_axis(grouped, chosen[..., None, None], axis=2)[..., 0, :]
-        return chosen * width + (np.log(inside) + noise[..., blocks:]).argmax(axis=-1)
+        outer = np.log(grouped.sum(axis=-1)) + noise[..., :blocks]
+        return outer, np.log(grouped) + noise[..., None, blocks:]
 
 
 # How far apart -----------------------------------------------------------------------------------
