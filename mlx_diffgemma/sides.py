@@ -165,7 +165,8 @@ def random_weights(config: Config, generation: GenerationConfig, recipe: Recipe)
     )
     for name, shape in ((name, array.shape) for name, array in parameters.items()):
         module, _, leaf = name.rpartition(".")
-        chosen = recipe.rule(module) if leaf == "weight" and len(shape) > 1 else None
+        wanted = recipe.rule(module) if leaf == "weight" and len(shape) > 1 else None
+        chosen = fitting(wanted, shape[-1]) if wanted else None
         if chosen is None:
             arrays[name] = mx.array(1 + rng.standard_normal(shape, np.float32) / 10)
             continue
