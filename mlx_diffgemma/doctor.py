@@ -25,8 +25,6 @@ from .tokenizer import Tokenizer
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 # Denoising steps of the quick run; the whole one takes the checkpoint's.
 FEW_STEPS = 6
-# Prompt of packed models: MLX's CPU backend is slow at packed products in half precision.
-FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def plan(checks: Checks, quick: bool) -> Iterator[Planned]:
     for recipe, dtype in _recipes(quick):
         name = f"tiny, {recipe.description.removeprefix('everything ')}"
         on = partial(_subject, checks, "tiny", dtype, recipe)
-        yield _planned(name, dtype, checks.layers, on, prompt=FEW_TOKENS)
+        yield _planned(name, dtype, checks.layers, on)
         yield _planned(name, dtype, checks.readout, on)
     if not quick:
         yield Planned(REAL, "float32", checks.real_width)

@@ -21,7 +21,7 @@ from .checkpoint import Quantization
 from .config import GenerationConfig
 from .convert import Recipe
 from .convert.recipes import fitting
-from .model import Block, Config, DiffusionGemma, View
+from .model import Block, Config, DiffusionGemma, Router, View
 from .sampler import SeededDraws, sub_block
 
 Value = TypeVar("Value")
@@ -224,6 +224,7 @@ class Tap:
     def __init__(self, block: Block, instead: mx.array | None):
         self.self_attn, self.layer_scalar = block.self_attn, block.layer_scalar
         self._block, self._instead = block, instead
+        self.router: RouterTap
 
     def __call__(
         self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
@@ -234,19 +235,41 @@ class Tap:
         return self.gave
 
 
+class RouterTap:
+    """A router that keeps by how much each token is decided: how far the last chosen expert is
+    before the first one that is not, in standard deviations of the token's scores."""
+
+    def __init__(self, router: Router):
+        self.scale, self.per_expert_scale = router.scale, router.per_expert_scale
+        self._router = router
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        scores = self._router.proj(x).astype(mx.float32)
+        ordered = mx.sort(scores, axis=-1)
+        last = ordered.shape[-1] - self._router.top_k
+        ahead = ordered[..., last] - ordered[..., max(last - 1, 0)]
+        self.decided = ahead / scores.std(axis=-1)
+        return self._router(x)
+
+
 @contextmanager
 def tapped(
     model: DiffusionGemma, instead: Sequence[mx.array | None] | None = None
 ) -> Iterator[list[Tap]]:
-    """Every layer with a tap, for as long as this lasts."""
+    """Every layer and its router with a tap, for as long as this lasts."""
     decoder: Any = model.model.decoder
     blocks = decoder.layers
+    routers = [block.router for block in blocks]
     taps = [Tap(b, i) for b, i in zip(blocks, instead or [None] * len(blocks), strict=True)]
     decoder.layers = taps
+    for block, tap, router in zip(blocks, taps, routers, strict=True):
+        block.router = tap.router = RouterTap(router)
     try:
         yield taps
     finally:
         decoder.layers = blocks
+        for block, router in zip(blocks, routers, strict=True):
+            block.router = router
 
 
 # By the book -------------------------------------------------------------------------------------
