@@ -783,10 +783,10 @@ def doctor(
     import time
     from contextlib import ExitStack
 
-    from . import doctor as surgery
+    from . import doctor as examining
 
     started = time.monotonic()
-    reference, tested = surgery.devices(device)
+    reference, tested = examining.devices(device)
     with ExitStack() as stack:
         report: Path | None = None
         if json_file is not None and json_file != "-":
@@ -796,21 +796,21 @@ def doctor(
             except OSError as error:
                 fail(f"{json_file} cannot be written: {error.strerror}")
         table = sys.stderr if json_file == "-" else sys.stdout
-        known = surgery.about(reference, tested)
-        print(*surgery.introduction(known), sep="\n", file=table, flush=True)
+        known = examining.about(reference, tested)
+        print(*examining.introduction(known), sep="\n", file=table, flush=True)
         results = []
         progress = (lambda line: None) if quiet else say
-        for found in surgery.examine(reference, tested, quick=quick, progress=progress):
+        for found in examining.examine(reference, tested, quick=quick, progress=progress):
             results.append(found)
-            print(surgery.line(found), file=table, flush=True)
+            print(examining.line(found), file=table, flush=True)
         seconds = time.monotonic() - started
-        print(surgery.conclusion(results, seconds), file=table, flush=True)
-        text = json.dumps(surgery.as_json(known, results, seconds), indent=1, allow_nan=False)
+        print(examining.conclusion(results, seconds), file=table, flush=True)
+        text = json.dumps(examining.as_json(known, results, seconds), indent=1, allow_nan=False)
         if report is not None:
             report.write_text(text + "\n", encoding="utf-8")
         elif json_file is not None:
             print(text)
-    if surgery.counted(results)["failed"]:
+    if examining.counted(results)["failed"]:
         raise SystemExit(1)
 
 

@@ -97,6 +97,8 @@ def plan(checks: Checks, quick: bool) -> Iterator[Planned]:
         on = partial(_subject, checks, "tiny", dtype, recipe)
         yield _planned(name, dtype, checks.layers, on)
         yield _planned(name, dtype, checks.readout, on)
+        if not quick:
+            yield _planned(name, dtype, checks.kept_table, on)  # last: the table stays
     if not quick:
         yield Planned(REAL, "float32", checks.real_width)
 
@@ -184,7 +186,7 @@ def introduction(known: dict[str, Any]) -> list[str]:
 
 
 def _columns(*cells: str) -> str:
-    widths = (29, 29, 9, 9, 9, 9, 9, 9)
+    widths = (27, 41, 8, 9, 9, 9, 9, 9)
     left = "".join(cell.ljust(width + 1) for cell, width in zip(cells[:3], widths, strict=False))
     return left + " ".join(c.rjust(w) for c, w in zip(cells[3:8], widths[3:], strict=True))
 
