@@ -31,6 +31,7 @@ FEW_STEPS = 6
 class Planned:
     """A check that is about to run: of which model, in which type."""
 
+    name: str
     model: str
     dtype: DType
     run: Callable[[], Iterator[Result]]
@@ -61,21 +62,20 @@ def examine(
     """
     checks = Checks(reference, tested)
     for each in plan(checks, quick):
-        name = getattr(each.run, "func", each.run).__name__
-        progress(f"{name}, {each.model}, {each.dtype}")
+        progress(f"{each.name}, {each.model}, {each.dtype}")
         try:
             yield from each.run()
         except Exception as error:
             why = f"{type(error).__name__}: {sentence(str(error))}"
-            yield checks.without(name, each.model, each.dtype, "failed", why)
+            yield checks.without(each.name, each.model, each.dtype, "failed", why)
         mx.clear_cache()
 
 
 def plan(checks: Checks, quick: bool) -> Iterator[Planned]:
     """What is run, in order: what all depends on comes first."""
     steps = FEW_STEPS if quick else None
-    yield Planned(NOTHING, "float32", checks.products)
-    yield Planned(NOTHING, "float32", checks.draws)
+    yield Planned("products", NOTHING, "float32", checks.products)
+    yield Planned("draws", NOTHING, "float32", checks.draws)
     for dtype in DTYPES:
         wide = not quick or dtype == "float32"
         on = partial(_subject, checks, "tiny", dtype, None)
@@ -93,14 +93,14 @@ def plan(checks: Checks, quick: bool) -> Iterator[Planned]:
         puzzle = SCENES[0].case.prompt
         yield _planned("tiny-puzzles", "float32", checks.denoising, on, prompt=puzzle)
     for recipe, dtype in _recipes(quick):
-        name = f"tiny, {recipe.description.removeprefix('everything ')}"
+        name = f"tiny, {recipe.description}"
         on = partial(_subject, checks, "tiny", dtype, recipe)
         yield _planned(name, dtype, checks.layers, on)
         yield _planned(name, dtype, checks.readout, on)
         if not quick:
             yield _planned(name, dtype, checks.kept_table, on)  # last: the table stays
     if not quick:
-        yield Planned(REAL, "float32", checks.real_width)
+        yield Planned("real width", REAL, "float32", checks.real_width)
 
 
 def _planned(
@@ -113,8 +113,7 @@ def _planned(
     def run() -> Iterator[Result]:
         return check(on(), **settings)
 
-    run.__name__ = check.__name__
-    return Planned(model, dtype, run)
+    return Planned(check.__name__, model, dtype, run)
 
 
 def _recipes(quick: bool) -> Iterator[tuple[Recipe, DType]]:
