@@ -169,7 +169,7 @@ def test_a_device_that_rounds_products_is_judged_as_such() -> None:
 def test_short_of_memory_the_real_width_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "free_memory", lambda: 10**9)
     (found,) = Checks(CPU, CPU).real_width()
-    assert (found.status, found.detail) == ("skipped", "needs 3.0 GB, 1.0 GB are free")
+    assert (found.status, found.detail) == ("skipped", "needs 4.0 GB, 1.0 GB are free")
 
 
 def test_the_real_width_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
