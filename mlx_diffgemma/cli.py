@@ -789,6 +789,54 @@ def bench(
 
 
 @app.command()
+def doctor(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="A part of it, in seconds.")] = False,
+    device: Annotated[
+        Literal["cpu", "gpu"] | None, typer.Option(help="What is tested. [the GPU if there is one]")
+    ] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write all of it as JSON; - is stdout."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare this machine's GPU with its CPU, layer by layer; exit code 1 where they differ."""
+    import time
+    from contextlib import ExitStack
+
+    from . import doctor as examining
+
+    started = time.monotonic()
+    reference, tested = examining.devices(device)
+    with ExitStack() as stack:
+        report: Path | None = None
+        if json_file is not None and json_file != "-":
+            # Before anything is computed: who cannot write there should not have to wait.
+            try:
+                report = stack.enter_context(replacing(Path(json_file)))
+            except OSError as error:
+                fail(f"{json_file} cannot be written: {error.strerror}")
+        table = sys.stderr if json_file == "-" else sys.stdout
+        known = examining.about(reference, tested)
+        print(*examining.introduction(known), sep="\n", file=table, flush=True)
+        results = []
+        progress = (lambda line: None) if quiet else say
+        for found in examining.examine(reference, tested, quick=quick, progress=progress):
+            results.append(found)
+            print(examining.line(found), file=table, flush=True)
+        seconds = time.monotonic() - started
+        print(examining.conclusion(results, seconds), file=table, flush=True)
+        text = json.dumps(examining.as_json(known, results, seconds), indent=1, allow_nan=False)
+        if report is not None:
+            report.write_text(text + "\n", encoding="utf-8")
+        elif json_file is not None:
+            print(text)
+    if examining.counted(results)["failed"]:
+        raise SystemExit(1)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
     destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
