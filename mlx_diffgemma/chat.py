@@ -1,9 +1,9 @@
 """The chat in a terminal: lines in, commands and answers out."""
 
-import json
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -12,10 +12,11 @@ from types import FrameType
 
 from rich.console import Console
 
-from .display import Screen, summary, told
+from .display import Screen, summary, tell, told
 from .errors import Error
 from .generation import Done, Draft, Event, Notice, Reading
 from .session import ChatSession, ToolResult
+from .terminal import quoted, visible
 from .tokenizer import Tokenizer
 from .tools import Tool
 from .turns import BadToolCall, Text, Thought, ToolCall
@@ -41,22 +42,38 @@ HELP = '''A message may go on over lines: end a line with \\, or put it between 
 class Interrupts:
     """While open, the first Ctrl-C only sets `stopped`; a second one leaves.
 
-    An exception in the middle of a step would leave a cache half written.
+    An exception in the middle of a step would leave a cache half written. Python calls a handler
+    once for all signals that came during a long operation, so they are counted by what the signal
+    itself writes to a socket.
     """
 
     stopped = False
 
     def __enter__(self) -> "Interrupts":
+        self._received, self._sent = socket.socketpair()
+        self._received.setblocking(False)
+        self._sent.setblocking(False)
+        descriptor = self._sent.fileno()
+        self._woken = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
         self._before = signal.signal(signal.SIGINT, self._stop)
         return self
 
     def __exit__(self, *of: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        signal.set_wakeup_fd(self._woken)
+        self._received.close()
+        self._sent.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        try:
+            count = self._received.recv(4096).count(number)
+        except BlockingIOError:  # counted already, by the call for the one before
+            return
+        if self.stopped or count > 1:
+            self.stopped = True
+            signal.signal(number, signal.SIG_IGN)  # a third one must not tear what is closing
             raise KeyboardInterrupt
-        self.stopped = True
+        self.stopped = bool(count)
 
 
 class Leave(Exception):
@@ -196,19 +213,19 @@ class Chat:
         return calls if ended else []
 
     def _call(self, call: ToolCall) -> ToolResult:
-        shown = ", ".join(f"{name}={json.dumps(v)}" for name, v in call.arguments.items())
+        shown = f"{quoted(call.name)} with {quoted(call.arguments)}"
         tool = self._tools.get(call.name)
         if tool is None:
-            self._say(f"[{call.name}({shown}): there is no such tool]")
+            self._say(f"[{shown}: there is no such tool]")
             return ToolResult(call.name, f"error: there is no tool {call.name}")
         if tool.function is None:
-            self._say(f"[{call.name}({shown})]")
+            self._say(f"[{shown}]")
             return ToolResult(call.name, self._typed("What does it give? "))
-        if not self._yes and self._typed(f"Call {call.name}({shown})? [y/N] ").lower() != "y":
+        if not self._yes and self._typed(f"Call {shown}? [y/N] ").lower() != "y":
             self._say("[not called]")
             return ToolResult(call.name, "error: the user does not allow this call")
         result = tool.call(call.arguments)
-        self._say(f"[{call.name}({shown}) = {result}]")
+        self._say(f"[{shown} gives {result}]")
         return ToolResult(call.name, result)
 
     def _typed(self, question: str) -> str:
@@ -221,7 +238,7 @@ class Chat:
             return ""
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(self._console, line)
 
     def _retry(self, rest: str) -> None:
         self._answer(self.session.retry(seed=self._next_seed()))
@@ -348,9 +365,11 @@ def edited(text: str) -> str:
         import readline
     except ImportError:
         return text
-    readline.set_startup_hook(lambda: readline.insert_text(text))
+    shown = visible(text)  # readline prints what it is given
+    readline.set_startup_hook(lambda: readline.insert_text(shown))
     try:
-        return input("> ").strip() or text
+        line = input("> ").strip()
+        return text if line in ("", shown.strip()) else line
     except (EOFError, KeyboardInterrupt):
         return text
     finally:
@@ -371,6 +390,8 @@ def line_editing() -> Iterator[None]:
     history = state / "mlx-diffgemma" / "history"
     with suppress(OSError):
         readline.read_history_file(history)
+        for at in range(readline.get_current_history_length()):
+            readline.replace_history_item(at, visible(readline.get_history_item(at + 1)))
     readline.set_history_length(1000)
     try:
         yield

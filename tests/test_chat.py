@@ -4,15 +4,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
 import pyte
 import pytest
 from gemma import gemma_tokenizer
+
+from mlx_diffgemma.chat import Interrupts
 
 HERE = Path(__file__).parent
 SUDOKU = str(HERE / "data" / "sudoku6")
@@ -175,19 +180,55 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_is_committed() -> None:
 
 
 def test_a_second_ctrl_c_leaves(tmp_path: Path) -> None:
-    """The session on disk is still written."""
+    """The session on disk is still written, however often the keys are pressed.
+
+    The test used to press twice within 0.1 s, and a busy machine took that for once.
+    """
     file = tmp_path / "talk"
     settings = ["--max-tokens", "4000", "--guards", "none", "--session", str(file)]
-    chat = Terminal(*settings, script=["word after word " * 20], DELAY="0.7")
+    chat = Terminal(*settings, script=["word after word " * 20], HANG="2")
     chat.child.sendline("talk")
     chat.wait("canvas 2, step")
-    chat.child.sendintr()
-    time.sleep(0.1)
-    chat.child.sendintr()
+    while chat.child.isalive():  # in a step that takes longer than all of this
+        chat.child.sendintr()
+        with suppress(pexpect.TIMEOUT, pexpect.EOF):
+            chat.child.expect(pexpect.EOF, timeout=0.1)
     assert chat.leaves() == 130
     again = Terminal("--session", str(file), script=["x"])
     assert "Going on with 2 messages" in "\n".join(again.lines())
     assert any("word after word" in line for line in chat.lines())
+
+
+def test_two_signals_during_one_operation_count_as_two() -> None:
+    """They used to count as one: Python calls a handler once for both."""
+
+    def press() -> None:
+        for _ in range(2):
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    def wait() -> None:
+        keys = threading.Thread(target=press)
+        keys.start()
+        keys.join()
+        time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGINT)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # the handler does not run in between
+    try:
+        with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        sys.setswitchinterval(interval)
+    assert interrupts.stopped
+    assert signal.getsignal(signal.SIGINT) is before
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.stopped
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # nothing is torn while it leaves
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
@@ -226,9 +267,9 @@ def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
     fails = '<|tool_call>call:weather{city:<|"|>Nowhere<|"|>}<tool_call|>'
     chat = Terminal("--tools", str(file), script=[call, "Rain.", call, "Pity.", fails, "Hm.", "x"])
     chat.child.sendline("how is it?")
-    chat.wait(r'Call weather\(city="Oslo", days=2\)\? \[y/N\]$')
+    chat.wait(r'Call "weather" with {"city": "Oslo", "days": 2}\? \[y/N\]$')
     lines = chat.type("y")
-    assert '[weather(city="Oslo", days=2) = 2 days of rain in Oslo]' in lines
+    assert "gives 2 days of rain in Oslo]" in "".join(lines)
     assert "Rain." in lines
     assert not any("tool_call" in line for line in chat.lines())
     chat.child.sendline("and now?")
