@@ -1,5 +1,6 @@
 """The chat as somebody types it, at a pseudo-terminal whose screen is looked at."""
 
+import io
 import json
 import os
 import re
@@ -280,6 +281,36 @@ def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
     chat.child.sendline("there?")
     chat.wait(r"\[y/N\]$")
     assert "ValueError: no such city" in "".join(chat.type("y"))
+
+
+def test_nothing_that_others_wrote_moves_the_cursor(tmp_path: Path) -> None:
+    """Answers, thoughts, names, results and saved messages used to reach the terminal raw."""
+    hostile, shown = "\x1b]52\x07\x9b\u202e[b]:ok:", r"\x1b]52\x07\x9b\u202e[b]:ok:"
+    file = tmp_path / "tools.py"
+    file.write_text(f"def rm(city: str) -> str:\n    return {hostile!r}\n")
+    script = [
+        f"<|channel>thought\n{hostile}<channel|>{hostile}",
+        '<|tool_call>call:rm{ci\u200bty\x9b:<|"|>\x1b[1A\u2028\x7f<|"|>}<tool_call|>',
+        '<|tool_call>call:rm{city:<|"|>Oslo<|"|>}<tool_call|>',
+        f"<|tool_call>call:no{hostile.split(' ')[0]}{{}}<tool_call|>",
+        f"<|tool_call>{hostile}<tool_call|>",
+        "end",
+    ]
+    chat = Terminal("--tools", str(file), "--thinking", script=script)
+    chat.child.logfile_read = raw = io.BytesIO()
+    assert chat.type("hello")[0] == shown
+    assert chat.type("/thought") == [shown]
+    chat.child.sendline("go on")
+    lines = chat.wait(r"Call .*\[y/N\]$")[0]
+    wanted = r'Call "rm" with {"ci\u200bty\x9b": "\u001b[1A\u2028\x7f"}? [y/N]'
+    assert lines == wanted
+    chat.child.sendline("n")
+    chat.wait(r'Call "rm" with {"city": "Oslo"}\? \[y/N\]$')
+    lines = "".join(chat.type("y"))
+    assert f"gives {shown}]" in lines
+    assert r'["no\u001b]52\u0007\x9b\u202e[b]:ok:" with {}: there is no such tool]' in lines
+    assert b"\x1b]52" not in raw.getvalue()
+    assert not set(raw.getvalue().decode()) & set("\x9b\u202e\u2028")
 
 
 def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:
