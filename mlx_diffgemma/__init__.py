@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .model import DiffusionGemma
     from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
     from .schema import SchemaError
-    from .session import ChatSession, ToolResult
+    from .session import ChatSession, ToolResult, Truncated
     from .tokenizer import Tokenizer, TokenizerError
     from .turns import BadToolCall, Text, Thought, ToolCall
 
@@ -75,6 +75,7 @@ _HOME = {
     "TokenizerError": "tokenizer",
     "ToolCall": "turns",
     "ToolResult": "session",
+    "Truncated": "session",
     "batch_generate": "batch",
     "choose": "choosing",
     "edit": "editing",
@@ -122,6 +123,7 @@ __all__ = [
     "TokenizerError",
     "ToolCall",
     "ToolResult",
+    "Truncated",
     "batch_generate",
     "choose",
     "edit",

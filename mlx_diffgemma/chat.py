@@ -9,13 +9,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 from rich.console import Console
 
 from .display import Screen, summary, tell, told
 from .errors import Error
 from .generation import Done, Draft, Event, Notice, Reading
-from .session import ChatSession, ToolResult
+from .session import ChatSession, Overflow, ToolResult, Truncated
 from .terminal import quoted, visible
 from .tokenizer import Tokenizer
 from .tools import Tool
@@ -31,6 +32,7 @@ HELP = '''A message may go on over lines: end a line with \\, or put it between 
 /system [TEXT]   set or show the system message
 /thinking on|off ask for thoughts first
 /thought         show the last thoughts
+/overflow truncate|refuse  beyond the context, forget the oldest turns
 /steps [N]       most denoising steps a canvas
 /seed [N]        make answers repeatable
 /save FILE       keep the conversation; /load FILE goes on with one
@@ -117,6 +119,7 @@ class Chat:
             "/help": self._help,
             "/image": self._image,
             "/load": self._load,
+            "/overflow": self._set_overflow,
             "/quit": self._quit,
             "/reset": self._reset,
             "/retry": self._retry,
@@ -160,7 +163,7 @@ class Chat:
         self._tries += 1
         return seed
 
-    def _answer(self, events: Generator[Event, None, None]) -> None:
+    def _answer(self, events: Generator[Event | Truncated, None, None]) -> None:
         self._thought = ""
         for _ in range(ROUNDS):
             calls = self._show(events)
@@ -171,7 +174,7 @@ class Chat:
         events.close()
         self._say(f"Stopped: {ROUNDS} rounds of tool calls for one answer.")
 
-    def _show(self, events: Generator[Event, None, None]) -> list[ToolCall]:
+    def _show(self, events: Generator[Event | Truncated, None, None]) -> list[ToolCall]:
         """Print one model call; gives the tool calls that want an answer."""
         calls: list[ToolCall] = []
         ended = False
@@ -196,6 +199,8 @@ class Chat:
                             screen.note(f"[a tool call that cannot be read: {event.problem}]")
                         case Notice():
                             screen.note(told(event))
+                        case Truncated():
+                            screen.note(left_out(event))
                         case Done():
                             self._last, ended = event, True
                     if interrupts.stopped:
@@ -266,6 +271,13 @@ class Chat:
         self.session.enable_thinking = rest == "on"
         self._say(f"Thinking is {rest}.")
 
+    def _set_overflow(self, rest: str) -> None:
+        if rest not in get_args(Overflow):
+            self._say("/overflow takes refuse or truncate.")
+            return
+        self.session.overflow = "truncate" if rest == "truncate" else "refuse"
+        self._say(f"Beyond the context: {rest}.")
+
     def _show_thought(self, rest: str) -> None:
         self._say(self._thought.strip() or "There was no thought.")
 
@@ -313,6 +325,12 @@ class Chat:
 
     def _quit(self, rest: str) -> None:
         raise Leave
+
+
+def left_out(event: Truncated) -> str:
+    """One line on what the model no longer knows."""
+    turns = "turn was" if event.turns == 1 else f"{event.turns} turns were"
+    return f"[the conversation is longer than the context: its oldest {turns} left out]"
 
 
 def given_path(text: str) -> Path:

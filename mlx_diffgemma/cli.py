@@ -39,6 +39,7 @@ app = typer.Typer(
 DTypeName = Literal["float32", "bfloat16", "float16"]
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 SpeedName = Literal["faithful", "balanced", "fast"]
+OverflowName = Literal["refuse", "truncate"]
 SamplerName = Literal["entropy", "confidence"]
 Model = Annotated[
     str | None,
@@ -319,6 +320,9 @@ def chat(
     thinking_budget: ThinkingBudget = None,
     guards: Annotated[str, typer.Option(help=f"Which are on: all, none, or of {GUARDS}.")] = "all",
     shrink: Shrink = False,
+    overflow: Annotated[
+        OverflowName, typer.Option(help="Beyond the context: refuse, or forget the oldest turns.")
+    ] = "refuse",
     tools: Annotated[
         Path | None, typer.Option(help="Functions in a .py, or declarations in a .json.")
     ] = None,
@@ -349,6 +353,7 @@ def chat(
         tokenizer,
         tools=[tool.declaration for tool in known.values()],
         guards=wanted,
+        overflow=overflow,
         max_tokens=max_tokens,
         steps=steps,
         sampler=chosen,

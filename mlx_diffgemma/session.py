@@ -1,9 +1,11 @@
 """A conversation that pays only for what is new: each turn goes on from the cache of the last."""
 
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .context import Context, SessionError
 from .generation import ContextError, Done, Event, stream_generate
@@ -12,6 +14,18 @@ from .model import DiffusionGemma
 from .sampler import Sampler
 from .tokenizer import Declaration, Message, Tokenizer
 from .turns import Text, Thought, ToolCall
+
+Overflow = Literal["refuse", "truncate"]
+# Of the context, what is free once turns were left out: else every further turn would leave out
+# another, and read the rest anew.
+FREED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The conversation exceeded the context: its oldest `turns` were left out."""
+
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -36,8 +50,11 @@ class ChatSession:
         tools: function declarations in JSON Schema, as the `openai` client sends them.
         enable_thinking: ask for thoughts before an answer.
         guards: what to do about bad canvases; all on unless told otherwise.
-        max_tokens, steps, sampler, shrink: as in `stream_generate`; these and `guards` are
-            attributes, and may change between turns.
+        overflow: what to do about a conversation beyond the context: "refuse" the message, or
+            "truncate", which forgets the oldest turns (a user's message with all up to the next);
+            the system message stays, and a message that alone is too long is still refused.
+        max_tokens, steps, sampler, shrink: as in `stream_generate`; these, `guards` and `overflow`
+            are attributes, and may change between turns.
 
     Raises:
         SessionError: the template ignores tools or thinking, so asking for them would do nothing.
@@ -52,6 +69,7 @@ class ChatSession:
         tools: Sequence[Declaration] = (),
         enable_thinking: bool = False,
         guards: Guards | None = None,
+        overflow: Overflow = "refuse",
         max_tokens: int | None = None,
         steps: int | None = None,
         sampler: Sampler | None = None,
@@ -64,7 +82,7 @@ class ChatSession:
         self._unanswered: list[Message] | None = None
         self._tools = list(tools)
         self._thinking = False
-        self.guards = guards or Guards()
+        self.guards, self.overflow = guards or Guards(), overflow
         self.max_tokens, self.steps, self.sampler, self.shrink = max_tokens, steps, sampler, shrink
         self.enable_thinking = enable_thinking
         if tools and self._render([_HELLO]) == self._render([_HELLO], tools=[]):
@@ -106,8 +124,12 @@ class ChatSession:
             raise SessionError("this model's chat template knows no thinking")
         self._thinking = wanted
 
-    def stream(self, content: str, *, seed: int | None = None) -> Generator[Event, None, None]:
+    def stream(
+        self, content: str, *, seed: int | None = None
+    ) -> Generator[Event | Truncated, None, None]:
         """Answer a message; events, arguments and errors as in `stream_generate`.
+
+        Where turns were left out, `Truncated` comes first.
 
         Closed early, the session keeps the message and what was committed of the answer, or
         neither if nothing was. After a `ToolCall`, go on with `respond`.
@@ -119,7 +141,7 @@ class ChatSession:
 
     def respond(
         self, results: Sequence[ToolResult], *, seed: int | None = None
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[Event | Truncated, None, None]:
         """Go on in the same model turn with the results of its tool calls, in their order.
 
         Raises:
@@ -140,7 +162,7 @@ class ChatSession:
         asked = [*self._messages, *told]
         return self._answer(asked, seed)
 
-    def retry(self, *, seed: int | None = None) -> Generator[Event, None, None]:
+    def retry(self, *, seed: int | None = None) -> Generator[Event | Truncated, None, None]:
         """Answer the last message once more, also one whose answer was stopped before it began.
 
         Nothing of it is encoded again.
@@ -233,15 +255,42 @@ class ChatSession:
             tools=(self._tools if tools is None else tools) or None,
         )
 
+    def _fits(self, ids: list[int], free: float = 0) -> bool:
+        """Whether a prompt leaves room for a canvas, and this part of the context."""
+        room = self._model.context - len(ids)
+        return room >= max(self._model.config.canvas_length, free * self._model.context)
+
+    def _shortened(self, asked: list[Message], ids: list[int]) -> tuple[int, list[Message]]:
+        """The conversation without the oldest turns, where it leaves no room; and how many."""
+        if self._fits(ids):
+            return 0, asked
+        first = bool(asked and asked[0]["role"] == "system")
+        begins = [i for i, message in enumerate(asked) if message["role"] == "user"]
+        kept = [asked[:first] + asked[begin:] for begin in begins[1:]]
+
+        def roomy(messages: list[Message]) -> bool:
+            return self._fits(self._tokenizer.encode(self._render(messages)), FREED)
+
+        turns = min(bisect_left(kept, True, key=roomy), len(kept) - 1) + 1
+        return (turns, kept[turns - 1]) if turns else (0, asked)
+
     def _answer(
         self,
         asked: list[Message],
         seed: int | None,
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[Event | Truncated, None, None]:
+        ids, turns = self._tokenizer.encode(self._render(asked)), 0
+        if self.overflow == "truncate":
+            turns, short = self._shortened(asked, ids)
+            ids = self._tokenizer.encode(self._render(short)) if turns else ids
+            if self._fits(ids):
+                asked = short
+            else:  # the message alone is too long, which is refused below: nothing is forgotten
+                turns = 0
         events = stream_generate(
             self._model,
             self._tokenizer,
-            self._tokenizer.encode(self._render(asked)),
+            ids,
             max_tokens=self.max_tokens,
             steps=self.steps,
             seed=seed,
@@ -250,16 +299,19 @@ class ChatSession:
             guards=self.guards,
             shrink=self.shrink,
         )
-        return self._record(asked, events)
+        return self._record(asked, events, turns)
 
     def _record(
-        self, asked: list[Message], events: Generator[Event, None, None]
-    ) -> Generator[Event, None, None]:
+        self, asked: list[Message], events: Generator[Event, None, None], turns: int
+    ) -> Generator[Event | Truncated, None, None]:
         text = thought = ""
         calls: list[dict[str, Any]] = []
         ended = False
+        taken = {call["id"] for message in asked for call in message.get("tool_calls", [])}
         self._unanswered = None
         try:
+            if turns:
+                yield Truncated(turns)
             for event in events:
                 if isinstance(event, Text):
                     text += event.text
@@ -267,13 +319,21 @@ class ChatSession:
                     thought += event.text
                 elif isinstance(event, ToolCall):
                     function = {"name": event.name, "arguments": event.arguments}
-                    known = sum(len(message.get("tool_calls", [])) for message in asked)
-                    identity = f"call_{known + len(calls)}"
+                    names = (f"call_{number}" for number in count())
+                    identity = next(name for name in names if name not in taken)
+                    taken.add(identity)
                     calls.append({"id": identity, "type": "function", "function": function})
                 elif isinstance(event, Done):
                     ended = True
                     self._messages = [*asked, _assistant(text, thought, calls)]
                 yield event
+        except ContextError as error:
+            if self.overflow == "truncate" or len(self._messages) <= bool(self.system):
+                raise
+            raise ContextError(
+                f"{error}; /reset starts over, --overflow truncate (in a chat /overflow truncate) "
+                "leaves the oldest turns out"
+            ) from None
         finally:
             events.close()
             if text and not ended:

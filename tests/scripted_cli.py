@@ -1,7 +1,7 @@
 """`mlx-diffgemma` with a model that writes a script: PYTHONPATH=tests python scripted_cli.py serve
 
 SCRIPT is a JSON list of answers; the last goes on for ever. DELAY is seconds a denoising step.
-HANG is the canvas whose second step takes a minute.
+HANG is the canvas whose second step takes a minute, CONTEXT how many tokens fit.
 """
 
 import json
@@ -27,6 +27,7 @@ def load(*given: Any, **settings: Any) -> Any:
     """Where it is called: MLX's streams belong to a thread."""
     tokenizer = gemma_tokenizer()
     model = scripted(Slow)
+    model.context = int(os.environ.get("CONTEXT", model.context))
     answers = json.loads(os.environ["SCRIPT"])
     model.begin(*([*tokenizer.encode(answer), 6][:64] for answer in answers + answers[-1:] * 99))
     return model, tokenizer

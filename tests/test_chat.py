@@ -12,13 +12,25 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pyte
 import pytest
 from gemma import gemma_tokenizer
+from random_model import scripted, untrained
 
+from mlx_diffgemma import (
+    ChatSession,
+    ContextError,
+    Done,
+    Text,
+    ToolResult,
+    Truncated,
+    generate,
+)
 from mlx_diffgemma.chat import Interrupts
+from mlx_diffgemma.guards import OFF
 
 HERE = Path(__file__).parent
 SUDOKU = str(HERE / "data" / "sudoku6")
@@ -311,6 +323,67 @@ def test_nothing_that_others_wrote_moves_the_cursor(tmp_path: Path) -> None:
     assert r'["no\u001b]52\u0007\x9b\u202e[b]:ok:" with {}: there is no such tool]' in lines
     assert b"\x1b]52" not in raw.getvalue()
     assert not set(raw.getvalue().decode()) & set("\x9b\u202e\u2028")
+
+
+def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_turns() -> None:
+    """It used to be refused for good; the answers are those of a chat that never held more."""
+    model, tokenizer = untrained(768, 16, windows=(40, None), context=400), gemma_tokenizer()
+    settings: dict[str, Any] = {"guards": OFF, "steps": 3, "max_tokens": 30}
+    talk = ChatSession(model, tokenizer, system="Be brief.", overflow="truncate", **settings)
+    left_out = []
+    for turn in range(14):
+        events = list(talk.stream(f"{turn} " + "word " * 12, seed=turn))
+        left_out += [(turn, event.turns) for event in events if isinstance(event, Truncated)]
+        asked = list(talk.messages[:-1])
+        assert asked[0] == {"role": "system", "content": "Be brief."}
+        assert [message["role"] for message in asked[1::2]] == ["user"] * (len(asked) // 2)
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        assert text == generate(model, tokenizer, asked, seed=turn, steps=3, max_tokens=30)
+    assert 2 <= len(left_out) <= 7
+    assert all(count > 1 for _, count in left_out)  # or every further turn would be read anew
+    before = talk.messages
+    with pytest.raises(ContextError, match=r"does not fit into the context of 400$"):
+        list(talk.stream("word " * 400))
+    assert talk.messages == before
+    talk.overflow = "refuse"
+    with pytest.raises(ContextError, match="--overflow truncate"):
+        list(talk.stream("word " * 400))
+
+
+def test_turns_are_left_out_with_their_calls() -> None:
+    """Results without a call, or two calls of one name, would confuse the template."""
+    model, tokenizer = scripted(), gemma_tokenizer()
+    call = "<|tool_call>call:weather{}<tool_call|>"
+    model.begin(*([*tokenizer.encode(text), 6] for text in [call, "Rain.", call, "Sun."]))
+    declaration = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    talk = ChatSession(model, tokenizer, tools=[declaration], overflow="truncate")
+    list(talk.stream("How is it?"))
+    list(talk.respond([ToolResult("weather", "wet")]))
+    model.context = len(talk.context) + 96
+    (first, *_) = talk.stream("And in the other place?")
+    assert first == Truncated(1)
+    (*_, last) = talk.respond([ToolResult("weather", "dry")])
+    assert isinstance(last, Done)
+    assert [message["role"] for message in talk.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert talk.messages[1]["tool_calls"][0]["id"] == talk.messages[2]["tool_call_id"]
+
+
+def test_a_chat_says_what_to_do_beyond_the_context() -> None:
+    chat = Terminal(script=["One.", "Two.", "Three."], CONTEXT="140")
+    long = "word " * 8
+    assert chat.type(long)[0] == "One."
+    said = "".join(chat.type(long))
+    assert "/overflow truncate) leaves the oldest turns out" in said
+    assert chat.type("/overflow") == ["/overflow takes refuse or truncate."]
+    assert chat.type("/overflow truncate") == ["Beyond the context: truncate."]
+    answer, notice, *_ = chat.type(long)
+    assert answer == "Two."
+    assert notice.startswith("[the conversation is longer than the context: its oldest turn was")
 
 
 def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:
