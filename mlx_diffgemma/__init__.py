@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .request import Done, Draft, Event, Notice
     from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
     from .schema import SchemaError
-    from .session import ChatSession, ToolResult
+    from .session import ChatSession, ToolResult, Truncated
     from .starts import CanvasError
     from .tokenizer import Tokenizer, TokenizerError
     from .turns import BadToolCall, Text, Thought, ToolCall
@@ -67,6 +67,7 @@ _HOME = {
     "TokenizerError": "tokenizer",
     "ToolCall": "turns",
     "ToolResult": "session",
+    "Truncated": "session",
     "batch_generate": "batch",
     "choose": "choosing",
     "edit": "editing",
@@ -114,6 +115,7 @@ __all__ = [
     "TokenizerError",
     "ToolCall",
     "ToolResult",
+    "Truncated",
     "batch_generate",
     "choose",
     "edit",

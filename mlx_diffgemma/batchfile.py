@@ -186,7 +186,8 @@ class Output:
         Raises:
             BatchError: it cannot be written.
         """
-        rest = line.encode(errors="replace") + b"\n"
+        shown = visible(line) if self._file.isatty() else line
+        rest = shown.encode(errors="replace") + b"\n"
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -1,22 +1,24 @@
 """The chat in a terminal: lines in, commands and answers out."""
 
-import json
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 from rich.console import Console
 
 from .context import Reading
-from .display import Screen, summary, told
+from .display import Screen, summary, tell, told
 from .errors import Error
 from .request import Done, Draft, Event, Notice
-from .session import ChatSession, ToolResult
+from .session import ChatSession, Overflow, ToolResult, Truncated
+from .terminal import quoted, visible
 from .tokenizer import Tokenizer
 from .tools import Tool
 from .turns import BadToolCall, Text, Thought, ToolCall
@@ -33,6 +35,7 @@ HELP = '''A message may go on over lines: end a line with \\, or put it between 
 /system [TEXT]   set or show the system message
 /thinking on|off ask for thoughts first
 /thought         show the last thoughts
+/overflow truncate|refuse  beyond the context, forget the oldest turns
 /steps [N]       most denoising steps a canvas
 /seed [N]        make answers repeatable
 /save FILE       keep the conversation; /load FILE goes on with one
@@ -44,22 +47,38 @@ HELP = '''A message may go on over lines: end a line with \\, or put it between 
 class Interrupts:
     """While open, the first Ctrl-C only sets `stopped`; a second one leaves.
 
-    An exception in the middle of a step would leave a cache half written.
+    An exception in the middle of a step would leave a cache half written. Python calls a handler
+    once for all signals that came during a long operation, so they are counted by what the signal
+    itself writes to a socket.
     """
 
     stopped = False
 
     def __enter__(self) -> "Interrupts":
+        self._received, self._sent = socket.socketpair()
+        self._received.setblocking(False)
+        self._sent.setblocking(False)
+        descriptor = self._sent.fileno()
+        self._woken = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
         self._before = signal.signal(signal.SIGINT, self._stop)
         return self
 
     def __exit__(self, *of: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        signal.set_wakeup_fd(self._woken)
+        self._received.close()
+        self._sent.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        try:
+            count = self._received.recv(4096).count(number)
+        except BlockingIOError:  # counted already, by the call for the one before
+            return
+        if self.stopped or count > 1:
+            self.stopped = True
+            signal.signal(number, signal.SIG_IGN)  # a third one must not tear what is closing
             raise KeyboardInterrupt
-        self.stopped = True
+        self.stopped = bool(count)
 
 
 class Leave(Exception):
@@ -103,6 +122,7 @@ class Chat:
             "/help": self._help,
             "/image": self._image,
             "/load": self._load,
+            "/overflow": self._set_overflow,
             "/quit": self._quit,
             "/reset": self._reset,
             "/retry": self._retry,
@@ -146,7 +166,7 @@ class Chat:
         self._tries += 1
         return seed
 
-    def _answer(self, events: Generator[Event, None, None]) -> None:
+    def _answer(self, events: Generator[Event | Truncated, None, None]) -> None:
         self._thought = ""
         for _ in range(ROUNDS):
             calls = self._show(events)
@@ -157,7 +177,7 @@ class Chat:
         events.close()
         self._say(f"Stopped: {ROUNDS} rounds of tool calls for one answer.")
 
-    def _show(self, events: Generator[Event, None, None]) -> list[ToolCall]:
+    def _show(self, events: Generator[Event | Truncated, None, None]) -> list[ToolCall]:
         """Print one model call; gives the tool calls that want an answer."""
         calls: list[ToolCall] = []
         ended = False
@@ -182,6 +202,8 @@ class Chat:
                             screen.note(f"[a tool call that cannot be read: {event.problem}]")
                         case Notice():
                             screen.note(told(event))
+                        case Truncated():
+                            screen.note(left_out(event))
                         case Done():
                             self._last, ended = event, True
                     if interrupts.stopped:
@@ -199,19 +221,19 @@ class Chat:
         return calls if ended else []
 
     def _call(self, call: ToolCall) -> ToolResult:
-        shown = ", ".join(f"{name}={json.dumps(v)}" for name, v in call.arguments.items())
+        shown = f"{quoted(call.name)} with {quoted(call.arguments)}"
         tool = self._tools.get(call.name)
         if tool is None:
-            self._say(f"[{call.name}({shown}): there is no such tool]")
+            self._say(f"[{shown}: there is no such tool]")
             return ToolResult(call.name, f"error: there is no tool {call.name}")
         if tool.function is None:
-            self._say(f"[{call.name}({shown})]")
+            self._say(f"[{shown}]")
             return ToolResult(call.name, self._typed("What does it give? "))
-        if not self._yes and self._typed(f"Call {call.name}({shown})? [y/N] ").lower() != "y":
+        if not self._yes and self._typed(f"Call {shown}? [y/N] ").lower() != "y":
             self._say("[not called]")
             return ToolResult(call.name, "error: the user does not allow this call")
         result = tool.call(call.arguments)
-        self._say(f"[{call.name}({shown}) = {result}]")
+        self._say(f"[{shown} gives {result}]")
         return ToolResult(call.name, result)
 
     def _typed(self, question: str) -> str:
@@ -224,7 +246,7 @@ class Chat:
             return ""
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(self._console, line)
 
     def _retry(self, rest: str) -> None:
         self._answer(self.session.retry(seed=self._next_seed()))
@@ -251,6 +273,13 @@ class Chat:
             return
         self.session.enable_thinking = rest == "on"
         self._say(f"Thinking is {rest}.")
+
+    def _set_overflow(self, rest: str) -> None:
+        if rest not in get_args(Overflow):
+            self._say("/overflow takes refuse or truncate.")
+            return
+        self.session.overflow = "truncate" if rest == "truncate" else "refuse"
+        self._say(f"Beyond the context: {rest}.")
 
     def _show_thought(self, rest: str) -> None:
         self._say(self._thought.strip() or "There was no thought.")
@@ -300,6 +329,12 @@ class Chat:
 
     def _quit(self, rest: str) -> None:
         raise Leave
+
+
+def left_out(event: Truncated) -> str:
+    """One line on what the model no longer knows."""
+    turns = "turn was" if event.turns == 1 else f"{event.turns} turns were"
+    return f"[the conversation is longer than the context: its oldest {turns} left out]"
 
 
 def given_path(text: str) -> Path:
@@ -352,9 +387,11 @@ def edited(text: str) -> str:
         import readline
     except ImportError:
         return text
-    readline.set_startup_hook(lambda: readline.insert_text(text))
+    shown = visible(text)  # readline prints what it is given
+    readline.set_startup_hook(lambda: readline.insert_text(shown))
     try:
-        return input("> ").strip() or text
+        line = input("> ").strip()
+        return text if line in ("", shown.strip()) else line
     except (EOFError, KeyboardInterrupt):
         return text
     finally:
@@ -375,6 +412,8 @@ def line_editing() -> Iterator[None]:
     history = state / "mlx-diffgemma" / "history"
     with suppress(OSError):
         readline.read_history_file(history)
+        for at in range(readline.get_current_history_length()):
+            readline.replace_history_item(at, visible(readline.get_history_item(at + 1)))
     readline.set_history_length(1000)
     try:
         yield

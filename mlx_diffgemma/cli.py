@@ -5,6 +5,7 @@ Imports of MLX and of the rest of the package stand inside the commands: `--help
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -15,6 +16,7 @@ import typer
 
 from .errors import Error
 from .files import read_text, replacing
+from .terminal import write
 
 if TYPE_CHECKING:
     from .evaluate import Case
@@ -37,6 +39,7 @@ app = typer.Typer(
 DTypeName = Literal["float32", "bfloat16", "float16"]
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 SpeedName = Literal["faithful", "balanced", "fast"]
+OverflowName = Literal["refuse", "truncate"]
 SamplerName = Literal["entropy", "confidence"]
 Model = Annotated[
     str | None,
@@ -237,7 +240,7 @@ def generate(
                     done = event
         if as_json:
             parts = {"text": answer, "thought": thoughts, "tool_calls": calls}
-            print(json.dumps({**parts, **vars(done)}, ensure_ascii=False))
+            put(json.dumps({**parts, **vars(done)}, ensure_ascii=False))
         else:
             for call in calls:
                 screen.text(json.dumps(call, ensure_ascii=False))
@@ -323,6 +326,9 @@ def chat(
     thinking_budget: ThinkingBudget = None,
     guards: Annotated[str, typer.Option(help=f"Which are on: all, none, or of {GUARDS}.")] = "all",
     shrink: Shrink = False,
+    overflow: Annotated[
+        OverflowName, typer.Option(help="Beyond the context: refuse, or forget the oldest turns.")
+    ] = "refuse",
     tools: Annotated[
         Path | None, typer.Option(help="Functions in a .py, or declarations in a .json.")
     ] = None,
@@ -353,6 +359,7 @@ def chat(
         tokenizer,
         tools=[tool.declaration for tool in known.values()],
         guards=wanted,
+        overflow=overflow,
         max_tokens=max_tokens,
         steps=steps,
         sampler=chosen,
@@ -368,6 +375,10 @@ def chat(
     conversation = Chat(talk, tokenizer, seed=seed, tools=known, yes=yes, live=live)
     try:
         conversation.run()
+    except KeyboardInterrupt:
+        # Whoever leaves by Ctrl-C may press it again: the session is saved all the same.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
     finally:
         if session is not None:
             talk.save(session)
@@ -414,9 +425,9 @@ def fill(
     for event in watch(events, tokenizer, live=show and not quiet, lines=show and not quiet):
         if isinstance(event, FillResult):
             if as_json:
-                print(json.dumps(event.values, ensure_ascii=False))
+                put(json.dumps(event.values, ensure_ascii=False))
             else:
-                print(event.text, end="" if event.text.endswith("\n") else "\n")
+                put(event.text, end="" if event.text.endswith("\n") else "\n")
             if not quiet:
                 say(f"{event.steps} steps", *event.notes)
 
@@ -487,12 +498,10 @@ def edit(
             name = "stdin" if file == "-" else file
             old, new = (t.splitlines(keepends=True) for t in (text, event.text))
             if whole:
-                print(event.text, end="")
+                put(event.text, end="")
             else:
                 for line in unified_diff(old, new, f"a/{name}", f"b/{name}"):
-                    print(
-                        line, end="" if line.endswith("\n") else "\n\\ No newline at end of file\n"
-                    )
+                    put(line, end="" if line.endswith("\n") else "\n\\ No newline at end of file\n")
             if text == event.text:
                 say("Nothing changes.")
             elif in_place:
@@ -548,11 +557,11 @@ def choose(
         draws=draws,
     )
     if as_json:
-        print(json.dumps(chances, ensure_ascii=False))
+        put(json.dumps(chances, ensure_ascii=False))
         return
     for name, known in chances.items():
         for label, chance in sorted(known.items(), key=lambda pair: -pair[1]):
-            print(f"{name + ': ' if len(chances) > 1 else ''}{label}\t{chance:.4f}")
+            put(f"{name + ': ' if len(chances) > 1 else ''}{label}\t{chance:.4f}")
 
 
 @app.command()
@@ -657,13 +666,13 @@ def demo(
     loaded_once = cache(load)
     for scene in SCENES:
         loaded, tokenizer = loaded_once(SPECIALIST.get(scene.case.task))
-        print(f"\n{scene.title}\n{scene.case.prompt}\n", flush=True)
+        put(f"\n{scene.title}\n{scene.case.prompt}\n")
         events = events_of(loaded, tokenizer, scene.case, None, seed)
         for event in watch(events, tokenizer, live=True, lines=True):
             if isinstance(event, Draft) and sys.stderr.isatty():
                 sleep(delay)
             elif isinstance(event, Text):
-                print(event.text, flush=True)
+                put(event.text)
 
 
 @app.command(name="eval")
@@ -726,10 +735,10 @@ def evaluate(
             )
             for score in evaluate(loaded, tokenizer, answers[source], budgets, seeds):
                 if as_json:
-                    print(json.dumps({"recipe": name, **asdict(score)}), flush=True)
+                    put(json.dumps({"recipe": name, **asdict(score)}))
                     continue
                 success = f"{100 * score.success:.1f} ±{100 * score.error:.1f} %"
-                print(
+                put(
                     f"{name:<11}{score.task:<17}{score.steps:>5}{success:>16}"
                     f"{score.steps_per_canvas:>14.1f}{score.tokens_per_forward:>13.1f}",
                     end="",
@@ -781,7 +790,7 @@ def bench(
         (lambda line: None) if quiet else say,
     )
     if as_json:
-        print(json.dumps(measuring.as_json(reports), ensure_ascii=False))
+        put(json.dumps(measuring.as_json(reports), ensure_ascii=False))
         return
     about = measuring.machine()
     Console(highlight=False).print(bench_table(reports))
@@ -904,7 +913,7 @@ def convert(
         say(f"left as they are, no group size divides them: {', '.join(report.unpacked)}")
     if upload_repo:
         say(f"uploaded to {upload(report.directory, upload_repo)}")
-    print(report.directory)
+    put(str(report.directory))
 
 
 @app.command()
@@ -946,7 +955,7 @@ def info(
         f"context {found.context:,}"
     )
     for part in found.parts:
-        print(
+        put(
             f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
             f"{'; '.join(part.formats)}"
         )
@@ -957,7 +966,7 @@ def info(
     try:
         here = fit(found, given)
     except TooLarge as error:
-        print(f"here: {error}")
+        put(f"here: {error}")
         return
     print(f"here: a context of {here.context:,} tokens")
     if found.table_bytes:
@@ -1056,9 +1065,14 @@ def read_guards(names: str, thinking_budget: int | None) -> "Guards":
     return Guards(**{name: name in given for name in known}, thinking_budget=thinking_budget)
 
 
+def put(text: str, end: str = "\n") -> None:
+    """Part of the answer, to stdout."""
+    write(text + end, sys.stdout)
+
+
 def say(*lines: str) -> None:
     """To stderr."""
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    write("\n".join(lines) + "\n", sys.stderr)
 
 
 def fail(sentence: str, code: int = 1) -> NoReturn:

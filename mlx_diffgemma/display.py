@@ -13,6 +13,7 @@ from rich.text import Text as Styled
 
 from .guards import Guard
 from .request import Done, Draft, Notice
+from .terminal import visible, write
 
 if TYPE_CHECKING:
     from .bench import Report
@@ -36,6 +37,12 @@ def told(notice: Notice) -> str:
     """One line on what a guard did."""
     end = "tried again" if notice.again else KEPT if notice.guard == "not_converged" else ""
     return f"[{NOTICES[notice.guard]}{': ' * bool(end)}{end}]"
+
+
+def tell(console: Console, line: str, style: str = "") -> None:
+    """A line as it stands, whatever brackets, colons and escapes it holds."""
+    shown = visible(line) if console.is_terminal else line
+    console.print(Styled(shown, style=style), soft_wrap=True)
 
 
 def can_draw(console: Console) -> bool:
@@ -128,7 +135,7 @@ class Screen:
         if self._open:
             self._print("\n")
         for line in self._notes:
-            self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+            tell(self._console, line, "dim")
 
     def draft(self, draft: Draft, pieces: Sequence[str]) -> None:
         """Draw a step; `pieces` holds the text of each canvas token."""
@@ -147,7 +154,7 @@ class Screen:
         if self._frame is None or not self._shared:
             self._print(text)
             return
-        complete, newline, rest = (self._held + text).rpartition("\n")
+        complete, newline, rest = (self._held + visible(text)).rpartition("\n")
         self._frame.erase()
         self._print(complete + newline)
         self._held = rest
@@ -169,8 +176,7 @@ class Screen:
 
     def _print(self, text: str) -> None:
         if text:
-            self._out.write(text)
-            self._out.flush()
+            write(text, self._out)
             self._open = not text.endswith("\n")
 
 
@@ -196,7 +202,7 @@ def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> S
         if visible
     ]
     for style, run in groupby(styles, key=lambda pair: pair[0]):
-        drawn.append("".join(piece for _, piece in run), style=style)
+        drawn.append(visible("".join(piece for _, piece in run)), style=style)
     drawn.append(f"\n{progress(draft, seconds)}", style="cyan")
     return drawn
 
@@ -235,9 +241,9 @@ def summary(done: Done) -> str:
 
 def bench_table(reports: "Sequence[Report]") -> Table:
     """A column for each checkpoint; of two, the second as a ratio to the first."""
-    table = Table("", *(report.model for report in reports), *["ratio"] * (len(reports) == 2))
-    for column in table.columns[1:]:
-        column.justify, column.overflow = "right", "fold"
+    table = Table("")
+    for name in (*(report.model for report in reports), *["ratio"] * (len(reports) == 2)):
+        table.add_column(Styled(visible(name)), justify="right", overflow="fold")
     rows: list[tuple[str, str, Callable[[Report], float]]] = [
         ("load", "s", lambda r: r.load_seconds),
         ("load, peak memory", "GB", lambda r: r.load_peak_memory / 1e9),

@@ -11,10 +11,9 @@ import mlx.core as mx
 from rich.filesize import decimal
 
 from .bench import machine
-from .checkpoint import SHIPPED
+from .checkpoint import MODES, SHIPPED
 from .checks import LIMITS, NOTHING, REAL, Checks, Result, Subject, kind_of
 from .convert import Recipe, uniform
-from .convert.recipes import MODES
 from .demo import SCENES
 from .errors import Error
 from .loading import DType, load_model

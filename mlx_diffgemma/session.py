@@ -1,9 +1,11 @@
 """A conversation that pays only for what is new: each turn goes on from the cache of the last."""
 
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from .context import ContextError, PromptCache, SessionError
 from .generation import stream_generate
@@ -12,6 +14,18 @@ from .model import DiffusionGemma
 from .request import Done, Event, Settings
 from .tokenizer import Declaration, Message, Tokenizer
 from .turns import Text, Thought, ToolCall
+
+Overflow = Literal["refuse", "truncate"]
+# Of the context, what is free once turns were left out: else every further turn would leave out
+# another, and read the rest anew.
+FREED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The conversation exceeded the context: its oldest `turns` were left out."""
+
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,10 @@ class ChatSession:
         system: the system message.
         tools: function declarations in JSON Schema, as the `openai` client sends them.
         enable_thinking: ask for thoughts before an answer.
+        overflow: what to do about a conversation beyond the context: "refuse" the message, or
+            "truncate", which forgets the oldest turns (a user's message with all up to the next);
+            the system message stays, and a message that alone is too long is still refused. This
+            attribute may change between turns.
         settings: see `Settings`; they may change between turns. Guards are all on unless told
             otherwise.
 
@@ -51,6 +69,7 @@ class ChatSession:
         system: str | None = None,
         tools: Sequence[Declaration] = (),
         enable_thinking: bool = False,
+        overflow: Overflow = "refuse",
         **settings: Unpack[Settings],
     ):
         self._model = model
@@ -60,6 +79,7 @@ class ChatSession:
         self._unanswered: list[Message] | None = None
         self._tools = list(tools)
         self._thinking = False
+        self.overflow = overflow
         self.settings: Settings = {"guards": Guards(), **settings}
         self.enable_thinking = enable_thinking
         if not all(map(_is_declaration, self._tools)):
@@ -103,8 +123,12 @@ class ChatSession:
             raise SessionError("this model's chat template knows no thinking")
         self._thinking = wanted
 
-    def stream(self, content: str, *, seed: int | None = None) -> Generator[Event, None, None]:
+    def stream(
+        self, content: str, *, seed: int | None = None
+    ) -> Generator[Event | Truncated, None, None]:
         """Answer a message; events, arguments and errors as in `stream_generate`.
+
+        Where turns were left out, `Truncated` comes first.
 
         Closed early, the session keeps the message and what was committed of the answer, or
         neither if nothing was. After a `ToolCall`, go on with `respond`.
@@ -118,7 +142,7 @@ class ChatSession:
 
     def respond(
         self, results: Sequence[ToolResult], *, seed: int | None = None
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[Event | Truncated, None, None]:
         """Go on in the same model turn with the results of its tool calls, in their order.
 
         Raises:
@@ -139,7 +163,7 @@ class ChatSession:
         asked = [*self._messages, *told]
         return self._answer(asked, seed)
 
-    def retry(self, *, seed: int | None = None) -> Generator[Event, None, None]:
+    def retry(self, *, seed: int | None = None) -> Generator[Event | Truncated, None, None]:
         """Answer the last message once more, also one whose answer was stopped before it began.
 
         Nothing of it is encoded again.
@@ -230,31 +254,59 @@ class ChatSession:
             tools=(self._tools if tools is None else tools) or None,
         )
 
+    def _fits(self, ids: list[int], free: float = 0) -> bool:
+        """Whether a prompt leaves room for a canvas, and this part of the context."""
+        room = self._model.context - len(ids)
+        return room >= max(self._model.config.canvas_length, free * self._model.context)
+
+    def _shortened(self, asked: list[Message], ids: list[int]) -> tuple[int, list[Message]]:
+        """The conversation without the oldest turns, where it leaves no room; and how many."""
+        if self._fits(ids):
+            return 0, asked
+        first = bool(asked and asked[0]["role"] == "system")
+        begins = [i for i, message in enumerate(asked) if message["role"] == "user"]
+        kept = [asked[:first] + asked[begin:] for begin in begins[1:]]
+
+        def roomy(messages: list[Message]) -> bool:
+            return self._fits(self._tokenizer.encode(self._render(messages)), FREED)
+
+        turns = min(bisect_left(kept, True, key=roomy), len(kept) - 1) + 1
+        return (turns, kept[turns - 1]) if turns else (0, asked)
+
     def _answer(
         self,
         asked: list[Message],
         seed: int | None,
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[Event | Truncated, None, None]:
+        ids, turns = self._tokenizer.encode(self._render(asked)), 0
+        if self.overflow == "truncate":
+            turns, short = self._shortened(asked, ids)
+            ids = self._tokenizer.encode(self._render(short)) if turns else ids
+            if self._fits(ids):
+                asked = short
+            else:  # the message alone is too long, which is refused below: nothing is forgotten
+                turns = 0
         events = stream_generate(
             self._model,
             self._tokenizer,
-            asked,
+            ids,
             prompt_cache=self._context,
             seed=seed,
-            tools=self._tools,
-            enable_thinking=self._thinking,
             **self.settings,
         )
-        return self._record(asked, events)
+        return self._record(asked, events, turns)
 
     def _record(
-        self, asked: list[Message], events: Generator[Event, None, None]
-    ) -> Generator[Event, None, None]:
+        self, asked: list[Message], events: Generator[Event, None, None], turns: int
+    ) -> Generator[Event | Truncated, None, None]:
         text = thought = ""
         calls: list[dict[str, Any]] = []
         ended = False
+        taken = {call["id"] for message in asked for call in message.get("tool_calls", [])}
         self._unanswered = None
         try:
+            if turns:
+                yield Truncated(turns)
             for event in events:
                 if isinstance(event, Text):
                     text += event.text
@@ -262,13 +314,21 @@ class ChatSession:
                     thought += event.text
                 elif isinstance(event, ToolCall):
                     function = {"name": event.name, "arguments": event.arguments}
-                    known = sum(len(message.get("tool_calls", [])) for message in asked)
-                    identity = f"call_{known + len(calls)}"
+                    names = (f"call_{number}" for number in count())
+                    identity = next(name for name in names if name not in taken)
+                    taken.add(identity)
                     calls.append({"id": identity, "type": "function", "function": function})
                 elif isinstance(event, Done):
                     ended = True
                     self._messages = [*asked, _assistant(text, thought, calls)]
                 yield event
+        except ContextError as error:
+            if self.overflow == "truncate" or len(self._messages) <= bool(self.system):
+                raise
+            raise ContextError(
+                f"{error}; /reset starts over, --overflow truncate (in a chat /overflow truncate) "
+                "leaves the oldest turns out"
+            ) from None
         finally:
             events.close()
             if text and not ended:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
 from .errors import Error
+from .templating import MOST_SOURCE, Environment, within
 
 Message = dict[str, Any]
 Declaration = dict[str, Any]  # of a function, as the openai client sends it
+# Of what a template says went wrong; it may say anything.
+_SAID = 300
+# A date's form in a template: C libraries pad to any width that stands in one.
+_DATE = re.compile(r"(?:[^%]|%[-_^#]?[A-Za-z%])*")
+_MOST_DATE = 100
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 
 
@@ -41,7 +45,8 @@ def no_check() -> None:
 class Tokenizer:
     """`tokenizer.json` plus the checkpoint's chat template.
 
-    The template runs in Jinja's sandbox: nothing from a repository is executed as code.
+    The template runs in Jinja's sandbox, within bounds of time and size (`templating.py`): nothing
+    from a repository is executed as code.
     """
 
     def __init__(self, backend: Backend, settings: dict[str, Any], template: str | None):
@@ -77,8 +82,10 @@ class Tokenizer:
                 settings = json.loads(config.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise TokenizerError(f"{config} is not JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise TokenizerError(f"{config} is not a JSON object")
         file = directory / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.exists() else None
+        template = _read_template(file) if file.exists() else None
         if template is None and isinstance(settings.get("chat_template"), str):
             template = settings["chat_template"]
         return cls(backend, settings, template)
@@ -195,37 +202,60 @@ class Tokenizer:
         """The chat as the text that the model was trained on.
 
         Raises:
-            TokenizerError: there is no template, it refuses these messages, or one of them holds
-                something else than text.
+            TokenizerError: there is no message or no template, or it refuses these messages, fails,
+                or takes too much time or memory; or a message holds something else than text.
         """
+        if not messages:
+            raise TokenizerError("there is no message in this chat")
         for message in messages:
             _refuse_media(message.get("content"))
+        template = self._template
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=enable_thinking,
-                tools=tools,
-                **self._special,
-            )
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template refuses these messages: {error}") from None
+            with within(messages, tools):
+                text = template.render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=enable_thinking,
+                    tools=tools,
+                    **self._special,
+                )
+            text.encode()  # half a character cannot become ids
+            return text
+        except Exception as error:  # a template may raise whatever Python can
+            raise TokenizerError(
+                f"the chat template refuses these messages: {_said(error)}"
+            ) from None
 
     @cached_property
     def _template(self) -> jinja2.Template:
         if self._template_source is None:
             raise TokenizerError("this checkpoint has no chat template (chat_template.jinja)")
-        # The settings that Hugging Face renders templates with.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
+        environment = Environment()
+        environment.add_filter("tojson", _to_json)
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = _now
         try:
-            return environment.from_string(self._template_source)
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template is damaged: {error}") from None
+            with within():
+                return environment.from_string(self._template_source)
+        except Exception as error:  # parsing, and Python's compiler behind it
+            raise TokenizerError(f"the chat template is damaged: {_said(error)}") from None
+
+
+def _read_template(path: Path) -> str:
+    """A template's source; of one that is too long, enough to be refused."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(MOST_SOURCE + 1)
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise TokenizerError(f"{path} is not UTF-8") from None
+
+
+def _said(error: Exception) -> str:
+    """An error of a template in one short line."""
+    said = " ".join(str(error)[: 2 * _SAID].split())[:_SAID]
+    return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
 def _refuse_media(content: Any) -> None:
@@ -239,6 +269,13 @@ def _refuse_media(content: Any) -> None:
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    """Today, for templates."""
+    if len(form) > _MOST_DATE or not _DATE.fullmatch(form):
+        raise jinja2.TemplateError(f"{form[:_MOST_DATE]!r} is not the form of a date")
+    return datetime.now().strftime(form)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

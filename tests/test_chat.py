@@ -1,18 +1,36 @@
 """The chat as somebody types it, at a pseudo-terminal whose screen is looked at."""
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pyte
 import pytest
 from gemma import gemma_tokenizer
+from random_model import scripted, untrained
+
+from mlx_diffgemma import (
+    ChatSession,
+    ContextError,
+    Done,
+    Text,
+    ToolResult,
+    Truncated,
+    generate,
+)
+from mlx_diffgemma.chat import Interrupts
+from mlx_diffgemma.guards import OFF
 
 HERE = Path(__file__).parent
 SUDOKU = str(HERE / "data" / "sudoku6")
@@ -175,19 +193,55 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_is_committed() -> None:
 
 
 def test_a_second_ctrl_c_leaves(tmp_path: Path) -> None:
-    """The session on disk is still written."""
+    """The session on disk is still written, however often the keys are pressed.
+
+    The test used to press twice within 0.1 s, and a busy machine took that for once.
+    """
     file = tmp_path / "talk"
     settings = ["--max-tokens", "4000", "--guards", "none", "--session", str(file)]
-    chat = Terminal(*settings, script=["word after word " * 20], DELAY="0.7")
+    chat = Terminal(*settings, script=["word after word " * 20], HANG="2")
     chat.child.sendline("talk")
     chat.wait("canvas 2, step")
-    chat.child.sendintr()
-    time.sleep(0.1)
-    chat.child.sendintr()
+    while chat.child.isalive():  # in a step that takes longer than all of this
+        chat.child.sendintr()
+        with suppress(pexpect.TIMEOUT, pexpect.EOF):
+            chat.child.expect(pexpect.EOF, timeout=0.1)
     assert chat.leaves() == 130
     again = Terminal("--session", str(file), script=["x"])
     assert "Going on with 2 messages" in "\n".join(again.lines())
     assert any("word after word" in line for line in chat.lines())
+
+
+def test_two_signals_during_one_operation_count_as_two() -> None:
+    """They used to count as one: Python calls a handler once for both."""
+
+    def press() -> None:
+        for _ in range(2):
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    def wait() -> None:
+        keys = threading.Thread(target=press)
+        keys.start()
+        keys.join()
+        time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGINT)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # the handler does not run in between
+    try:
+        with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        sys.setswitchinterval(interval)
+    assert interrupts.stopped
+    assert signal.getsignal(signal.SIGINT) is before
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.stopped
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # nothing is torn while it leaves
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
@@ -226,9 +280,9 @@ def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
     fails = '<|tool_call>call:weather{city:<|"|>Nowhere<|"|>}<tool_call|>'
     chat = Terminal("--tools", str(file), script=[call, "Rain.", call, "Pity.", fails, "Hm.", "x"])
     chat.child.sendline("how is it?")
-    chat.wait(r'Call weather\(city="Oslo", days=2\)\? \[y/N\]$')
+    chat.wait(r'Call "weather" with {"city": "Oslo", "days": 2}\? \[y/N\]$')
     lines = chat.type("y")
-    assert '[weather(city="Oslo", days=2) = 2 days of rain in Oslo]' in lines
+    assert "gives 2 days of rain in Oslo]" in "".join(lines)
     assert "Rain." in lines
     assert not any("tool_call" in line for line in chat.lines())
     chat.child.sendline("and now?")
@@ -239,6 +293,97 @@ def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
     chat.child.sendline("there?")
     chat.wait(r"\[y/N\]$")
     assert "ValueError: no such city" in "".join(chat.type("y"))
+
+
+def test_nothing_that_others_wrote_moves_the_cursor(tmp_path: Path) -> None:
+    """Answers, thoughts, names, results and saved messages used to reach the terminal raw."""
+    hostile, shown = "\x1b]52\x07\x9b\u202e[b]:ok:", r"\x1b]52\x07\x9b\u202e[b]:ok:"
+    file = tmp_path / "tools.py"
+    file.write_text(f"def rm(city: str) -> str:\n    return {hostile!r}\n")
+    script = [
+        f"<|channel>thought\n{hostile}<channel|>{hostile}",
+        '<|tool_call>call:rm{ci\u200bty\x9b:<|"|>\x1b[1A\u2028\x7f<|"|>}<tool_call|>',
+        '<|tool_call>call:rm{city:<|"|>Oslo<|"|>}<tool_call|>',
+        f"<|tool_call>call:no{hostile.split(' ')[0]}{{}}<tool_call|>",
+        f"<|tool_call>{hostile}<tool_call|>",
+        "end",
+    ]
+    chat = Terminal("--tools", str(file), "--thinking", script=script)
+    chat.child.logfile_read = raw = io.BytesIO()
+    assert chat.type("hello")[0] == shown
+    assert chat.type("/thought") == [shown]
+    chat.child.sendline("go on")
+    lines = chat.wait(r"Call .*\[y/N\]$")[0]
+    wanted = r'Call "rm" with {"ci\u200bty\x9b": "\u001b[1A\u2028\x7f"}? [y/N]'
+    assert lines == wanted
+    chat.child.sendline("n")
+    chat.wait(r'Call "rm" with {"city": "Oslo"}\? \[y/N\]$')
+    lines = "".join(chat.type("y"))
+    assert f"gives {shown}]" in lines
+    assert r'["no\u001b]52\u0007\x9b\u202e[b]:ok:" with {}: there is no such tool]' in lines
+    assert b"\x1b]52" not in raw.getvalue()
+    assert not set(raw.getvalue().decode()) & set("\x9b\u202e\u2028")
+
+
+def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_turns() -> None:
+    """It used to be refused for good; the answers are those of a chat that never held more."""
+    model, tokenizer = untrained(768, 16, windows=(40, None), context=400), gemma_tokenizer()
+    settings: dict[str, Any] = {"guards": OFF, "steps": 3, "max_tokens": 30}
+    talk = ChatSession(model, tokenizer, system="Be brief.", overflow="truncate", **settings)
+    left_out = []
+    for turn in range(14):
+        events = list(talk.stream(f"{turn} " + "word " * 12, seed=turn))
+        left_out += [(turn, event.turns) for event in events if isinstance(event, Truncated)]
+        asked = list(talk.messages[:-1])
+        assert asked[0] == {"role": "system", "content": "Be brief."}
+        assert [message["role"] for message in asked[1::2]] == ["user"] * (len(asked) // 2)
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        assert text == generate(model, tokenizer, asked, seed=turn, steps=3, max_tokens=30)
+    assert 2 <= len(left_out) <= 7
+    assert all(count > 1 for _, count in left_out)  # or every further turn would be read anew
+    before = talk.messages
+    with pytest.raises(ContextError, match=r"does not fit into the context of 400$"):
+        list(talk.stream("word " * 400))
+    assert talk.messages == before
+    talk.overflow = "refuse"
+    with pytest.raises(ContextError, match="--overflow truncate"):
+        list(talk.stream("word " * 400))
+
+
+def test_turns_are_left_out_with_their_calls() -> None:
+    """Results without a call, or two calls of one name, would confuse the template."""
+    model, tokenizer = scripted(), gemma_tokenizer()
+    call = "<|tool_call>call:weather{}<tool_call|>"
+    model.begin(*([*tokenizer.encode(text), 6] for text in [call, "Rain.", call, "Sun."]))
+    declaration = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    talk = ChatSession(model, tokenizer, tools=[declaration], overflow="truncate")
+    list(talk.stream("How is it?"))
+    list(talk.respond([ToolResult("weather", "wet")]))
+    model.context = len(talk.context) + 96
+    (first, *_) = talk.stream("And in the other place?")
+    assert first == Truncated(1)
+    (*_, last) = talk.respond([ToolResult("weather", "dry")])
+    assert isinstance(last, Done)
+    assert [message["role"] for message in talk.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert talk.messages[1]["tool_calls"][0]["id"] == talk.messages[2]["tool_call_id"]
+
+
+def test_a_chat_says_what_to_do_beyond_the_context() -> None:
+    chat = Terminal(script=["One.", "Two.", "Three."], CONTEXT="140")
+    long = "word " * 8
+    assert chat.type(long)[0] == "One."
+    said = "".join(chat.type(long))
+    assert "/overflow truncate) leaves the oldest turns out" in said
+    assert chat.type("/overflow") == ["/overflow takes refuse or truncate."]
+    assert chat.type("/overflow truncate") == ["Beyond the context: truncate."]
+    answer, notice, *_ = chat.type(long)
+    assert answer == "Two."
+    assert notice.startswith("[the conversation is longer than the context: its oldest turn was")
 
 
 def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:

@@ -119,6 +119,38 @@ def test_expected_failures_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+def at_a_terminal(*arguments: str) -> str:
+    """All that a command sends to a terminal, input echoed."""
+    child = pexpect.spawn(
+        COMMAND[0], [*COMMAND[1:], *arguments], encoding="utf-8", timeout=60, dimensions=(24, 200)
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    return str(child.before)
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
+    """A file used to write the clipboard (OSC 52), a name in an error to move the cursor."""
+    hostile, shown = "\x1b]52;c;eA==\x07\x9b2J\u202e\x7f", r"\x1b]52;c;eA==\x07\x9b2J\u202e\x7f"
+    file = tmp_path / "text"
+    file.write_text(f"one {hostile}\ntwo\n")
+    template = f"{hostile} {{{{a:yes|no}}}}"
+    editing = ("edit", str(file), "-i", "change", "--lines", "2:2", "--steps", "1", "--seed", "0")
+    changing = ("--strength", "1", "-q")
+    for arguments in (
+        ("fill", template, "--seed", "0"),
+        (*editing, *changing),
+        ("generate", "-m", f"{tmp_path}/{hostile}", "x"),
+        ("generate", "--guards", hostile, "x"),
+    ):
+        said = at_a_terminal(*arguments)
+        assert not set(said) & set("\x1b\x07\x9b\u202e\x7f"), arguments
+        assert shown in said, arguments
+    # A pipe gets the bytes as they are.
+    assert run(*editing, "--text").stdout.startswith(f"one {hostile}\n")
+    assert run("fill", template, "--seed", "0").stdout.startswith(hostile)
+
+
 def test_convert_then_info(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     done = run("convert", SUDOKU, out)

@@ -5,10 +5,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from gemma import TEMPLATE
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
-from mlx_diffgemma import Tokenizer, TokenizerError
+from mlx_diffgemma import Tokenizer, TokenizerError, templating
+from mlx_diffgemma.loading import EMBEDDED
 from mlx_diffgemma.tokenizer import COUNTED_AT_ONCE, TooLong
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -75,6 +79,181 @@ def test_template_gets_what_gemma_uses() -> None:
 def test_templates_that_fail(template: str | None, said: str) -> None:
     with pytest.raises(TokenizerError, match=said):
         with_template(template).render_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ [0] * 10**10 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ '%9999d' * 100000 % 1 }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 10**9) }}",
+        "{{ ('{:1000000000}' | safe).format(1) }}",
+        "{{ 'x'.center(10**9) }}",
+        "{{ ('x' | attr('ljust'))(10**9) }}",
+        "{{ 'x' | center(10**9) }}",
+        "{{ 'x\\n' | indent(10**9) }}",
+        "{{ ['x'] | map('indent', 10**9, true) | list }}",
+        "{{ [1] | tojson(indent=10**9) }}",
+        "{{ 1 | round(10**8, 'ceil') }}",
+        "{{ '\\t'.expandtabs(10**9) }}",
+        "{{ (5).to_bytes(10**9, 'big') }}",
+        "{{ 3 ** (10 ** 8) }}",
+        "{{ ('x' * 10**5).replace('x', 'y' * 10**5) }}",
+        "{{ 'x' * 10**5 | replace('x', 'y' * 10**6) }}",
+        "{{ range(10**5) | join('y' * 10**5) }}",
+        "{{ ('y' * 10**5).join(range(10**5) | map('string')) }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ lipsum(n=10**6) }}",
+        "{{ 1 / 0 }}",
+        "{{ 10.0 ** 1000 }}",
+        "{{ 1 + 'x' }}",
+        "{{ 10 ** 15000 }}",
+        "{{ '\\ud800' }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% block a %}{{ self.a() }}{% endblock %}",
+        "{% set x = 'x' * 10**6 %}{% for i in range(10**5) %}{{ x }}{% endfor %}",
+        "{% set x %}{% for i in range(10**5) %}" + "y" * 1000 + "{% endfor %}{% endset %}",
+        "{% set x = 'x' * 10**6 %}{% for i in range(10**5) %}{% set y = x[i:] %}{% endfor %}",
+        "{% set n = namespace(a=1) %}{% for i in range(60) %}{% set n.a = n.a * 9 ** 99 %}"
+        "{% set n.a = n.a * n.a %}{% endfor %}",
+        *(
+            "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = "
+            + twice
+            + " %}{% endfor %}{{ n.a }}"
+            for twice in (
+                "[n.a, n.a]",
+                "(n.a, n.a)",
+                "{'a': n.a, 'b': n.a}",
+                "dict(a=n.a, b=n.a)",
+                "namespace(a=n.a, b=n.a)",
+                "n.a + n.a",
+                "n.a ~ n.a",
+            )
+        ),
+        "{% macro f(n) %}{{ f(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'x' as y %}",
+        "{% extends messages %}",
+        "{{ raise_exception('x' * 10**6) }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ 1" + "+1" * 30000 + " }}",
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{" * 90000,
+        "x" * 10**7,
+    ],
+)
+def test_hostile_templates_are_refused_in_one_short_sentence(template: str) -> None:
+    """They used to take gigabytes, run for ever, or raise what nobody catches."""
+    tokenizer = with_template(template)
+    with pytest.raises(TokenizerError, match=r"^the chat template ") as raised:
+        tokenizer.render_chat([{"role": "user", "content": "hi"}])
+    assert len(str(raised.value)) < 400
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
+        "{% for i in range(10**5) %}{% for j in range(10**5) if false %}{% endfor %}{% endfor %}",
+        "{% for i in range(10**5) recursive %}{% if loop.depth < 3 %}{{ loop(range(10**5)) }}"
+        "{% endif %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "{% set x = 'x' * 10**6 %}{% for i in range(10**5) %}{% set y = 'xy' in x %}{% endfor %}",
+        "{% set x = 'x' * 10**6 %}{% for i in range(10**5) %}{{ x.count('xy') }}{% endfor %}",
+        "{{ range(10**5) | map(attribute='" + "real." * 10000 + "real') | list | length }}",
+    ],
+)
+def test_templates_that_do_not_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested loops used to run for days; the sandbox bounds each one by itself."""
+    monkeypatch.setattr(templating, "MOST_SECONDS", 0.1)
+    with pytest.raises(TokenizerError, match="takes more than"):
+        with_template(template).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_bounds_change_no_text() -> None:
+    """Jinja's own sandbox renders the same."""
+    plain = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    plain.filters["tojson"] = lambda value, indent=None: json.dumps(value, indent=indent)
+    source = """{% macro show(value, deep=none) %}
+    {%- for key, item in value | dictsort if item is not none %}{{ key }}={{ item ~ 1 }}
+    {%- if item in more or key == 'city' %}!{% endif %}{{ ', ' if not loop.last }}{% endfor %}
+    {{- varargs[1:] }}{{ caller() if caller }}{% endmacro %}
+{% set ns = namespace(n=0, seen=[], said='') %}
+{% for m in messages[1:] if m.role != 'system' %}
+    {% set ns.n = ns.n + 2 ** 3 * 4 % 5 %}{% set ns.seen = ns.seen + [m.role, (1, 2), {'a': m}] %}
+    {% set ns.said = ns.said + m.content | trim + '\\n' %}
+    {{ loop.index }}/{{ loop.length }} {{ '%-5s|%05.1f' % (m.role, 1.5) }}
+    {{ loop.cycle('a', 'b') }}
+    {% for call in m.tool_calls or [] %}{{ show(call.arguments, 2, 'x') }}
+    {{ call | tojson(indent=2) }}
+    {% call show(call.arguments) %}{{ '<' | safe + '<b>' }}{% endcall %}{% endfor %}
+    {{ '{}:{:>8}'.format(m.role, 'x') }} {{ m.content.split('o') | map('upper') | join('-') }}
+    {{ m.content.replace('o', '00') | replace('0', 'p') | indent(3) }} {{ ns.seen | length }}
+{% endfor %}
+{% set block %}{{ ns.seen }}{{ ns.said.rjust(20) }}{% endset %}
+{{ block | upper }}{{ none ~ missing }}
+{% filter title %}{{ [3, 1, 2] | sort | reverse | list }}{% endfilter %}{{ messages | tojson }}
+{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | last }}"""
+    call = {"name": "weather", "arguments": {"city": "Oslo", "days": 2, "at": None}}
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hello\nyou"}]
+    chat += [{"role": "assistant", "content": "no", "tool_calls": [call]}]  # type: ignore[dict-item]
+    wanted = plain.from_string(source).render(messages=chat)
+    assert with_template(source).render_chat(chat) == wanted
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    for template in (TEMPLATE.read_text(), (EMBEDDED / "chat_template.jinja").read_text()):
+        wanted = plain.from_string(template).render(
+            messages=chat[:2], add_generation_prompt=True, tools=[tool], bos_token="<bos>"
+        )
+        assert with_template(template).render_chat(chat[:2], tools=[tool]) == wanted
+
+
+def test_a_long_chat_is_within_the_bounds() -> None:
+    """The bounds grow with what is rendered: this is more than any context holds."""
+    chat = [
+        {"role": "user", "content": "word " * 1000},
+        {"role": "assistant", "content": "x"},
+    ] * 500
+    text = with_template(TEMPLATE.read_text()).render_chat(chat)
+    assert text.count("word") == 500_000
+
+
+def test_a_chat_has_a_message() -> None:
+    """It used to end as whatever the template makes of nothing."""
+    for template in (TEMPLATE.read_text(), "always"):
+        with pytest.raises(TokenizerError, match="no message"):
+            with_template(template).render_chat([])
+
+
+def test_files_of_templates_that_fail(tmp_path: Path) -> None:
+    """One that is not UTF-8 used to end in a traceback, a large one was read to its end."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((SUDOKU / name).read_text())
+    file = tmp_path / "chat_template.jinja"
+    with file.open("wb") as large:
+        large.truncate(10**9)  # sparse
+    with pytest.raises(TokenizerError, match="more than 100000 characters"):
+        Tokenizer.from_directory(tmp_path).render_chat([{"role": "user", "content": "hi"}])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match="is not UTF-8"):
+        Tokenizer.from_directory(tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        Tokenizer.from_directory(tmp_path)
+    file.rmdir()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match="is not a JSON object"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def test_template_inside_tokenizer_config(tmp_path: Path) -> None:
