@@ -16,6 +16,7 @@ from .errors import Error
 from .files import parse_json
 from .generation import Request
 from .request import Done, Event
+from .terminal import visible
 from .turns import Text, Thought, ToolCall
 
 # What a line may say, beside its prompt or messages; the rest is the command's.
