@@ -190,7 +190,7 @@ def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
     for i, kind in enumerate(kinds):
         own = overrides.get(i, {})
         head_dim = _size({**text, **own}, "head_dim")
-        theta, fraction = _rope(kind, ropes[kind])
+        theta, fraction = _rope(kind, ropes.get(kind))
         yield LayerConfig(
             head_dim=head_dim,
             num_key_value_heads=_size({**text, **own}, "num_key_value_heads"),
