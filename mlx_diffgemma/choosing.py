@@ -146,7 +146,6 @@ class Question:
                 total = sum(weights.values())
                 for label, weight in weights.items():
                     chances[name][label] += weight / total / self.draws
-        mx.clear_cache()
         yield chances
 
 

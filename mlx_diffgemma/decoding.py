@@ -125,6 +125,7 @@ class Batch(Generic[Item]):
         self._hidden.pop(key, None)
         if run is not None:
             run.close()
+            mx.clear_cache()
 
     def close(self) -> None:
         """Stop all."""

@@ -157,18 +157,15 @@ class Revision:
         draws = self.draws or fresh_draws(self.model, self.seed)
         written, steps = self.left, 0
         notes: list[str] = []
-        try:
-            for number, chunk in enumerate(self.chunks):
-                given = self.vocabulary.tokenizer.encode(written) if written else []
-                context, dropped = clip_context(self.model, self.prompt, given)
-                if dropped and not notes:
-                    notes.append(f"The model did not see the first {dropped} tokens of the text.")
-                yield from prompt_cache.reading(context)
-                rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
-                written += rewritten + chunk[len(chunk.rstrip("\r\n")) :]
-                steps += count
-        finally:
-            mx.clear_cache()
+        for number, chunk in enumerate(self.chunks):
+            given = self.vocabulary.tokenizer.encode(written) if written else []
+            context, dropped = clip_context(self.model, self.prompt, given)
+            if dropped and not notes:
+                notes.append(f"The model did not see the first {dropped} tokens of the text.")
+            yield from prompt_cache.reading(context)
+            rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
+            written += rewritten + chunk[len(chunk.rstrip("\r\n")) :]
+            steps += count
         yield EditResult(written + self.right, steps, tuple(notes))
 
     def _rewrite(

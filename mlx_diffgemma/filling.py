@@ -395,13 +395,10 @@ class Form:
         """A `Draft` a denoising step (of the first row tried), at last the `FillResult`."""
         draws = self.draws or fresh_draws(self.model, self.seed)
         filling = _Filling(self, prompt_cache, draws)
-        try:
-            while len(filling.written) < len(self.gaps):
-                yield from filling.read()
-                canvas = yield from filling.decide()
-                filling.keep(canvas)
-        finally:
-            mx.clear_cache()
+        while len(filling.written) < len(self.gaps):
+            yield from filling.read()
+            canvas = yield from filling.decide()
+            filling.keep(canvas)
         yield filling.result()
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
@@ -236,16 +236,19 @@ class Request:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
-        given = {field.name for field in fields(self) if getattr(self, field.name)}
+        given = {
+            "schema": self.schema is not None,
+            "start": self.start is not None,
+            "opening": len(self.opening) > 0,
+            "shrink": self.shrink,
+            "guards": self.guards != OFF,
+        }
         for one, others in (
             ("schema", ("start", "opening", "shrink", "guards")),
             ("start", ("opening", "shrink")),
         ):
-            for other in others:
-                if other == "guards" and self.guards == OFF:
-                    continue
-                if {one, other} <= given:
-                    raise SettingError(f"a {one} does not go with {other}")
+            if found := [other for other in others if given[one] and given[other]]:
+                raise SettingError(f"a {one} does not go with {found[0]}")
 
     def _start(
         self,
@@ -298,22 +301,19 @@ class Answer:
         """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
         mx.reset_peak_memory()
         teller = _Teller(self)
-        try:
-            tokens = decode_tokens(
-                self.model,
-                self.prompt,
-                self.config,
-                self.draws or fresh_draws(self.model, self.seed),
-                self.prefill_chunk,
-                self.start,
-                prompt_cache,
-                self.judge,
-                lambda: teller.reason is not None,
-            )
-            yield from relay(tokens, teller.tell, teller.clock)
-            yield from teller.end()
-        finally:
-            mx.clear_cache()
+        tokens = decode_tokens(
+            self.model,
+            self.prompt,
+            self.config,
+            self.draws or fresh_draws(self.model, self.seed),
+            self.prefill_chunk,
+            self.start,
+            prompt_cache,
+            self.judge,
+            lambda: teller.reason is not None,
+        )
+        yield from relay(tokens, teller.tell, teller.clock)
+        yield from teller.end()
 
 
 class _Teller:

@@ -90,6 +90,7 @@ def read_out(
             masses.append(weights.sum(axis=-1, keepdims=True))
         else:
             masses.append(picker.add(weights, peak, first))
+            mx.async_eval(picker.held)  # type: ignore[no-untyped-call]
         peaks.append(peak)
         slopes.append(_times_log(weights).sum(axis=-1, keepdims=True))
         if belief:
@@ -99,8 +100,7 @@ def read_out(
             soft.append((peak, chances @ table))
         # Computed before the next block is, or the blocks would pile up.
         kept = [vars(each[-1]) for each in (choices, noisy) if each]
-        drawn = [] if picker is None else picker.held
-        mx.async_eval(kept, drawn, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
+        mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
     top = highest(peaks)
     mass = _mass(top, peaks, masses)
     several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
+import mlx.core as mx
 import numpy as np
 
 from .arguments import SettingError, token_ids, whole_number
@@ -75,8 +76,11 @@ def stream(
 def _run(
     model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None
 ) -> Decoding[Item, None]:
-    # Not in `stream`: an empty cache is made where the run begins.
-    yield from prepared.run(PromptCache(model) if prompt_cache is None else prompt_cache)
+    # Not in `stream`: an empty cache is made where the run begins, and nobody else holds it.
+    try:
+        yield from prepared.run(PromptCache(model) if prompt_cache is None else prompt_cache)
+    finally:
+        mx.clear_cache()
 
 
 class Settings(TypedDict, total=False):

@@ -34,7 +34,7 @@ from mlx_diffgemma.context import prefill
 from mlx_diffgemma.denoise import Start, denoise
 from mlx_diffgemma.generation import Committed, generate_tokens
 from mlx_diffgemma.model import LayerCache
-from mlx_diffgemma.starts import CanvasError, fill_start
+from mlx_diffgemma.starts import CanvasError, First, forced_tokens
 from mlx_diffgemma.turns import Stopper
 from mlx_diffgemma.vocabulary import Vocabulary
 
@@ -248,16 +248,17 @@ def test_unaccepted_positions_go_back_to_the_background(
 def test_canvases_of_text(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     model, tokenizer = loaded
     draws = SeededDraws(0, 128)
-    made = fill_start(
-        model, Vocabulary(model, tokenizer), [("12", True), ("345", False), ("6", True)], draws
-    )
+    words = Vocabulary(model, tokenizer)
+    forced = forced_tokens(model, words, [("12", True), ("345", False), ("6", True)])
+    made = First(forced).begin([], draws)
+    assert made is not None
     assert made.pinned is not None
     assert made.pinned[0].tolist() == [True, True, False, False, False, True] + [True] * 42
     ids = made.canvas[0].tolist()
     assert tokenizer.decode(ids[:2] + ids[5:]) == "126"
     assert ids[6:] == [tokenizer.token_id("<turn|>")] + [tokenizer.token_id("<eos>")] * 41
     with pytest.raises(CanvasError, match="48 tokens, more than a canvas of 48"):
-        fill_start(model, Vocabulary(model, tokenizer), [("1" * 48, True)], draws)
+        forced_tokens(model, words, [("1" * 48, True)])
 
 
 def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

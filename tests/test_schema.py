@@ -31,8 +31,8 @@ from mlx_diffgemma.schema import (
     compiled,
     parse_schema,
     read_schema,
-    schema_starts,
 )
+from mlx_diffgemma.starts import document
 from mlx_diffgemma.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
@@ -152,9 +152,8 @@ def test_every_step_shows_a_valid_document_and_what_is_certain_is_pinned() -> No
         if not isinstance(event, Done) and event.text:
             jsonschema.validate(json.loads(event.text), RECORD)
     schema = compiled(RECORD, Vocabulary(RANDOM, TOKENIZER))
-    start = schema_starts(
-        RANDOM, schema, 5, RANDOM.generation, SeededDraws(0, RANDOM.config.vocab_size)
-    )([])
+    draws = SeededDraws(0, RANDOM.config.vocab_size)
+    start = document(RANDOM, schema, 5, RANDOM.generation).begin([], draws)
     assert start is not None
     assert start.pinned is not None
     opening = TOKENIZER.encode('{"name":"')
@@ -170,8 +169,8 @@ def test_a_document_goes_on_over_several_canvases() -> None:
     config = model.generation.override(max_new_tokens=70, max_denoising_steps=2)
     draws = SeededDraws(5, model.config.vocab_size)
     parsed = compiled(schema, Vocabulary(model, TOKENIZER))
-    starts = schema_starts(model, parsed, 3, config, draws)
-    run = list(generate_tokens(model, [5, 6, 7], config, draws, starts=starts))
+    start = document(model, parsed, 3, config)
+    run = list(generate_tokens(model, [5, 6, 7], config, draws, start=start))
     canvases = [item for item in run if isinstance(item, Committed)]
     tokens = [token for item in canvases for token in item.tokens]
     assert 2 <= len(canvases) <= 5
@@ -559,9 +558,9 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     schema = {"$defs": {"a": {"anyOf": options}}, "type": "array", "items": {"$ref": "#/$defs/a"}}
     slow = compiled(schema, Vocabulary(RANDOM, TOKENIZER))
     slow.check("[[1],[7,7]]")
-    for document, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
+    for written, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
         with pytest.raises(SchemaError, match=message):
-            slow.check(document)
+            slow.check(written)
     monkeypatch.setattr("mlx_diffgemma.schema.CHECK_SECONDS", 0.2)
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))

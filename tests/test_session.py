@@ -173,12 +173,14 @@ def test_reading_a_long_prompt_can_be_stopped() -> None:
     """Stopping used to wait until all of it was read; what was read is not lost."""
     talk, _ = speaking("Fine.", "Fine.")
     events = stream_generate(
-        talk._model, TOKENIZER, [30] * 1800, context=talk.context, prefill_chunk=500
+        talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.context, prefill_chunk=500
     )
     assert [next(events), next(events)] == [Reading(500, 1800), Reading(1000, 1800)]
     events.close()
     assert talk.context.tokens == (30,) * 1000
-    done = done_of(list(stream_generate(talk._model, TOKENIZER, [30] * 1800, context=talk.context)))
+    done = done_of(
+        list(stream_generate(talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.context))
+    )
     assert done.cached_tokens == 1000
 
 
