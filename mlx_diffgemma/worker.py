@@ -220,7 +220,7 @@ class Worker:
         opening = encode_opening(self._model, self.tokenizer, request.opening)
         schema = request.schema
         if schema is not None and not isinstance(schema, Compiled):
-            schema = compiled(schema, self.vocabulary)
+            schema = compiled(schema, self.vocabulary)  # `patience.ends` is its deadline
         patience.check()
         return replace(request, prompt=ids, schema=schema, opening=opening)
 
