@@ -20,6 +20,8 @@ NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 NotBlank = Annotated[str, StringConstraints(min_length=1)]
+# Characters of a stop string: each beginning of it is looked for in what an answer adds.
+MOST_STOP = 1000
 
 
 class Body(BaseModel):
@@ -155,8 +157,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
     "strict": (False,),
 }
-# Characters of a stop string: each beginning of it is looked for in what an answer adds.
-MOST_STOP = 1000
 # Names that are reported at most, and characters of each: they travel in a header.
 MOST_NAMES = 50
 MOST_NAME_CHARACTERS = 60

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
-from mlx_diffgemma.choosing import MOST_CANVASES, ChooseError, choose, make_question
+from mlx_diffgemma.choosing import MOST_CANVASES, ChooseError, _read, choose, make_question
 from mlx_diffgemma.context import prefill
 from mlx_diffgemma.model import Pass
 from mlx_diffgemma.request import encode_prompt
@@ -148,15 +148,16 @@ def test_what_cannot_fit_is_refused_before_it_is_encoded(
     assert len(known.rows) < 500 * 4  # labels that begin alike share canvases
 
 
-def test_a_choice_asks_for_its_draws_and_keeps_no_vocabularies(
+def test_what_is_read_of_a_canvas_is_a_number_for_each_label(
     loaded: tuple[DiffusionGemma, Tokenizer],
 ) -> None:
-    """What is read of each canvas is a number for each label: 4,000 took gigabytes."""
-    found = choose(*loaded, "Is it so?", {"x": ["12", "13"], "y": ["a", "b", "c"]}, draws=2)
-    once = [
-        choose(*loaded, "Is it so?", {"x": ["12", "13"], "y": ["a", "b", "c"]}, draws=n)
-        for n in (1, 2)
-    ]
-    assert found == once[1]
-    assert found != once[0]
-    assert all(sum(known.values()) == pytest.approx(1) for known in found.values())
+    """It was the whole vocabulary: of 4,000 canvases, four gigabytes with the real one."""
+    model, tokenizer = loaded
+    slots = {"x": ["12", "13", "4"]}
+    question = make_question(model, Vocabulary(model, tokenizer), "x", slots, "{x}.", False, 1)
+    run = _read(model, model.make_cache(), question.rows, mx.zeros((1, 64), dtype=mx.int32))
+    asked = next(run)
+    with pytest.raises(StopIteration) as ended:
+        run.send(model.decode([asked])[0])
+    assert [len(read) for read in ended.value.value] == [len(r.asked) for r in question.rows]
+    assert all(log_p < 0 for read in ended.value.value for log_p in read)

@@ -114,3 +114,23 @@ def test_time_and_leaving_end_preparation(
     assert answer["error"]["message"]
     assert worker.over.wait(20)
     assert isinstance(worker.ended, error)
+
+
+def test_time_ends_where_the_thread_does_not_look() -> None:
+    """Whoever waited for a place, or for one long piece of work, waited without an end."""
+    load: Any = None
+    worker = Slow(load, max_batch=1, max_queue=1, timeout=0.3, cache_bytes=0)
+    worker.begun, worker.over = threading.Event(), threading.Event()
+    go = threading.Event()
+
+    def deaf(request: Request, patience: Patience | None = None) -> Request:
+        go.wait(10)
+        return request
+
+    worker.prepared = deaf  # type: ignore[method-assign]
+    threading.Timer(3, go.set).start()
+    began = time.monotonic()
+    status, answer = asked(worker, lambda: False, go.set)
+    assert status == 504
+    assert "longer than 0.3 seconds" in answer["error"]["message"]
+    assert not answered_late(began)
