@@ -1,14 +1,21 @@
-"""Numbers that callers give: checked once, where they enter, never in a step."""
+"""Numbers that callers and files give: checked once, where they enter, never in a step."""
 
 import operator
+import reprlib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import mlx.core as mx
 
 from .errors import Error
 
 # Characters of a wrong value that a message repeats.
-SHOWN = 40
+SHOWN = 100
+# A size of a model (a width, a count, a context). The largest today is 2 ** 18; positions beyond
+# 2 ** 24 are not exact in float32.
+SIZE_LIMIT = 1 << 24
+# Smallest and largest positive number of a config: float32 holds them, and products of a few.
+NUMBER_LIMITS = 1e-30, 1e30
 
 
 class SettingError(Error, ValueError):
@@ -61,12 +68,23 @@ def check_canvas(name: str, ids: object, vocab_size: int) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as a message repeats it: the beginning of what is long."""
+    """A foreign value as a sentence repeats it: on one line, and short."""
     try:
-        text = repr(value)
+        text = reprlib.repr(value)
     except Exception:  # an int of more digits than Python prints, or a type's own
         text = f"one of type {type(value).__name__}"
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number that a model's size can be; true and 1.0 are not."""
+    return type(value) is int and 1 <= value <= SIZE_LIMIT
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number, neither NaN nor infinite nor beyond what float32 holds."""
+    largest = NUMBER_LIMITS[1]
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= largest
 
 
 def _index(value: object) -> int | None:

@@ -6,12 +6,11 @@ Weights come from safetensors files only; nothing in a repository is executed.
 import json
 import os
 import re
-import reprlib
 import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from .errors import Error
 
@@ -38,12 +37,6 @@ FLOATS = ("F32", "BF16", "F16")  # what weights that are not packed are stored i
 JSON_LIMIT = 5_000_000
 DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million factors that takes long
 NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
-SHOWN_LIMIT = 100  # characters of a foreign value in a sentence
-# A size of a model (a width, a count, a context). The largest today is 2 ** 18; positions beyond
-# 2 ** 24 are not exact in float32.
-SIZE_LIMIT = 1 << 24
-# Smallest and largest positive number of a config: float32 holds them, and products of a few.
-NUMBER_LIMITS = 1e-30, 1e30
 # What `mlx.core.quantize` takes: mode -> (group sizes, bits). The first pair is the mode's default.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
@@ -121,23 +114,6 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
     except Exception as error:  # whatever the HTTP library of the day raises, and bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{path_or_repo} could not be fetched: {reason}") from error
-
-
-def shown(value: object) -> str:
-    """A foreign value as a sentence repeats it: on one line, and short."""
-    text = reprlib.repr(value)
-    return text if len(text) <= SHOWN_LIMIT else f"{text[: SHOWN_LIMIT - 3]}..."
-
-
-def is_size(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number that a model's size can be; true and 1.0 are not."""
-    return type(value) is int and 1 <= value <= SIZE_LIMIT
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number, neither NaN nor infinite nor beyond what float32 holds."""
-    largest = NUMBER_LIMITS[1]
-    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= largest
 
 
 def size_of_file(path: Path) -> int:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
-from .arguments import SettingError, whole_number
-from .checkpoint import SIZE_LIMIT, is_number, shown
+from .arguments import SIZE_LIMIT, SettingError, is_number, shown, whole_number
 from .sampler import ConfidenceThreshold, EntropyBound, Sampler
 
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .arguments import SettingError
+from .arguments import SettingError, shown
 from .checkpoint import (
     FLOATS,
     SHIPPED,
@@ -19,7 +19,6 @@ from .checkpoint import (
     read_json,
     read_tensors,
     resolve,
-    shown,
     size_of_file,
 )
 from .config import GenerationConfig, Speed

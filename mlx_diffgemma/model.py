@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import NUMBER_LIMITS, SIZE_LIMIT, is_number, is_size, shown
+from .arguments import NUMBER_LIMITS, SIZE_LIMIT, is_number, is_size, shown
 from .config import GenerationConfig
 from .errors import Error
 
