@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .arguments import is_size, shown
 from .errors import Error
 
 ITEM_BYTES = {

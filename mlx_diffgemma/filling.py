@@ -119,7 +119,7 @@ def parse_template(template: str) -> list[str | Hole]:
         hole = _hole(name or str(len(names) + 1), spec, found.group())
         parts.append(hole)
         if hole.name in names:
-            raise TemplateError(f"two holes are called {_short(hole.name)}")
+            raise TemplateError(f"two holes are called {short(hole.name)}")
         options += len(hole.options)
         if options > MOST_OPTIONS:
             raise TemplateError(f"the template's holes have more than {MOST_OPTIONS} options")
@@ -133,7 +133,7 @@ def parse_template(template: str) -> list[str | Hole]:
     return parts
 
 
-def _short(written: str) -> str:
+def short(written: str) -> str:
     return written if len(written) <= 60 else f"{written[:60]}..."
 
 
@@ -145,12 +145,12 @@ def _hole(name: str, spec: str, written: str) -> Hole:
     if "|" in spec:
         options = tuple(dict.fromkeys(option.strip() for option in spec.split("|")))
         if "" in options:
-            raise TemplateError(f"{_short(written)} has an empty option")
+            raise TemplateError(f"{short(written)} has an empty option")
         return Hole(name, "choice", options=options)
     if spec.isdecimal() and len(spec) <= MOST_DIGITS and int(spec) > 0:
         return Hole(name, tokens=int(spec))
     raise TemplateError(
-        f"{_short(written)}: after the colon stands a number of tokens of at most {MOST_DIGITS} "
+        f"{short(written)}: after the colon stands a number of tokens of at most {MOST_DIGITS} "
         "digits, int, or a|b|c"
     )
 
@@ -201,7 +201,7 @@ def _gap(
     patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
     if not patterns:
         raise TemplateError(
-            f"the hole {_short(hole.name)} is longer than a canvas of {room + 1} tokens"
+            f"the hole {short(hole.name)} is longer than a canvas of {room + 1} tokens"
         )
     lengths = sorted(patterns)
     return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3])
