@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint import (
+from mlx_diffgemma.checkpoint.files import (
     FLOATS,
     ITEM_BYTES,
     NEEDED,
@@ -27,8 +27,8 @@ from mlx_diffgemma.checkpoint import (
     read_tensors,
     resolve,
 )
-from mlx_diffgemma.loading import build_model, check_tensors, read_generation
-from mlx_diffgemma.model import is_text, parameter_name
+from mlx_diffgemma.checkpoint.load import build_model, check_tensors, read_generation
+from mlx_diffgemma.model.diffusion_gemma import is_text, parameter_name
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, fitting
 from .staging import ConvertError, check_vacant, room_of, staged

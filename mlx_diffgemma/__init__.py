@@ -11,73 +11,74 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .arguments import SettingError
-    from .batch import batch_generate, stream_batch
-    from .checkpoint import CheckpointError
-    from .choosing import ChooseError, choose
-    from .config import GenerationConfig
-    from .context import ContextError, PromptCache, Reading, SessionError
-    from .editing import EditError, EditResult, edit, stream_edit
+    from .checkpoint.files import CheckpointError
+    from .checkpoint.load import load
+    from .diffusion.draws import Draws, SeededDraws
+    from .diffusion.guards import Guards
+    from .diffusion.prompt_cache import ContextError, PromptCache, Reading, SessionError
     from .errors import Error
-    from .filling import FillResult, TemplateError, fill, stream_fill
-    from .generation import Request, generate, stream_generate
-    from .guards import Guards
-    from .loading import load
-    from .model import DiffusionGemma
-    from .request import Done, Draft, Event, Notice
-    from .sampler import ConfidenceThreshold, Draws, EntropyBound, SeededDraws
-    from .schema import SchemaError
-    from .session import ChatSession, ToolResult, Truncated
-    from .starts import CanvasError
-    from .tokenizer import Tokenizer, TokenizerError
-    from .turns import BadToolCall, Text, Thought, ToolCall
+    from .model.diffusion_gemma import DiffusionGemma
+    from .model.settings import ConfidenceThreshold, EntropyBound, GenerationConfig
+    from .tasks.batch import batch_generate, stream_batch
+    from .tasks.choose import ChooseError, choose
+    from .tasks.edit import EditError, EditResult, edit, stream_edit
+    from .tasks.fill import FillResult, fill, stream_fill
+    from .tasks.generate import Request, generate, stream_generate
+    from .tasks.request import Done, Draft, Event, Notice
+    from .tasks.session import ChatSession, ToolResult, Truncated
+    from .tasks.starts import CanvasError
+    from .text.schema import SchemaError
+    from .text.template import TemplateError
+    from .text.tokenizer import Tokenizer, TokenizerError
+    from .text.turns import BadToolCall, Text, Thought, ToolCall
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
 _HOME = {
-    "BadToolCall": "turns",
-    "CanvasError": "starts",
-    "ChatSession": "session",
-    "CheckpointError": "checkpoint",
-    "ChooseError": "choosing",
-    "ConfidenceThreshold": "sampler",
-    "PromptCache": "context",
-    "ContextError": "context",
-    "DiffusionGemma": "model",
-    "Done": "request",
-    "Draft": "request",
-    "Draws": "sampler",
-    "EditError": "editing",
-    "EditResult": "editing",
-    "EntropyBound": "sampler",
+    "BadToolCall": "text.turns",
+    "CanvasError": "tasks.starts",
+    "ChatSession": "tasks.session",
+    "CheckpointError": "checkpoint.files",
+    "ChooseError": "tasks.choose",
+    "ConfidenceThreshold": "model.settings",
+    "PromptCache": "diffusion.prompt_cache",
+    "ContextError": "diffusion.prompt_cache",
+    "DiffusionGemma": "model.diffusion_gemma",
+    "Done": "tasks.request",
+    "Draft": "tasks.request",
+    "Draws": "diffusion.draws",
+    "EditError": "tasks.edit",
+    "EditResult": "tasks.edit",
+    "EntropyBound": "model.settings",
     "Error": "errors",
-    "Event": "request",
-    "FillResult": "filling",
-    "GenerationConfig": "config",
-    "Guards": "guards",
-    "Notice": "request",
-    "Reading": "context",
-    "Request": "generation",
-    "SchemaError": "schema",
-    "SeededDraws": "sampler",
-    "SessionError": "context",
+    "Event": "tasks.request",
+    "FillResult": "tasks.fill",
+    "GenerationConfig": "model.settings",
+    "Guards": "diffusion.guards",
+    "Notice": "tasks.request",
+    "Reading": "diffusion.prompt_cache",
+    "Request": "tasks.generate",
+    "SchemaError": "text.schema",
+    "SeededDraws": "diffusion.draws",
+    "SessionError": "diffusion.prompt_cache",
     "SettingError": "arguments",
-    "TemplateError": "filling",
-    "Text": "turns",
-    "Thought": "turns",
-    "Tokenizer": "tokenizer",
-    "TokenizerError": "tokenizer",
-    "ToolCall": "turns",
-    "ToolResult": "session",
-    "Truncated": "session",
-    "batch_generate": "batch",
-    "choose": "choosing",
-    "edit": "editing",
-    "fill": "filling",
-    "generate": "generation",
-    "load": "loading",
-    "stream_batch": "batch",
-    "stream_edit": "editing",
-    "stream_fill": "filling",
-    "stream_generate": "generation",
+    "TemplateError": "text.template",
+    "Text": "text.turns",
+    "Thought": "text.turns",
+    "Tokenizer": "text.tokenizer",
+    "TokenizerError": "text.tokenizer",
+    "ToolCall": "text.turns",
+    "ToolResult": "tasks.session",
+    "Truncated": "tasks.session",
+    "batch_generate": "tasks.batch",
+    "choose": "tasks.choose",
+    "edit": "tasks.edit",
+    "fill": "tasks.fill",
+    "generate": "tasks.generate",
+    "load": "checkpoint.load",
+    "stream_batch": "tasks.batch",
+    "stream_edit": "tasks.edit",
+    "stream_fill": "tasks.fill",
+    "stream_generate": "tasks.generate",
 }
 
 __all__ = [

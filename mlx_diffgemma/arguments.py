@@ -11,9 +11,11 @@ from .errors import Error
 
 # Characters of a wrong value that a message repeats.
 SHOWN = 100
+
 # A size of a model (a width, a count, a context). The largest today is 2 ** 18; positions beyond
 # 2 ** 24 are not exact in float32.
 SIZE_LIMIT = 1 << 24
+
 # Smallest and largest positive number of a config: float32 holds them, and products of a few.
 NUMBER_LIMITS = 1e-30, 1e30
 

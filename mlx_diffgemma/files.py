@@ -13,6 +13,7 @@ from .errors import Error
 
 # Deeper values than this would exhaust the stack of whoever walks through them.
 MOST_DEPTH = 100
+
 # Digits of the longest whole number; Python itself prints no more than 4,300.
 MOST_DIGITS = 1000
 

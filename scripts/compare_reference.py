@@ -14,8 +14,16 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 from mlx_diffgemma import Tokenizer, load
-from mlx_diffgemma.checkpoint import SHIPPED
-from mlx_diffgemma.evaluate import HELD_OUT, SPECIALIST, Case, Outcome, read_cases, run_case, score
+from mlx_diffgemma.checkpoint.files import SHIPPED
+from mlx_diffgemma.measure.evaluate import (
+    HELD_OUT,
+    SPECIALIST,
+    Case,
+    Outcome,
+    read_cases,
+    run_case,
+    score,
+)
 
 
 def reference_case(

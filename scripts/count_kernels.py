@@ -721,8 +721,8 @@ def run_ours(directory: str, recorder: Recorder) -> Cost:
     """The third step of mlx-diffgemma."""
     recorder.install()
     from mlx_diffgemma import PromptCache, load
-    from mlx_diffgemma.denoise import denoise
-    from mlx_diffgemma.sampler import SeededDraws
+    from mlx_diffgemma.diffusion.denoise import denoise
+    from mlx_diffgemma.diffusion.draws import SeededDraws
 
     # On a CPU the default is float32, whatever is stored.
     dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]

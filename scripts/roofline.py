@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_diffgemma.errors import Error
-from mlx_diffgemma.model import Config
+from mlx_diffgemma.model.config import Config
 
 # GB/s of unified memory, the largest configuration, as in Apple's technical specifications of the
 # Macs (support.apple.com/specs) and its announcements. TFLOPS are float32 figures that Apple gave,

@@ -15,9 +15,9 @@ import mlx.core as mx
 from small_checkpoint import write_small
 
 from mlx_diffgemma import PromptCache
-from mlx_diffgemma.denoise import denoise
-from mlx_diffgemma.loading import load_model
-from mlx_diffgemma.sampler import SeededDraws
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.diffusion.denoise import denoise
+from mlx_diffgemma.diffusion.draws import SeededDraws
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx_diffgemma import Done, Text, load, stream_generate
 from mlx_diffgemma.convert import RECIPES, convert
-from mlx_diffgemma.filling import fill
+from mlx_diffgemma.tasks.fill import fill
 
 SUDOKU = Path(__file__).parents[1] / "tests" / "data" / "sudoku6"
 

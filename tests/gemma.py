@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlx_diffgemma import Tokenizer
-from mlx_diffgemma.loading import EMBEDDED
+from mlx_diffgemma.checkpoint.load import EMBEDDED
 
 TEMPLATE = Path(__file__).parent / "data" / "gemma_chat_template.jinja"
 

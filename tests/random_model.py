@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_diffgemma import DiffusionGemma, GenerationConfig
-from mlx_diffgemma.model import Config, LayerConfig, Pass
+from mlx_diffgemma.model.config import Config, LayerConfig
+from mlx_diffgemma.model.diffusion_gemma import Pass
 
 
 def untrained(

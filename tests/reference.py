@@ -18,7 +18,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
-from mlx_diffgemma.sampler import Choices, best, merge
+from mlx_diffgemma.diffusion.constraints import Choices, best, merge
 
 # The models here are so small that threads would mostly wait for each other.
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from typing import Any
 from gemma import gemma_tokenizer
 from random_model import Scripted, scripted
 
-from mlx_diffgemma import cli, loading
+from mlx_diffgemma.checkpoint import load as loading
+from mlx_diffgemma.cli.main import main as cli
 
 
 class Slow(Scripted):

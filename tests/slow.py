@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_diffgemma import DiffusionGemma
-from mlx_diffgemma.sampler import NEVER, Constraint
+from mlx_diffgemma.diffusion.constraints import NEVER, Constraint
 
 
 def table(model: DiffusionGemma) -> mx.array:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import best_canvas
 
-from mlx_diffgemma.automaton import (
+from mlx_diffgemma.diffusion.automaton import (
     Choice,
     Deadline,
     Graph,

@@ -29,13 +29,13 @@ from mlx_diffgemma import (
     stream_batch,
     stream_generate,
 )
-from mlx_diffgemma.choosing import ChooseRequest
-from mlx_diffgemma.decoding import Batch, Decoding, drive
-from mlx_diffgemma.editing import EditRequest
-from mlx_diffgemma.filling import FillRequest
-from mlx_diffgemma.guards import OFF
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.vocabulary import Vocabulary
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.decoding import Batch, Decoding, drive
+from mlx_diffgemma.diffusion.guards import OFF
+from mlx_diffgemma.tasks.choose import ChooseRequest
+from mlx_diffgemma.tasks.edit import EditRequest
+from mlx_diffgemma.tasks.fill import FillRequest
+from mlx_diffgemma.text.vocabulary import Vocabulary
 
 TOKENIZER = gemma_tokenizer()
 MODEL = untrained(768, 12, windows=(20, None, 9))

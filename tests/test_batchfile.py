@@ -12,8 +12,10 @@ import pytest
 from gemma import gemma_tokenizer
 from random_model import Scripted, scripted
 
-from mlx_diffgemma import Request, batchfile, cli
-from mlx_diffgemma.batchfile import BatchError, read_requests, writing
+from mlx_diffgemma import Request
+from mlx_diffgemma.cli import batchfile
+from mlx_diffgemma.cli import main as cli
+from mlx_diffgemma.cli.batchfile import BatchError, read_requests, writing
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:]]
@@ -281,7 +283,7 @@ def test_a_full_disk_leaves_what_the_next_run_completes(tmp_path: Path) -> None:
     file, out = prompts(tmp_path / "in.jsonl", 6), tmp_path / "out"
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700));"
-        "from mlx_diffgemma.cli import main; main()"
+        "from mlx_diffgemma.cli.main import main; main()"
     )
     command = [sys.executable, "-c", limited, *COMMAND[3:], "--batch", str(file), "--steps", "2"]
     full = subprocess.run([*command, "--output", str(out)], capture_output=True, text=True)

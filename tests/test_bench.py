@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlx_diffgemma.bench import Run, middle, prompt_of
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.measure.bench import Run, middle, prompt_of
+from mlx_diffgemma.text.tokenizer import Tokenizer
 
 SMALL = ["--prompt-tokens", "40", "--steps", "3", "--max-tokens", "64", "--repeats", "2"]
 

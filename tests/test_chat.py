@@ -20,17 +20,9 @@ import pytest
 from gemma import gemma_tokenizer
 from random_model import scripted, untrained
 
-from mlx_diffgemma import (
-    ChatSession,
-    ContextError,
-    Done,
-    Text,
-    ToolResult,
-    Truncated,
-    generate,
-)
-from mlx_diffgemma.chat import Interrupts
-from mlx_diffgemma.guards import OFF
+from mlx_diffgemma import ChatSession, ContextError, Done, Text, ToolResult, Truncated, generate
+from mlx_diffgemma.cli.chat import Interrupts
+from mlx_diffgemma.diffusion.guards import OFF
 
 HERE = Path(__file__).parent
 SUDOKU = str(HERE / "data" / "sudoku6")

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import errors
 
 from mlx_diffgemma import CheckpointError, generate, load
-from mlx_diffgemma.checkpoint import (
+from mlx_diffgemma.checkpoint.files import (
     SHIPPED,
     Quantization,
     quantization_of,
@@ -26,7 +26,7 @@ from mlx_diffgemma.checkpoint import (
     read_tensors,
     resolve,
 )
-from mlx_diffgemma.loading import keep_in_memory, read_generation
+from mlx_diffgemma.checkpoint.load import keep_in_memory, read_generation
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 NORM = "model.decoder.norm.weight"

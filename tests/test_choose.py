@@ -6,12 +6,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
-from mlx_diffgemma.choosing import MOST_CANVASES, ChooseError, _read, choose, make_question
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.model import Pass
-from mlx_diffgemma.request import encode_prompt
-from mlx_diffgemma.sampler import SeededDraws
-from mlx_diffgemma.vocabulary import Vocabulary
+from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.model.diffusion_gemma import Pass
+from mlx_diffgemma.tasks.choose import MOST_CANVASES, ChooseError, _read, choose, make_question
+from mlx_diffgemma.tasks.request import encode_prompt
+from mlx_diffgemma.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

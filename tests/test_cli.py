@@ -176,7 +176,7 @@ def test_convert_then_info(tmp_path: Path) -> None:
 def test_help_is_quick_and_loads_nothing() -> None:
     script = (
         "import sys; sys.argv = ['x', '--help']\n"
-        "from mlx_diffgemma.cli import main\n"
+        "from mlx_diffgemma.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'mlx', 'numpy', 'huggingface_hub', 'tokenizers', 'jinja2', 'torch'}\n"

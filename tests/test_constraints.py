@@ -10,10 +10,11 @@ from slow import best_canvas
 from test_automaton import PAD, PATTERNS, VOCAB, padded
 
 from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
-from mlx_diffgemma.automaton import Pattern, PatternError, Plans, compile_pattern
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.sampler import Sampler, SeededDraws
+from mlx_diffgemma.diffusion.automaton import Pattern, PatternError, Plans, compile_pattern
+from mlx_diffgemma.diffusion.denoise import Start, denoise
+from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.model.settings import Sampler
 
 MODELS = [untrained(VOCAB, 8, seed=seed) for seed in range(5)]
 MODEL = MODELS[0]

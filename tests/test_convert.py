@@ -21,7 +21,8 @@ from reference import random_checkpoint
 from slow import soft_embedding
 
 from mlx_diffgemma import CheckpointError, generate, load
-from mlx_diffgemma.checkpoint import MODES, Tensor, read_header, read_tensors
+from mlx_diffgemma.checkpoint.files import MODES, Tensor, read_header, read_tensors
+from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.convert import (
     RECIPES,
     ConvertError,
@@ -34,8 +35,7 @@ from mlx_diffgemma.convert import (
 )
 from mlx_diffgemma.convert.recipes import RecipeError
 from mlx_diffgemma.convert.staging import check_vacant, staged
-from mlx_diffgemma.loading import load_model
-from mlx_diffgemma.model import Pass
+from mlx_diffgemma.model.diffusion_gemma import Pass
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 REAL = Path(__file__).parents[2] / "shared" / "reference"
@@ -348,7 +348,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
 
 def run_cli(*arguments: object, first: str = "pass") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after the statements `first`."""
-    code = f"{first}; import sys; from mlx_diffgemma.cli import main; main()"
+    code = f"{first}; import sys; from mlx_diffgemma.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 

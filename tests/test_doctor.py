@@ -12,14 +12,17 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from mlx_diffgemma import checks, doctor, readout
-from mlx_diffgemma.checkpoint import Quantization
-from mlx_diffgemma.checks import Checks, Result
-from mlx_diffgemma.cli import app
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.checkpoint.files import Quantization
+from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.convert.recipes import MODES, RECIPES
-from mlx_diffgemma.model import Config, DiffusionGemma, LayerCache, LayerConfig
-from mlx_diffgemma.sides import Side, Tape, Weights, packed, random_weights, widened
+from mlx_diffgemma.diffusion import head as readout
+from mlx_diffgemma.measure import checks, doctor
+from mlx_diffgemma.measure.checks import Checks, Result
+from mlx_diffgemma.measure.sides import Side, Tape, Weights, packed, random_weights, widened
+from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.model.config import Config, LayerConfig
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.model.settings import GenerationConfig
 
 CPU = mx.Device(mx.cpu)
 

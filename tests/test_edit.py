@@ -15,14 +15,14 @@ from random_model import untrained
 
 from mlx_diffgemma import Tokenizer, load
 from mlx_diffgemma.arguments import SettingError
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.denoise import denoise
-from mlx_diffgemma.editing import EditError, _without, edit, edit_start, split_lines
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.request import encode_prompt
-from mlx_diffgemma.sampler import SeededDraws
-from mlx_diffgemma.starts import CanvasError
-from mlx_diffgemma.vocabulary import Vocabulary
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.denoise import denoise
+from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.tasks.edit import EditError, _without, edit, edit_start, split_lines
+from mlx_diffgemma.tasks.request import encode_prompt
+from mlx_diffgemma.tasks.starts import CanvasError
+from mlx_diffgemma.text.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma.evaluate import (
+from mlx_diffgemma.measure.evaluate import (
     HELD_OUT,
     Case,
     Outcome,

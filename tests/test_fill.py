@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
-from mlx_diffgemma.context import ContextError
-from mlx_diffgemma.filling import Hole, TemplateError, fill, parse_template, stream_fill
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.request import Draft
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.prompt_cache import ContextError
+from mlx_diffgemma.tasks.fill import fill, stream_fill
+from mlx_diffgemma.tasks.request import Draft
+from mlx_diffgemma.text.template import Hole, TemplateError, parse_template
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)

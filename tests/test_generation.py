@@ -30,13 +30,13 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.denoise import Start, denoise
-from mlx_diffgemma.generation import Committed, generate_tokens
-from mlx_diffgemma.model import LayerCache
-from mlx_diffgemma.starts import CanvasError, First, forced_tokens
-from mlx_diffgemma.turns import Stopper
-from mlx_diffgemma.vocabulary import Vocabulary
+from mlx_diffgemma.diffusion.denoise import Start, denoise
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.tasks.starts import CanvasError, First, forced_tokens
+from mlx_diffgemma.text.turns import Stopper
+from mlx_diffgemma.text.vocabulary import Vocabulary
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()]

@@ -11,7 +11,7 @@ from gemma import gemma_tokenizer
 from random_model import scripted
 
 from mlx_diffgemma import Done, Draft, Event, Guards, Notice, Text, Thought, stream_generate
-from mlx_diffgemma.guards import OFF, Candidate, certain_part, repeated_from
+from mlx_diffgemma.diffusion.guards import OFF, Candidate, certain_part, repeated_from
 
 TOKENIZER = gemma_tokenizer()
 END = 6

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from mlx_diffgemma.lm_eval_adapter import DiffusionGemmaLM, NoLikelihoodError
+from mlx_diffgemma.measure.lm_eval import DiffusionGemmaLM, NoLikelihoodError
 
 
 def test_answers_are_cut_at_stop_strings_and_budgets() -> None:

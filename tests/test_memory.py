@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma import load, stream_generate
-from mlx_diffgemma.context import ContextError
+from mlx_diffgemma.checkpoint.fit import TooLarge, fit, read_size
+from mlx_diffgemma.checkpoint.info import Info, Part, inspect
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.prompt_cache import ContextError
 from mlx_diffgemma.errors import Error
-from mlx_diffgemma.info import Info, Part, inspect
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.memory import TooLarge, fit, read_size
 
 GB = 10**9
 
@@ -76,8 +76,8 @@ def test_the_estimate_is_what_loading_takes() -> None:
     script = (
         "import json, mlx.core as mx\n"
         "from mlx_diffgemma import load\n"
-        "from mlx_diffgemma.info import inspect\n"
-        "from mlx_diffgemma.loading import EMBEDDED\n"
+        "from mlx_diffgemma.checkpoint.info import inspect\n"
+        "from mlx_diffgemma.checkpoint.load import EMBEDDED\n"
         "kept, bytes = load(), inspect(EMBEDDED, 'float32').loaded_bytes\n"
         "print(json.dumps([mx.get_active_memory(), bytes]))"
     )

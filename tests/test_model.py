@@ -20,19 +20,17 @@ from hypothesis import strategies as st
 from slow import soft_embedding
 
 from mlx_diffgemma import GenerationConfig
-from mlx_diffgemma import model as model_module
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.loading import load_model
-from mlx_diffgemma.model import (
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.model import diffusion_gemma as model_module
+from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.model.config import Config, ConfigError, LayerConfig
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.model.layers import (
     Attention,
-    Config,
-    ConfigError,
-    DiffusionGemma,
     ExpertLinear,
     Experts,
     Joined,
-    LayerCache,
-    LayerConfig,
     Router,
     attention,
     scaled_and_turned,
@@ -223,7 +221,7 @@ def printed(*lines: str) -> float:
     script = "\n".join(
         [
             "import mlx.core as mx, gc",
-            "from mlx_diffgemma.loading import EMBEDDED, load_model",
+            "from mlx_diffgemma.checkpoint.load import EMBEDDED, load_model",
             *lines,
         ]
     )

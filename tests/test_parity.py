@@ -16,13 +16,13 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )
 
-from mlx_diffgemma.context import prefill
-from mlx_diffgemma.denoise import Snapshot
-from mlx_diffgemma.generation import Committed, generate_tokens
-from mlx_diffgemma.loading import load_model
-from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.sampler import Draws
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.diffusion.denoise import Snapshot
+from mlx_diffgemma.diffusion.draws import Draws
+from mlx_diffgemma.diffusion.prompt_cache import prefill
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.text.tokenizer import Tokenizer
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 

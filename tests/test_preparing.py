@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma import Request
-from mlx_diffgemma.preparing import MOST_SLOW, Places
-from mlx_diffgemma.server import make_app
-from mlx_diffgemma.worker import Gone, Patience, Timeout, Worker
+from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.preparing import MOST_SLOW, Places
+from mlx_diffgemma.server.worker import Gone, Patience, Timeout, Worker
 
 
 def test_what_is_quick_does_not_wait_for_what_is_slow() -> None:

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from random_model import untrained
 from slow import best_canvas, entropy, soft_embedding
 
-from mlx_diffgemma import DiffusionGemma, readout
-from mlx_diffgemma import sampler as rules
-from mlx_diffgemma.automaton import Plans, Sequence, Tokens, compile_pattern
-from mlx_diffgemma.guards import ForbidFirst
-from mlx_diffgemma.readout import Readout, log_probability, read_out
-from mlx_diffgemma.sampler import ANYTHING, NEVER, Constraint, SeededDraws
+from mlx_diffgemma import DiffusionGemma
+from mlx_diffgemma.diffusion import head as readout
+from mlx_diffgemma.diffusion import sampler as rules
+from mlx_diffgemma.diffusion.automaton import Plans, Sequence, Tokens, compile_pattern
+from mlx_diffgemma.diffusion.constraints import ANYTHING, NEVER, Constraint, ForbidFirst
+from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.diffusion.head import Readout, log_probability, read_out
 
 VOCAB = 107  # not a whole number of sub-blocks of 16
 LENGTH = 3

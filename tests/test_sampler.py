@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma import ConfidenceThreshold, EntropyBound, GenerationConfig, SeededDraws
-from mlx_diffgemma import sampler as rules
 from mlx_diffgemma.arguments import SettingError
+from mlx_diffgemma.diffusion import sampler as rules
 
 
 def test_temperature_runs_from_t_max_to_one_step_above_t_min() -> None:

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
-from mlx_diffgemma.automaton import Repeat
-from mlx_diffgemma.generation import Committed, generate_tokens
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.request import Done
-from mlx_diffgemma.sampler import SeededDraws
-from mlx_diffgemma.schema import (
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.automaton import Repeat
+from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.tasks.request import Done
+from mlx_diffgemma.tasks.starts import document
+from mlx_diffgemma.text.schema import (
     SchemaError,
     _ranges,
     compile_schema,
@@ -32,8 +33,7 @@ from mlx_diffgemma.schema import (
     parse_schema,
     read_schema,
 )
-from mlx_diffgemma.starts import document
-from mlx_diffgemma.vocabulary import Vocabulary
+from mlx_diffgemma.text.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 MODELS = [untrained(TOKENIZER.vocab_size, 64, seed=seed) for seed in range(4)]

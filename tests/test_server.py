@@ -467,7 +467,7 @@ def test_a_client_that_goes_away_frees_its_place(sudoku: Server, path: str, body
 def test_a_slow_reader_misses_drafts_and_no_text() -> None:
     """All of them waited in memory, however long the answer."""
     from mlx_diffgemma import Draft, Request, Text
-    from mlx_diffgemma.server import Stream
+    from mlx_diffgemma.server.app import Stream
 
     class Given:
         """A worker that has said everything before anybody listens."""

@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from test_server import Server, serving, wait_until
 
 from mlx_diffgemma import ChatSession, ContextError, TokenizerError, generate
-from mlx_diffgemma.connections import MOST_CONNECTIONS, Connection
-from mlx_diffgemma.edge import SMALL_BODY, Gate, Limits
-from mlx_diffgemma.server import make_app
-from mlx_diffgemma.strangers import MOST_DEPTH, MOST_VALUES, JsonError, read_json
+from mlx_diffgemma.server.access import SMALL_BODY, Gate, Limits
+from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.connections import MOST_CONNECTIONS, Connection
+from mlx_diffgemma.server.json_body import MOST_DEPTH, MOST_VALUES, JsonError, read_json
 
 JSON = {"Content-Type": "application/json"}
 

@@ -32,8 +32,8 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.generation import generate
-from mlx_diffgemma.guards import OFF
+from mlx_diffgemma.diffusion.guards import OFF
+from mlx_diffgemma.tasks.generate import generate
 
 TOKENIZER = gemma_tokenizer()
 MODEL = untrained(768, 16, windows=(40, None))
@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_the_old_session(saved: Path, tmp_path: Path) -> None
     code = """
 import resource, sys
 from pathlib import Path
-from mlx_diffgemma import PromptCache, Error
+from mlx_diffgemma import Error, PromptCache
 from random_model import untrained
 model = untrained(768, 16, windows=(40, None))
 context, extra = PromptCache.load(Path(sys.argv[1]), model)

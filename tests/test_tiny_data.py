@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma.evaluate import HELD_OUT, read_cases
+from mlx_diffgemma.measure.evaluate import HELD_OUT, read_cases
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import tiny_data as data

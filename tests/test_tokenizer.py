@@ -11,9 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
-from mlx_diffgemma import Tokenizer, TokenizerError, templating
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.tokenizer import COUNTED_AT_ONCE, TooLong
+from mlx_diffgemma import Tokenizer, TokenizerError
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.text import templating
+from mlx_diffgemma.text.tokenizer import COUNTED_AT_ONCE, TooLong
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma.tools import MOST_RESULT, ToolError, by_name, read_tools
+from mlx_diffgemma.tasks.tools import MOST_RESULT, ToolError, by_name, read_tools
 
 WILD = """
 import sys

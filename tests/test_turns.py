@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma import BadToolCall, Text, Thought, ToolCall
-from mlx_diffgemma.turns import CallError, Part, TurnReader, parse_call
+from mlx_diffgemma.text.turns import CallError, Part, TurnReader, parse_call
 
 TOKENIZER = gemma_tokenizer()
 TURN = (

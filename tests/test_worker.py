@@ -12,16 +12,17 @@ import pytest
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Done, Draft, FillResult, Request, Tokenizer
-from mlx_diffgemma.bench import Run
-from mlx_diffgemma.choosing import choose, write_choose
-from mlx_diffgemma.context import Reading
-from mlx_diffgemma.decoding import SLICE
-from mlx_diffgemma.filling import TemplateError, parse_template, write_fill
-from mlx_diffgemma.generation import write_events
-from mlx_diffgemma.loading import EMBEDDED
-from mlx_diffgemma.request import fresh_draws
-from mlx_diffgemma.starts import pinned_start
-from mlx_diffgemma.worker import Busy, Gone, Ticket, Timeout, Worker
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.decoding import SLICE
+from mlx_diffgemma.diffusion.prompt_cache import Reading
+from mlx_diffgemma.measure.bench import Run
+from mlx_diffgemma.server.worker import Busy, Gone, Ticket, Timeout, Worker
+from mlx_diffgemma.tasks.choose import choose, write_choose
+from mlx_diffgemma.tasks.fill import write_fill
+from mlx_diffgemma.tasks.generate import write_events
+from mlx_diffgemma.tasks.request import fresh_draws
+from mlx_diffgemma.tasks.starts import pinned_start
+from mlx_diffgemma.text.template import TemplateError, parse_template
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 
@@ -181,7 +182,7 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
 
 def test_a_schema_is_compiled_by_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was the worker's thread, and all other answers stood still."""
-    from mlx_diffgemma import schema
+    from mlx_diffgemma.text import schema
 
     threads: list[str] = []
     compile_schema = schema.compile_schema

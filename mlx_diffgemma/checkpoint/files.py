@@ -1,0 +1,341 @@
+"""Checkpoint files: where they are, what their headers say. Nothing of MLX, nothing loaded.
+
+Weights come from safetensors files only; nothing in a repository is executed.
+"""
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..arguments import is_size, shown
+from ..errors import Error
+
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+FLOATS = ("F32", "BF16", "F16")  # what weights that are not packed are stored in
+
+# Bytes of a JSON file or header. The published checkpoint's largest has 0.2 MB; so many, all of
+# them of empty tensors, are still read within a second or two.
+JSON_LIMIT = 5_000_000
+
+DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million factors that takes long
+
+NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
+
+# What `mlx.core.quantize` takes: mode -> (group sizes, bits). The first pair is the mode's default.
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "nvfp4": ((16,), (4,)),
+    "mxfp8": ((32,), (8,)),
+}
+
+# What is fetched from the hub. Pickles, code and other formats are not.
+NEEDED = ("*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
+
+WEIGHTS = ("model*.safetensors",)
+
+# Small trained models that ship inside the package. The first is the default; the second knows
+# nothing but Sudokus, and more of them.
+SHIPPED = {
+    name: Path(__file__).parent.parent / "data" / name.replace("-", "_")
+    for name in ("tiny", "tiny-puzzles")
+}
+
+
+class CheckpointError(Error):
+    """A checkpoint that cannot be found, fetched, read or trusted."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a header describes it; its bytes are `file[start:end]`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
+
+    Without a network the hub's cache serves alone. `weights` False leaves out the weights.
+
+    Raises:
+        CheckpointError: there is no such directory or repository, or it cannot be fetched.
+    """
+    try:
+        directory = Path(path_or_repo).expanduser()
+        if directory.is_dir():
+            return directory
+        is_file = directory.exists()
+    except (OSError, RuntimeError) as error:  # too long, no permission, ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path_or_repo[:100]} cannot be read: {reason}") from None
+    if path_or_repo in SHIPPED:
+        return SHIPPED[path_or_repo]
+    if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
+        raise CheckpointError(f"{path_or_repo} is neither a directory nor a name on the hub")
+
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = [*NEEDED, *(WEIGHTS if weights else ())]
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        sentence = f"{path_or_repo} is gated: accept its terms on the hub, then run `hf auth login`"
+        raise CheckpointError(sentence) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{path_or_repo} has no revision {revision}") from None
+    except errors.RepositoryNotFoundError:
+        sentence = f"there is no directory and no repository {path_or_repo} that you can read"
+        raise CheckpointError(sentence) from None
+    except errors.LocalEntryNotFoundError:
+        sentence = f"{path_or_repo}{at} is not in the local cache and the hub cannot be reached"
+        raise CheckpointError(sentence) from None
+    except Exception as error:  # whatever the HTTP library of the day raises, and bad names
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{path_or_repo} could not be fetched: {reason}") from error
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a regular file.
+
+    Raises:
+        CheckpointError: it is a directory, or a pipe, which would be waited for.
+        OSError: it is missing or cannot be looked at.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a file")
+    return status.st_size
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object out of a file of the checkpoint."""
+    path = directory / name
+    try:
+        if size_of_file(path) > JSON_LIMIT:
+            raise CheckpointError(f"{path} is larger than {JSON_LIMIT // 10**6} MB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, not safetensors or cut off, or its tensors do not
+            fill it exactly, one after the other.
+    """
+    try:
+        size = size_of_file(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, JSON_LIMIT):
+                raise CheckpointError(f"{path} is cut off or not a safetensors file")
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_named_once)
+            if not isinstance(header, dict):
+                raise ValueError("no JSON object")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is damaged") from None
+    about = header.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is damaged")
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_filled(path, tensors, 8 + length, size)
+    return tensors
+
+
+def check_type(tensor: Tensor, types: tuple[str, ...]) -> None:
+    """Refuse a tensor whose numbers would be read as something else than they are."""
+    if tensor.dtype not in types:
+        raise CheckpointError(
+            f"{tensor.name} has the type {tensor.dtype}, where {' or '.join(types)} belongs"
+        )
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name stands twice")  # readers differ in which of them they take
+    return made
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> Tensor:
+    """What a header says of one tensor, whose offsets count from byte `base`."""
+    if not name or not name.isprintable() or len(name) > NAME_LIMIT:
+        raise CheckpointError(f"{path}: {shown(name)} is not a name of a tensor")
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+            raise ValueError("no sizes")
+        if len(shape) > DIMENSIONS_LIMIT:
+            raise ValueError("too many")
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: the entry of {name} is damaged") from None
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name} has the unknown type {shown(dtype)}")
+    if last - first != prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {shown(shape)}")
+    return Tensor(name, dtype, shape, path, base + first, base + last)
+
+
+def _check_filled(path: Path, tensors: dict[str, Tensor], start: int, size: int) -> None:
+    """Refuse gaps and overlaps between bytes `start` and `size` of a file."""
+    at = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.end > size:
+            raise CheckpointError(
+                f"{path} is cut off: {tensor.name} ends at byte {shown(tensor.end)}, the file at "
+                f"{size}"
+            )
+        if tensor.start != at:
+            raise CheckpointError(f"{path}: {tensor.name} leaves a gap or overlaps another tensor")
+        at = tensor.end
+    if at != size:
+        raise CheckpointError(f"{path}: {size - at} bytes after the last tensor belong to none")
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint.
+
+    They are in the files that the index names, without one in `model.safetensors`, without that in
+    all `model*.safetensors`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not hold what the index says.
+    """
+    index = directory / "model.safetensors.index.json"
+    placed: dict[str, str] = {}
+    if os.path.lexists(index):
+        placed = _placed(directory, index.name)
+        files = sorted(set(placed.values()))
+    else:
+        whole = directory / "model.safetensors"
+        found_files = [whole] if whole.exists() else directory.glob("model*.safetensors")
+        files = sorted(path.name for path in found_files)
+    if not files:
+        raise CheckpointError(f"{directory} has no model*.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        found = read_header(directory / name)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(f"{twice[0]} is in {tensors[twice[0]].file.name} and in {name}")
+        tensors.update(found)
+    for tensor, name in placed.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            called = tensor if tensor.isprintable() and len(tensor) <= NAME_LIMIT else shown(tensor)
+            raise CheckpointError(
+                f"{directory / name} lacks {called}, which the index places there"
+            )
+    return tensors
+
+
+def _placed(directory: Path, name: str) -> dict[str, str]:
+    """Tensor -> name of the file that an index places it in, which is one of the directory."""
+    placed = read_json(directory, name).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise CheckpointError(f"{directory / name} has no weight_map")
+    for file in set(placed.values()):
+        if Path(file).name != file or not file.isprintable():
+            raise CheckpointError(
+                f"{directory / name} names a file outside the checkpoint: {shown(file)}"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{directory / name} names {shown(file)}, no safetensors file")
+    return placed
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a module's weights are packed; the names are those of `mlx.core.quantize`."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+
+def quantization_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """MLX's quantization settings of a config, {} if it has none.
+
+    Raises:
+        CheckpointError: they are another tool's (fp8, bitsandbytes, awq, gptq, ...).
+    """
+    given = [config.get(key) for key in ("quantization", "quantization_config")]
+    settings: Any = next((value for value in given if value not in (None, {})), {})
+    if not isinstance(settings, dict):
+        raise CheckpointError("config.json: quantization is not a JSON object")
+    # awq and gptq settings have `bits` and `group_size` too: the method tells them apart.
+    if "quant_method" in settings:
+        method = settings["quant_method"]
+        known = isinstance(method, str) and method.isidentifier() and len(method) <= NAME_LIMIT
+        raise CheckpointError(f"{method if known else shown(method)} quantization is not supported")
+    return settings
+
+
+def quantization_of(config: dict[str, Any], module: str) -> Quantization:
+    """What the config says of a module that has `.scales`.
+
+    An override without a mode is affine, also where the default is another: published mxfp4, nvfp4
+    and mxfp8 conversions rely on that.
+
+    Raises:
+        CheckpointError: the config says nothing of it, says that it is not quantized, or names a
+            format that is not MLX's.
+    """
+    settings = quantization_settings(config)
+    override = settings.get(module)
+    if override is False:
+        raise CheckpointError(f"config.json says {module} is not quantized, but it has scales")
+    chosen = override if isinstance(override, dict) else settings
+    size, bits, mode = chosen.get("group_size"), chosen.get("bits"), chosen.get("mode", "affine")
+    if not (is_size(size) and is_size(bits)):
+        raise CheckpointError(f"config.json does not say how {module} is quantized")
+    sizes, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+    if size not in sizes or bits not in widths:
+        raise CheckpointError(
+            f"config.json: {module} is packed as {shown(mode)} of {bits} bits in groups of {size}, "
+            "which MLX has not"
+        )
+    return Quantization(size, bits, mode)

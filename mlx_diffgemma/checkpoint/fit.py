@@ -1,0 +1,81 @@
+"""What a model needs of the memory there is, decided before anything is loaded."""
+
+import os
+import re
+from dataclasses import dataclass
+
+import mlx.core as mx
+from rich.filesize import decimal
+
+from ..errors import Error
+from .info import Info
+
+# Of what a model leaves free, the share that a dequantized embedding table may take.
+TABLE_SHARE = 0.25
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class TooLarge(Error):
+    """A model that does not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a model is run: most tokens of context, and whether the table is kept dequantized."""
+
+    context: int
+    keep_table: bool
+
+
+def free_memory() -> int:
+    """Bytes that MLX can use without swapping: of the GPU's working set, or of the system."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fit(found: Info, memory: int | None) -> Fit:
+    """Run a model in so many bytes; None is what is free.
+
+    Raises:
+        TooLarge: not even one canvas behind a short prompt fits; says what would.
+    """
+    if memory is None:
+        memory = free_memory()
+    fixed = found.memory_needed(0)
+    context = found.context
+    if found.cache_bytes_per_token:
+        context = min(context, max(memory - fixed, 0) // found.cache_bytes_per_token)
+    if memory < fixed or context < 2 * found.canvas_length:
+        raise TooLarge(
+            f"the model needs {decimal(found.memory_needed(2 * found.canvas_length))} with a short "
+            f"prompt ({decimal(found.loaded_bytes)} of it weights), and {decimal(memory)} are "
+            f"free: {_advice(found, memory)}; --max-memory overrules what is free"
+        )
+    left = memory - found.memory_needed(min(context, 8192))
+    return Fit(context, 0 < found.table_bytes <= TABLE_SHARE * left)
+
+
+def _advice(found: Info, memory: int) -> str:
+    for bits in (8, 6, 5, 4, 3, 2):
+        # Scales and biases of groups of 64 add half a bit.
+        weights = found.text_parameters * (bits + 0.5) / 8
+        rest = found.memory_needed(2 * found.canvas_length) - found.loaded_bytes
+        if weights < found.loaded_bytes and weights + rest <= memory:
+            return (
+                f"converted to {bits} bits it would fit (mlx-diffgemma convert -q --q-bits {bits})"
+            )
+    return "no number of bits would make it fit"
+
+
+def read_size(text: str) -> int:
+    """Bytes of "12GB", "900 MB" or "16000000000".
+
+    Raises:
+        Error: it is none of these.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise Error(f"{text!r} is not a size; write for instance 12GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])

@@ -1,0 +1,262 @@
+"""A checkpoint directory or hub name -> model and tokenizer."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..arguments import SettingError, shown
+from ..model.config import Config, ConfigError
+from ..model.diffusion_gemma import DiffusionGemma, is_text, parameter_name, sanitize
+from ..model.settings import GenerationConfig, Speed
+from ..text.tokenizer import Tokenizer, TokenizerError
+from .files import (
+    FLOATS,
+    SHIPPED,
+    CheckpointError,
+    Tensor,
+    check_type,
+    quantization_of,
+    read_json,
+    read_tensors,
+    resolve,
+    size_of_file,
+)
+from .fit import fit
+from .info import inspect
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+EMBEDDED = SHIPPED["tiny"]
+
+SENTENCE_LIMIT = 300  # characters of a library's message, which may quote a whole file
+
+
+def load(
+    path_or_repo: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: DType | None = None,
+    max_memory: int | None = None,
+    speed: Speed = "faithful",
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
+
+    On a Mac this raises the process's limit of wired memory, so that weights are not paged out.
+
+    Args:
+        path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
+            is "tiny", the small demonstration model that ships with the package, and "tiny-puzzles"
+            one that solves Sudokus better.
+        revision: branch, tag or commit of a hub name.
+        dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
+            where it is float32: half-precision products are less exact there.
+        max_memory: bytes that the model may take, its context included; None is what is free. The
+            longest context follows from it, see `DiffusionGemma.context`.
+        speed: fewer denoising steps for some loss, see `GenerationConfig.at`.
+
+    Raises:
+        TooLarge: it would not fit, before anything is loaded.
+        CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
+            not what the config says; the message is one sentence.
+    """
+    keep_in_memory()
+    directory = EMBEDDED
+    if path_or_repo is not None:
+        directory = resolve(str(path_or_repo), revision=revision)
+    dtype = computed_in(dtype)
+    decided = fit(inspect(directory, dtype), max_memory)
+    model = load_model(directory, dtype=dtype)
+    model.context = decided.context
+    model.generation = model.generation.at(speed)
+    if decided.keep_table:
+        model.keep_table(mx.eval)
+    tokenizer = read_tokenizer(directory)
+    check_ids(model, tokenizer)
+    return model, tokenizer
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer and chat template of a checkpoint directory.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, no file or not what belongs there.
+    """
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        try:
+            size_of_file(directory / name)
+            (directory / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue  # of the first, the tokenizer says so
+        except OSError as error:
+            raise CheckpointError(f"{directory / name} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{directory / name} is not UTF-8 text") from None
+    if os.path.lexists(directory / "tokenizer_config.json"):
+        _check_special(read_json(directory, "tokenizer_config.json"))
+    try:
+        tokenizer = Tokenizer.from_directory(directory)
+    except TokenizerError as error:
+        raise CheckpointError(_sentence(error)) from None
+    try:
+        tokenizer.encode("\U0010fffd")  # which no vocabulary has
+    except Exception as error:  # the library raises bare Exception
+        message = f"{directory / 'tokenizer.json'} cannot encode any text: {_sentence(error)}"
+        raise CheckpointError(message) from None
+    return tokenizer
+
+
+def _check_special(settings: dict[str, Any]) -> None:
+    """Refuse special tokens of a tokenizer_config.json that are no text."""
+    for key, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        frames = key in ("pad_token", "bos_token", "eos_token")
+        if not key.endswith("_token") or not value or not (frames or isinstance(value, dict)):
+            continue  # add_bos_token and its like are true or false
+        if not isinstance(text, str) or not text.isprintable():
+            raise CheckpointError(f"tokenizer_config.json: {shown(key)} is no text: {shown(value)}")
+
+
+def _sentence(error: Exception) -> str:
+    """What a library says, on one line and not longer than a few."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in words)[:SENTENCE_LIMIT]
+
+
+def computed_in(dtype: DType | None) -> DType | None:
+    """The type that `load` computes in where this one is asked for; None is the stored one."""
+    return "float32" if dtype is None and mx.default_device() == mx.Device(mx.cpu) else dtype
+
+
+def keep_in_memory() -> None:
+    """Let Metal wire as much memory as it recommends; elsewhere there is nothing to do."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma:
+    """The model of a checkpoint directory; `dtype` None keeps the stored type."""
+    config = read_json(directory, "config.json")
+    tensors = {name: tensor for name, tensor in read_tensors(directory).items() if is_text(name)}
+    model = build_model(config, read_generation(directory, config), set(tensors))
+    check_tensors(model, tensors)
+
+    weights: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        try:
+            stored = mx.load(str(file))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be loaded: {_sentence(error)}") from None
+        assert isinstance(stored, dict)  # a safetensors file is
+        weights.update(sanitize(stored))
+    if dtype is not None:
+        target = getattr(mx, dtype)
+        weights = {
+            name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
+            for name, array in weights.items()
+        }
+    model.load_weights(list(weights.items()))
+    del weights
+    model.join()
+    mx.eval(model.parameters(), model.constants)
+    model.eval()
+    return model
+
+
+def read_config(config: dict[str, Any]) -> Config:
+    """The model's numbers out of the contents of config.json."""
+    try:
+        return Config.from_dict(config)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+
+
+def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
+    """`generation_config.json`, or what MLX conversions embed in the config in its place."""
+    values = config.get("generation_config")
+    if os.path.lexists(directory / "generation_config.json"):
+        values = read_json(directory, "generation_config.json")
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise CheckpointError("config.json: generation_config is not a JSON object")
+    if values.get("eos_token_id") is None:  # null says no more than nothing does
+        text = config.get("text_config")
+        places = [config, text if isinstance(text, dict) else {}]
+        found = (place.get("eos_token_id") for place in places)
+        values = {**values, "eos_token_id": next((i for i in found if i is not None), None)}
+    try:
+        return GenerationConfig.from_dict(values)
+    except SettingError as error:
+        raise CheckpointError(f"{directory}: generation config: {error}") from None
+
+
+def build_model(
+    config: dict[str, Any], generation: GenerationConfig, tensors: set[str]
+) -> DiffusionGemma:
+    """The model without its weights, quantized where the tensors' names say so.
+
+    Nothing is allocated: initial values are lazy and never computed.
+    """
+    model = DiffusionGemma(read_config(config), generation)
+
+    def quantization(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in tensors:
+            return False
+        return vars(quantization_of(config, path))
+
+    try:
+        nn.quantize(model, class_predicate=quantization)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {_sentence(error)}") from None
+    return model
+
+
+def check_ids(model: DiffusionGemma, tokenizer: Tokenizer) -> None:
+    """Refuse ids that the embedding has no row for: it would be read beyond its end.
+
+    Raises:
+        CheckpointError: an end token or an id of the tokenizer is one.
+    """
+    count = model.config.vocab_size
+    beyond = [i for i in model.generation.eos_token_ids if i >= count]
+    if beyond:
+        raise CheckpointError(f"eos_token_id {beyond[0]} is beyond the vocabulary of {count}")
+    if tokenizer.largest_id >= count:
+        raise CheckpointError(
+            f"tokenizer.json has the id {tokenizer.largest_id}, beyond the vocabulary of {count}"
+        )
+
+
+def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
+    """Compare names, shapes and types of a file with the model's.
+
+    Raises:
+        CheckpointError: naming what is missing, unknown, of another shape or of another type.
+    """
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    expected = {name: tuple(array.shape) for name, array in parameters.items()}
+    found = {parameter_name(name): tensor for name, tensor in tensors.items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"the checkpoint lacks {_first(missing)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(
+            f"the checkpoint has tensors that the config does not ask for: {_first(extra)}"
+        )
+    wrong = sorted(name for name, shape in expected.items() if found[name].shape != shape)
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{_first(wrong)}: shape {list(found[name].shape)}, where the config asks for "
+            f"{list(expected[name])}"
+        )
+    packed = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # weights, and scales that are no floats
+    for name, tensor in found.items():
+        check_type(tensor, packed.get(parameters[name].dtype, FLOATS))
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

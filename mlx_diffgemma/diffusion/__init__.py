@@ -1,0 +1,1 @@
+"""One canvas and many steps, in ids: rules, randomness, constraints, the loop, the prompt cache."""

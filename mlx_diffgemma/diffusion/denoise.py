@@ -1,0 +1,194 @@
+"""The denoising loop: the only one. It knows arrays and neither text nor tokenizers.
+
+Chat, filling, editing and batches differ in where a canvas starts: `Start`. The loop does not call
+the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden states.
+"""
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..arguments import SettingError, check_canvas, whole_number
+from ..model.cache import LayerCache
+from ..model.diffusion_gemma import DiffusionGemma, Pass
+from ..model.settings import GenerationConfig
+from . import sampler as rules
+from .constraints import ANYTHING, Constraint
+from .decoding import Decoding, drive
+from .draws import Draws, SeededDraws
+from .head import log_probability, read_out
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after one denoising step; arrays are (B, L) and already computed.
+
+    Attributes:
+        step: counts from 1.
+        canvas: ids that the next step would start from: accepted tokens and fresh noise.
+        argmax: the model's best token at each position; what is committed at the end.
+        accepted: positions whose token on the canvas is not noise.
+        entropy: nats, of the temperature-scaled distribution; 0 where pinned.
+        probability: of `argmax` under that distribution.
+        converged: (B,) the stop rule has held; such a row no longer changes.
+    """
+
+    step: int
+    canvas: mx.array
+    argmax: mx.array
+    accepted: mx.array
+    entropy: mx.array
+    probability: mx.array
+    converged: mx.array
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a canvas starts, if not from uniform noise; arrays are (B, L).
+
+    Attributes:
+        canvas: the starting ids.
+        pinned: True where the starting id must stay. A pinned position counts as certain for
+            acceptance and self-conditioning, and not at all for the stop rule.
+        background: what a position that is not accepted goes back to; None is fresh noise. Editing
+            uses the user's own text here, which noise would destroy.
+        constraint: which canvases are allowed.
+        first_step: where the schedule is entered, from 1.
+    """
+
+    canvas: mx.array
+    pinned: mx.array | None = None
+    background: mx.array | None = None
+    constraint: Constraint = ANYTHING
+    first_step: int = 1
+
+
+def check_start(start: Start, vocab_size: int, steps: int) -> None:
+    """Whether a canvas can start so; once a canvas, as its arrays have to be computed for it.
+
+    Raises:
+        SettingError: shapes differ, an id is not in the vocabulary, or no step is left.
+    """
+    check_canvas("a starting canvas", start.canvas, vocab_size)
+    shape = start.canvas.shape
+    if (background := start.background) is not None:
+        check_canvas("a background", background, vocab_size)
+        if background.shape != shape:
+            raise SettingError(f"a background must be of the canvas's shape {shape}")
+    if (pinned := start.pinned) is not None and not (
+        isinstance(pinned, mx.array) and pinned.dtype == mx.bool_ and pinned.shape == shape
+    ):
+        raise SettingError(f"what is pinned must be an array of booleans of shape {shape}")
+    whole_number("the first step", start.first_step, 1, steps)
+
+
+def denoise(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    config: GenerationConfig,
+    draws: Draws,
+    start: Start | None = None,
+) -> Generator[Snapshot, None, None]:
+    """Refine canvases that follow the cached context, a snapshot a step, computed on demand.
+
+    The cache is only read; a context of one row serves all canvases. The last snapshot has
+    `converged` set in all rows, or its step is `config.max_denoising_steps`.
+    """
+    return drive(model, refine(model, cache, config, draws, start))
+
+
+def refine(
+    model: DiffusionGemma,
+    cache: list[LayerCache],
+    config: GenerationConfig,
+    draws: Draws,
+    start: Start | None = None,
+) -> Decoding[Snapshot, Snapshot]:
+    """As `denoise`, but somebody else decodes; returns the last snapshot.
+
+    Raises:
+        SettingError: the start or the draws are not of this model's ids, see `check_start`.
+    """
+    if isinstance(draws, SeededDraws) and draws.vocab_size > model.config.vocab_size:
+        raise SettingError(
+            f"draws of {draws.vocab_size} ids are not of this model's {model.config.vocab_size}"
+        )
+    steps = config.max_denoising_steps
+    if start is not None:
+        check_start(start, model.config.vocab_size, steps)
+    else:
+        start = Start(draws.tokens((1, model.config.canvas_length)))
+    canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
+    fixed = pinned
+    history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
+    belief: mx.array | None = None
+    last: Snapshot | None = None
+    for step in range(start.first_step, steps + 1):
+        heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
+        hidden = yield Pass(canvas, cache, belief)
+        assert hidden is not None
+        seen = read_out(model, hidden, heat, constraint, draws, belief=step < steps)
+        argmax = constraint.choose(seen.choices, fixed, canvas)
+        if seen.noisy is not None:
+            sampled = constraint.choose(seen.noisy, fixed, canvas)
+        else:
+            assert seen.sampled is not None
+            sampled = seen.sampled if fixed is None else mx.where(fixed, canvas, seen.sampled)
+        entropy, belief = seen.entropy, seen.belief
+        confidence = mx.exp(log_probability(model, hidden, sampled, heat, seen))
+        if fixed is not None:
+            # A pinned position is certain, for self-conditioning too.
+            entropy = mx.where(fixed, 0.0, entropy)
+            confidence = mx.where(fixed, 1.0, confidence)
+            if belief is not None:
+                belief = mx.where(fixed[..., None], model.embed(canvas), belief)
+        accepted = rules.accept(config.sampler, entropy, confidence, fixed)
+        was_fixed = fixed
+        noise = start.background
+        if noise is None:
+            noise = constraint.noise(draws.tokens(canvas.shape))
+        canvas = rules.renoise(accepted, sampled, noise)
+        stop = rules.is_stable(argmax, history, config.stability_threshold)
+        stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
+        if config.plateau is not None:
+            stop = stop | rules.is_stable(argmax, history, config.plateau)
+        if step < config.min_steps:
+            stop = mx.zeros_like(stop)
+        if config.sampler.keeps:
+            # What is kept is committed, whatever the model would now rather have there.
+            fixed = accepted
+            argmax = constraint.choose(seen.choices, fixed, canvas)
+            stop = stop | fixed.all(axis=-1)
+        history.append(argmax)
+        probability = mx.exp(log_probability(model, hidden, argmax, heat, seen))
+        if was_fixed is not None:
+            probability = mx.where(was_fixed, 1.0, probability)
+        now = Snapshot(step, canvas, argmax, accepted, entropy, probability, stop)
+        last = now if last is None else _hold(last, now)
+        mx.eval(vars(last))
+        yield last
+        if np.array(last.converged).all():
+            break
+    assert last is not None  # first_step is not behind the last
+    return last
+
+
+def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
+    """The new snapshot, but rows that had converged stay as they were."""
+    rows = last.converged[:, None]
+    held = _first_where(
+        rows,
+        [last.canvas, last.argmax, last.accepted, last.entropy, last.probability],
+        [now.canvas, now.argmax, now.accepted, now.entropy, now.probability],
+    )
+    canvas, argmax, accepted, entropy, probability = held
+    converged = last.converged | now.converged
+    return Snapshot(now.step, canvas, argmax, accepted, entropy, probability, converged)
+
+
+@mx.compile
+def _first_where(rows: mx.array, first: list[mx.array], second: list[mx.array]) -> list[mx.array]:
+    return [mx.where(rows, a, b) for a, b in zip(first, second, strict=True)]

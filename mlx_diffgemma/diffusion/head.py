@@ -1,0 +1,205 @@
+"""What a denoising step reads off the hidden states; the logits are never held as a whole.
+
+At 262,144 tokens and a canvas of 256, one float32 copy of the logits takes 268 MB. The vocabulary
+passes by in blocks instead, and a step keeps what the next one needs: ids, entropies and the
+expected embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from ..model.diffusion_gemma import TABLE_BYTES, DiffusionGemma
+from .constraints import ANYTHING, NEVER, Choices, Constraint, fold, highest, merge
+from .draws import APART, Draws, sub_block
+
+# Bytes that one float32 array over a block may take: nine blocks of the real vocabulary and canvas.
+# A step holds about ten such arrays, as MLX runs ahead of the computation by up to two blocks.
+BLOCK_BYTES = 57 << 19
+
+# Blocks whose three sums one kernel can join: MLX fuses 24 arrays at most.
+JOINED = 6
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Of softmax(logits / heat) under a constraint; arrays are (B, L) unless said otherwise.
+
+    Attributes:
+        choices: the most likely tokens, (B, L, S) by set of the constraint.
+        noisy: as `choices`, of logits with Gumbel noise; where tokens depend on one another.
+        sampled: drawn ids, where they do not. Without draws both are None.
+        entropy: float32 nats.
+        log_normalizer: log of the sum of exp(logits / heat).
+        belief: expected embedding (B, L, hidden), the next step's self-conditioning, or None.
+    """
+
+    choices: Choices
+    noisy: Choices | None
+    sampled: mx.array | None
+    entropy: mx.array
+    log_normalizer: mx.array
+    belief: mx.array | None
+
+
+def read_out(
+    model: DiffusionGemma,
+    hidden: mx.array,
+    heat: float,
+    constraint: Constraint = ANYTHING,
+    draws: Draws | None = None,
+    *,
+    belief: bool = False,
+) -> Readout:
+    """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once."""
+    shape = hidden.shape[:2]
+    cap, warmth = mx.array(model.config.final_logit_softcapping), mx.array(heat)
+    picker = None
+    if draws is not None and not constraint.joint:
+        picker = draws.categorical(shape)
+    # One entry a block; sums are relative to exp(the block's peak), so no block waits for another.
+    choices: list[Choices] = []
+    noisy: list[Choices] = []
+    peaks, masses, slopes = [], [], []
+    soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
+    for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
+        raw = hidden @ table.T
+        allowed = constraint.allowed(first, table.shape[0], shape[1])
+        if allowed is not None:
+            raw = mx.where(allowed, raw, NEVER)
+        found = constraint.score(raw, first)
+        levels = _level(found.scores, cap, warmth)
+        choices.append(replace(found, scores=levels))
+        if draws is not None and constraint.joint:
+            noise = draws.gumbel(raw.shape)
+            noisy.append(constraint.score(_level(raw, cap, warmth) + noise, first))
+        # With one set of all tokens, the best of it is the peak.
+        peak = levels.max(axis=-1, keepdims=True) if levels.shape[-1] > 1 else levels
+        weights, chances = _weigh(raw, peak, cap, warmth)
+        if picker is None:
+            masses.append(weights.sum(axis=-1, keepdims=True))
+        else:
+            masses.append(picker.add(weights, peak, first))
+            mx.async_eval(picker.held)  # type: ignore[no-untyped-call]
+        peaks.append(peak)
+        slopes.append(_times_log(weights).sum(axis=-1, keepdims=True))
+        if belief:
+            if len(soft) == APART:
+                most = highest([each for each, _ in soft])
+                soft = [(most, _mixed(most, *zip(*soft, strict=True)))]
+            soft.append((peak, chances @ table))
+        # Computed before the next block is, or the blocks would pile up.
+        kept = [vars(each[-1]) for each in (choices, noisy) if each]
+        mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
+    top = highest(peaks)
+    mass = _mass(top, peaks, masses)
+    several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))
+    slope = [_slope(top, peaks[some], masses[some], slopes[some]) for some in several]
+    log_normalizer = _log_normalizer(top, mass)
+    expected = None
+    if soft:
+        expected = model.scaled(_mixed(log_normalizer, *zip(*soft, strict=True)))
+    return Readout(
+        choices=merge(choices),
+        noisy=merge(noisy) if noisy else None,
+        sampled=None if picker is None else picker.tokens(),
+        entropy=_entropy(mass, slope)[..., 0],
+        log_normalizer=log_normalizer[..., 0],
+        belief=expected,
+    )
+
+
+def log_probability(
+    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, heat: float, seen: Readout
+) -> mx.array:
+    """Log-probability (B, L) of allowed `tokens` (B, L), of hidden states that were read off."""
+    rows = model.embedding(tokens).astype(mx.float32)
+    raw = (hidden.astype(mx.float32) * rows).sum(axis=-1)
+    cap = mx.array(model.config.final_logit_softcapping)
+    found: mx.array = _log_chance(raw, cap, mx.array(heat), seen.log_normalizer)
+    return found
+
+
+def _tokens_at_once(model: DiffusionGemma, positions: int) -> int:
+    """Tokens of a block: whole sub-blocks of the sampler."""
+    width = sub_block(model.config.vocab_size)
+    tokens = BLOCK_BYTES // (4 * positions)
+    if model.dequantizes:
+        item = model.model.decoder.norm.weight.dtype.size
+        tokens = min(tokens, TABLE_BYTES // (item * model.config.hidden_size))
+    return max(tokens // width, 1) * width
+
+
+def _capped(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
+    raw = raw.astype(mx.float32)
+    return mx.where(raw > NEVER / 2, mx.tanh(raw / cap) * cap / heat, NEVER)
+
+
+@mx.compile
+def _level(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
+    """The head's product, softly capped (what must NEVER be chosen stays so) and tempered."""
+    return _capped(raw, cap, heat)
+
+
+@mx.compile
+def _log_chance(raw: mx.array, cap: mx.array, heat: mx.array, log_normalizer: mx.array) -> mx.array:
+    # Rounded apart from the sum, a certain token could seem more than certain.
+    return mx.minimum(_capped(raw, cap, heat) - log_normalizer, 0.0)
+
+
+@mx.compile
+def _weigh(
+    raw: mx.array, peak: mx.array, cap: mx.array, heat: mx.array
+) -> tuple[mx.array, mx.array]:
+    """exp(x) for x below the peak, in float32 and in the model's type."""
+    weights = mx.exp(_capped(raw, cap, heat) - peak)
+    return weights, weights.astype(raw.dtype)
+
+
+@mx.compile
+def _times_log(weights: mx.array) -> mx.array:
+    """x exp(x) for exp(x), from it alone: one array less is read, and the product dies sooner."""
+    return mx.where(weights > 0, weights * mx.log(weights), 0.0)
+
+
+# Sums over blocks (B, L, 1 each), of numbers relative to exp(a block's peak).
+
+
+@mx.compile
+def _mass(top: mx.array, peaks: Sequence[mx.array], masses: Sequence[mx.array]) -> mx.array:
+    """Sum of exp(x - top) over all tokens."""
+    parts = [mx.exp(p - top) * mass for p, mass in zip(peaks, masses, strict=True)]
+    return fold(mx.add, parts)
+
+
+@mx.compile
+def _slope(
+    top: mx.array,
+    peaks: Sequence[mx.array],
+    masses: Sequence[mx.array],
+    slopes: Sequence[mx.array],
+) -> mx.array:
+    """Sum of (x - top) exp(x - top) over the tokens of these blocks."""
+    blocks = zip(peaks, masses, slopes, strict=True)
+    parts = [mx.exp(p - top) * (slope + (p - top) * mass) for p, mass, slope in blocks]
+    return fold(mx.add, parts)
+
+
+@mx.compile
+def _log_normalizer(top: mx.array, mass: mx.array) -> mx.array:
+    return top + mx.log(mass)
+
+
+@mx.compile
+def _entropy(mass: mx.array, slopes: Sequence[mx.array]) -> mx.array:
+    """-sum(p log p). Both sums are relative to the top: their difference may be tiny."""
+    return mx.log(mass) - fold(mx.add, slopes) / mass
+
+
+@mx.compile
+def _mixed(reference: mx.array, peaks: Sequence[mx.array], soft: Sequence[mx.array]) -> mx.array:
+    """Sums of the table's rows (B, L, hidden), relative to exp(reference); the expected row, where
+    that is the log-normalizer."""
+    parts = [mx.exp(p - reference) * part for p, part in zip(peaks, soft, strict=True)]
+    return fold(mx.add, parts).astype(soft[0].dtype)

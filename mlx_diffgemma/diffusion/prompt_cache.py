@@ -1,0 +1,437 @@
+"""What a model has read: tokens, their keys and values, and places to go back to."""
+
+import hashlib
+import json
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..arguments import token_ids, whole_number
+from ..errors import Error
+from ..files import parse_json, replacing
+from ..model.cache import LayerCache, LayerMark
+from ..model.diffusion_gemma import DiffusionGemma
+
+# Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
+PREFILL_CHUNK = 2048
+
+# Bytes that marks may hold beside the cache itself; the newest two stay whatever they take.
+MARK_BYTES = 1 << 30
+
+# Tokens that a new mark has to save from being encoded again; fewer are not worth its memory.
+WORTH_A_MARK = 256
+
+# PrefixCache of earlier prompts kept at most: each is compared with every new prompt.
+MOST_CONTEXTS = 64
+
+# Characters of messages and tokens in a file; the longest contexts are said in some megabytes.
+MOST_METADATA = 1 << 25
+
+FORMAT = "mlx-diffgemma context 2"
+
+
+class SessionError(Error):
+    """A saved context or session that cannot be written, read, or used with this model."""
+
+
+class ContextError(Error):
+    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A long prompt is being encoded: `done` of `total` tokens so far."""
+
+    done: int
+    total: int
+
+
+def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
+    """Tokens of context that a prompt leaves, at least a canvas.
+
+    Raises:
+        ContextError: the prompt is empty or leaves less.
+    """
+    room = model.context - len(prompt)
+    length = model.config.canvas_length
+    short = model.context < model.config.max_position_embeddings
+    if not prompt:
+        raise ContextError("the prompt is empty")
+    if room < length:
+        raise ContextError(
+            f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
+            f"the context of {model.context}"
+            + (", which is all that fits into memory" if short else "")
+        )
+    return room
+
+
+def prefill(
+    model: DiffusionGemma,
+    tokens: Sequence[int],
+    cache: list[LayerCache],
+    chunk: int = PREFILL_CHUNK,
+) -> None:
+    """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`.
+
+    Raises:
+        SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
+    """
+    tokens = token_ids(tokens, model.config.vocab_size)
+    whole_number("prefill_chunk", chunk, 1)
+    for layer in cache:
+        layer.reserve(len(tokens) + model.config.canvas_length)
+    for start in range(0, len(tokens), chunk):
+        some = mx.array([list(tokens[start : start + chunk])])
+        model.encode(some, cache, evaluate=mx.eval)
+        mx.eval([layer.held for layer in cache])
+        mx.clear_cache()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A length of the context that it can go back to."""
+
+    length: int
+    layers: tuple[LayerMark, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sliding layers' arrays."""
+        return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
+
+
+class PromptCache:
+    """The tokens a model has encoded, with its cache; later prompts pay only for what is new.
+
+    Sliding layers forget, so going back to any earlier token is not possible: `read` goes back to
+    the longest mark that agrees with the new prompt. Not for several threads.
+    """
+
+    def __init__(self, model: DiffusionGemma):
+        self._model = model
+        self._tokens: list[int] = []
+        self._marks: list[Mark] = []
+        self.cache = model.make_cache()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids encoded so far."""
+        return tuple(self._tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, marks included."""
+        held = sum(layer.held.nbytes for layer in self.cache if layer.held is not None)
+        return held + sum(mark.nbytes for mark in self._marks)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._tokens, self._marks = [], []
+        self.cache = self._model.make_cache()
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` would not have to be encoded."""
+        return self._reusable(_common(self._tokens, tokens))
+
+    def read(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> int:
+        """Make the context hold exactly `tokens`, mark its end, and say how many were encoded."""
+        new = len(tokens) - self.shared(tokens)
+        for _ in self.reading(tokens, chunk):
+            pass
+        return new
+
+    def reading(
+        self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
+    ) -> Generator[Reading, None, None]:
+        """As `read`, with a pause after each chunk but the last.
+
+        Where the tokens depart from what was held a mark is left, if it saves enough: the next
+        prompt may begin in the same way.
+
+        Raises:
+            SettingError: an id is not in the vocabulary, or `chunk` is no number from 1; nothing
+                is forgotten then.
+        """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
+        agreed = _common(self._tokens, tokens)
+        kept = self._reusable(agreed)
+        departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
+        self._restore(kept)
+        for layer in self.cache:
+            layer.reserve(len(tokens) - len(self) + self._model.config.canvas_length)
+        for goal in [agreed] * departs + [len(tokens)]:
+            while len(self) < goal:
+                self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)
+                if len(self) < len(tokens):
+                    yield Reading(len(self), len(tokens))
+            self.mark()
+
+    def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
+        """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
+
+        Raises:
+            SettingError: as `reading`.
+        """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
+        if not tokens:
+            return
+        try:
+            prefill(self._model, tokens, self.cache, chunk)
+        except BaseException:
+            self.clear()
+            raise
+        self._tokens += tokens
+
+    def mark(self) -> None:
+        """Remember this place; the oldest marks go when they take too much memory."""
+        if len(self) and (not self._marks or self._marks[-1].length < len(self)):
+            self._marks.append(Mark(len(self), tuple(layer.mark() for layer in self.cache)))
+        while len(self._marks) > 2 and sum(mark.nbytes for mark in self._marks) > MARK_BYTES:
+            del self._marks[0]
+
+    def _reusable(self, agreed: int) -> int:
+        if agreed == len(self):
+            return agreed
+        return max((mark.length for mark in self._marks if mark.length <= agreed), default=0)
+
+    def _restore(self, length: int) -> None:
+        if length == len(self):
+            return
+        if not length:
+            self.clear()
+            return
+        self._marks = [mark for mark in self._marks if mark.length <= length]
+        for layer, mark in zip(self.cache, self._marks[-1].layers, strict=True):
+            layer.restore(mark)
+        del self._tokens[length:]
+
+    def fork(self) -> "PromptCache":
+        """A context of its own that has read the same; arrays are shared until they change."""
+        other = PromptCache(self._model)
+        other._tokens, other._marks = list(self._tokens), list(self._marks)
+        other.cache = [layer.fork() for layer in self.cache]
+        return other
+
+    def save(self, path: Path, extra: object = None) -> None:
+        """Write one safetensors file, at once: a full disk or a kill leaves the old one.
+
+        `extra` is anything that JSON can say; `load` gives it back.
+
+        Raises:
+            SessionError: the file cannot be written, or is there and nothing that was saved so.
+        """
+        _check_ours(path)
+        # A mark at the very end would say everything twice.
+        marks = [mark for mark in self._marks if mark.length < len(self)]
+        arrays: dict[str, mx.array] = dict(self._arrays(marks))
+        metadata = {
+            "format": FORMAT,
+            "model": fingerprint(self._model),
+            "tokens": json.dumps(self._tokens),
+            "marks": json.dumps([mark.length for mark in marks]),
+            "extra": _as_json(path, extra),
+        }
+        if sum(map(len, metadata.values())) > MOST_METADATA:
+            raise SessionError(f"{path} cannot be written: the conversation is too long")
+        try:
+            with replacing(path, suffix=".safetensors") as fresh:
+                mx.save_safetensors(str(fresh), arrays, metadata)
+        except OSError as error:
+            raise SessionError(f"{path} cannot be written: {error.strerror}") from None
+        except RuntimeError as error:  # what MLX raises when the disk is full
+            raise SessionError(f"{path} cannot be written: {error}") from None
+
+    def _arrays(self, marks: Sequence[Mark]) -> Iterator[tuple[str, mx.array]]:
+        """Names and arrays of a file."""
+        yield "format", mx.array([1])  # MLX cannot read a file without arrays
+        held: list[tuple[str, Sequence[LayerCache | LayerMark]]] = [("", self.cache)]
+        held += [(f"marks.{i}.", mark.layers) for i, mark in enumerate(marks)]
+        for prefix, layers in held:
+            for i, layer in enumerate(layers):
+                if layer.held is not None:
+                    yield f"{prefix}layers.{i}", layer.held
+
+    @classmethod
+    def load(cls, path: Path, model: DiffusionGemma) -> tuple["PromptCache", object]:
+        """A context that was saved, and what was saved beside it.
+
+        Raises:
+            SessionError: there is no such file, it is damaged, or another model made it.
+        """
+        arrays, metadata = _read(path)
+        if metadata.get("format") != FORMAT:
+            raise SessionError(f"{path} is not a context that this version saved")
+        if metadata.get("model") != fingerprint(model):
+            raise SessionError(f"{path} was saved with another model than the one that is loaded")
+        try:
+            tokens, lengths = _read_lengths(model, metadata)
+            layers = _layers(model, arrays, [len(tokens), *lengths])
+            extra = parse_json(metadata["extra"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise SessionError(f"{path} is damaged: {error}") from None
+        context = cls(model)
+        context._tokens = tokens
+        for layer, held in zip(context.cache, layers[0], strict=True):
+            layer.hold(len(tokens), held)
+        context._marks = [
+            Mark(length, tuple(LayerMark(length, held) for held in each))
+            for length, each in zip(lengths, layers[1:], strict=True)
+        ]
+        context.mark()
+        return context, extra
+
+
+def _read_lengths(model: DiffusionGemma, metadata: dict[str, str]) -> tuple[list[int], list[int]]:
+    """The tokens of a saved context, and where its marks stand.
+
+    Raises:
+        KeyError, ValueError: they are not what `save` writes.
+    """
+    tokens, marks = parse_json(metadata["tokens"]), parse_json(metadata["marks"])
+    if not isinstance(tokens, list) or not isinstance(marks, list):
+        raise ValueError("tokens and marks are no lists")
+    tokens = token_ids(tokens, model.config.vocab_size)
+    if len(tokens) > (most := model.config.max_position_embeddings):
+        raise ValueError(f"it has {len(tokens)} tokens, and the model can read {most}")
+    if not all(type(mark) is int for mark in marks):
+        raise ValueError("a mark is no number of tokens")
+    if any(a >= b for a, b in pairwise([0, *marks, len(tokens)] if marks else [])):
+        raise ValueError("marks do not follow each other within the tokens")
+    return tokens, marks
+
+
+def _layers(
+    model: DiffusionGemma, arrays: dict[str, mx.array], lengths: Sequence[int]
+) -> list[list[mx.array | None]]:
+    """Keys and values of each layer, of all tokens and then of each mark, as `_arrays` names them.
+
+    Raises:
+        ValueError: one is missing or too many, of the wrong shape or type, or not finite.
+    """
+    like = model.make_cache()
+    model.encode(mx.array([[0]]), like)  # never computed: only its shapes and type are asked
+    found: list[list[mx.array | None]] = []
+    count = 1  # the one that says that there are some
+    for number, length in enumerate(lengths):
+        prefix = f"marks.{number - 1}." if number else ""
+        found.append([])
+        for i, layer in enumerate(like):
+            if not length or (number and layer.window is None):
+                found[-1].append(None)
+                continue
+            assert layer.held is not None
+            kept = length if layer.window is None else min(length, layer.window - 1)
+            batch, heads, _, size = layer.held.shape
+            held = arrays.get(f"{prefix}layers.{i}")
+            if held is None or held.dtype != layer.held.dtype:
+                raise ValueError(f"{prefix}layers.{i} is missing or of the wrong type")
+            if held.shape != (batch, heads, kept, size):
+                raise ValueError(f"{prefix}layers.{i} has the wrong shape")
+            if not mx.isfinite(held).all().item():
+                raise ValueError(f"{prefix}layers.{i} has numbers that are not finite")
+            found[-1].append(held)
+            count += 1
+    if len(arrays) != count:
+        raise ValueError(f"it has {len(arrays)} arrays, not {count}")
+    return found
+
+
+class PrefixCache:
+    """What was read for earlier requests, the latest first, within a number of bytes."""
+
+    def __init__(self, model: DiffusionGemma, most_bytes: int):
+        self._model = model
+        self._most = most_bytes
+        self._kept: list[PromptCache] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all; what two of them share counts twice."""
+        return sum(context.nbytes for context in self._kept)
+
+    def take(self, tokens: Sequence[int]) -> PromptCache:
+        """A context for a new prompt: the one that has read most of it, or an empty one."""
+        shared = [context.shared(tokens) for context in self._kept]
+        most = max(shared, default=0)
+        return self._kept[shared.index(most)].fork() if most else PromptCache(self._model)
+
+    def give(self, context: PromptCache) -> None:
+        """Keep a context that is no longer used; the ones that it goes on from are dropped."""
+        read = context.tokens
+        self._kept = [c for c in self._kept if c.tokens != read[: len(c)]]
+        self._kept.insert(0, context)
+        del self._kept[MOST_CONTEXTS:]
+        while self._kept and self.nbytes > self._most:
+            self._kept.pop()
+
+
+def _as_json(path: Path, extra: object) -> str:
+    """What `load` will be able to read."""
+    try:
+        text = json.dumps(extra, ensure_ascii=False)
+        parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SessionError(f"{path} cannot be written: {error}") from None
+    return text
+
+
+def _check_ours(path: Path) -> None:
+    """Whether a file may take this name: none is there, an empty one, or one that was saved.
+
+    Raises:
+        SessionError: something else has the name.
+    """
+    try:
+        if not path.exists() or (path.is_file() and not path.stat().st_size):
+            return
+        _, metadata = _read(path)
+    except (OSError, SessionError):
+        metadata = {}
+    if metadata.get("format", "").partition(" context ")[0] != FORMAT.partition(" context ")[0]:
+        raise SessionError(f"{path} is no saved context or session, and is left as it is")
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Arrays, which are not read yet, and metadata of a safetensors file."""
+    if not path.is_file():
+        raise SessionError(f"{path} is not a file")
+    try:
+        found = mx.load(str(path), format="safetensors", return_metadata=True)
+        assert isinstance(found, tuple)  # of a safetensors file
+        arrays, metadata = found
+        assert isinstance(arrays, dict)
+    except (RuntimeError, ValueError) as error:
+        raise SessionError(f"{path} is damaged, or no saved context: {error}") from None
+    if sum(map(len, metadata.values())) > MOST_METADATA:
+        raise SessionError(f"{path} says more than {MOST_METADATA} characters beside its arrays")
+    return arrays, metadata
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    count = min(len(first), len(second))
+    differ = np.flatnonzero(np.array(first[:count]) != np.array(second[:count]))
+    return int(differ[0]) if len(differ) else count
+
+
+def fingerprint(model: DiffusionGemma) -> str:
+    """Equal for equal weights: a hash of the config and of 64 numbers of each parameter."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    heads = {name: array.reshape(-1)[:64].view(mx.uint8) for name, array in parameters.items()}
+    mx.eval(heads)
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name in sorted(parameters):
+        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
+        digest.update(np.array(heads[name]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""The rules of sampling, as pure functions: they know neither the model nor the loop.
+
+Entropies are in nats. Positions run along the last axis of (B, L) arrays, tokens of the vocabulary
+along the last axis of (B, L, C) arrays.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..model.settings import EntropyBound, Sampler
+from .constraints import fold
+
+
+def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float:
+    """Linear schedule over the steps that remain (`steps` .. 1), as in the reference.
+
+    It starts at `t_max` and ends one step short of `t_min`.
+    """
+    return t_min + (t_max - t_min) * (remaining / steps)
+
+
+@mx.compile
+def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
+    """Take positions from the most certain on while the entropies *before* each sum to <= bound.
+
+    That sum bounds the mutual information of the accepted tokens (arXiv 2505.24857, eq. for the
+    entropy-bounded sampler), so they are nearly independent. The most certain one always passes.
+    """
+    order = mx.argsort(entropies, axis=-1)
+    ordered = mx.take_along_axis(entropies, order, axis=-1)
+    passes = mx.cumsum(ordered, axis=-1) - ordered <= bound
+    return mx.take_along_axis(passes, mx.argsort(order, axis=-1), axis=-1)
+
+
+@mx.compile
+def accept_by_confidence(
+    confidence: mx.array, threshold: float, fixed: mx.array | None
+) -> mx.array:
+    """What is fixed, tokens of probability >= threshold, or else the best that is not fixed."""
+    if fixed is None:
+        fixed = mx.zeros(confidence.shape, dtype=mx.bool_)
+    ranked = mx.where(fixed, -1.0, confidence)
+    best = mx.arange(ranked.shape[-1]) == mx.argmax(ranked, axis=-1, keepdims=True)
+    return fixed | (ranked >= threshold) | best
+
+
+def accept(
+    sampler: Sampler, entropies: mx.array, confidence: mx.array, fixed: mx.array | None
+) -> mx.array:
+    """(B, L) which positions a sampler accepts, by entropy or by the drawn tokens' probability."""
+    if isinstance(sampler, EntropyBound):
+        return accept_by_entropy(entropies, sampler.bound)
+    return accept_by_confidence(confidence, sampler.threshold, fixed)
+
+
+def renoise(accepted: mx.array, tokens: mx.array, noise: mx.array) -> mx.array:
+    """Keep `tokens` where accepted, noise everywhere else."""
+    return mx.where(accepted, tokens, noise)
+
+
+def is_stable(argmax: mx.array, history: Sequence[mx.array], threshold: int) -> mx.array:
+    """(B,) whether the argmax canvas equals each of the previous `threshold` ones."""
+    if len(history) < threshold:
+        return mx.zeros((argmax.shape[0],), dtype=mx.bool_)
+    if not threshold:
+        return mx.ones((argmax.shape[0],), dtype=mx.bool_)
+    recent = list(history)[-threshold:]
+    return fold(mx.logical_and, [(argmax == earlier).all(axis=-1) for earlier in recent])
+
+
+@mx.compile
+def is_confident(entropies: mx.array, threshold: float, pinned: mx.array | None) -> mx.array:
+    """(B,) whether the mean entropy, over the positions not pinned, is below the threshold."""
+    if pinned is None:
+        return entropies.mean(axis=-1) < threshold
+    free = ~pinned
+    return (entropies * free).sum(axis=-1) < threshold * mx.maximum(free.sum(axis=-1), 1)

@@ -1,0 +1,199 @@
+"""How fast a checkpoint is on this machine: the numbers that users post and compare."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, median_low
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.load import DType, load
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.settings import Speed
+from ..tasks.generate import stream_generate
+from ..tasks.request import Done, Draft
+from ..text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer, or the medians of several; rates and seconds are of computing.
+
+    `first_draft_seconds` counts from the question; `step_seconds` is the median over steps. Memory
+    is in bytes, weights included.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    canvases: int
+    steps_per_canvas: float
+    tokens_per_forward: float
+    prefill_tokens_per_second: float
+    first_draft_seconds: float
+    step_seconds: float
+    canvas_seconds: float
+    tokens_per_second: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of one checkpoint: medians, and all runs behind them."""
+
+    model: str
+    load_seconds: float
+    load_peak_memory: int
+    weights: int
+    median: Run
+    runs: tuple[Run, ...]
+
+
+class Subject:
+    """A loaded checkpoint that is measured run by run."""
+
+    def __init__(
+        self,
+        name: str,
+        path: str | Path | None,
+        revision: str | None,
+        *,
+        dtype: DType | None,
+        max_memory: int | None,
+        speed: Speed,
+    ):
+        self.name = name
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        self._model, self._tokenizer = load(
+            path, revision=revision, dtype=dtype, max_memory=max_memory, speed=speed
+        )
+        self._load_seconds = time.perf_counter() - started
+        self._load_peak = mx.get_peak_memory() - before
+        self._weights = mx.get_active_memory() - before
+        self._runs: list[Run] = []
+
+    def warm_up(self, prompt_tokens: int) -> None:
+        """Two steps that do not count: kernels are compiled and pages are read at first use."""
+        measure(self._model, self._tokenizer, prompt_tokens, steps=2, max_tokens=1, seed=0)
+
+    def run(self, prompt_tokens: int, steps: int | None, max_tokens: int | None) -> None:
+        """Measure once more; each run has a seed of its own."""
+        seed = len(self._runs)
+        others = mx.get_active_memory() - self._weights
+        run = measure(self._model, self._tokenizer, prompt_tokens, steps, max_tokens, seed)
+        # Another checkpoint that is loaded beside this one does not count.
+        self._runs.append(replace(run, peak_memory=run.peak_memory - others))
+
+    def report(self) -> Report:
+        """What is known by now."""
+        return Report(
+            self.name,
+            self._load_seconds,
+            self._load_peak,
+            self._weights,
+            middle(self._runs),
+            tuple(self._runs),
+        )
+
+
+def measure(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt_tokens: int,
+    steps: int | None,
+    max_tokens: int | None,
+    seed: int,
+) -> Run:
+    """Answer a prompt of so many tokens."""
+    drafts: list[tuple[int, float]] = []
+    prompt = prompt_of(tokenizer, prompt_tokens)
+    started = time.perf_counter()
+    for event in stream_generate(
+        model, tokenizer, prompt, steps=steps, max_tokens=max_tokens, seed=seed
+    ):
+        if isinstance(event, Draft):
+            drafts.append((event.canvas, time.perf_counter()))
+        elif isinstance(event, Done):
+            done = event
+    first = drafts[0][1] - started
+    # A new canvas encodes the last one first: what lies between canvases is no step.
+    seconds = [b - a for (canvas, a), (other, b) in pairwise(drafts) if canvas == other]
+    return Run(
+        prompt_tokens=done.prompt_tokens,
+        generated_tokens=done.generated_tokens,
+        canvases=done.canvases,
+        steps_per_canvas=done.denoising_steps / done.canvases,
+        tokens_per_forward=done.tokens_per_forward,
+        prefill_tokens_per_second=done.prompt_tokens / done.prompt_seconds,
+        first_draft_seconds=first,
+        # Where every canvas took one step, that step is all there is.
+        step_seconds=median(seconds) if seconds else done.generation_seconds / len(drafts),
+        canvas_seconds=done.generation_seconds / done.canvases,
+        tokens_per_second=done.generated_tokens / (done.prompt_seconds + done.generation_seconds),
+        peak_memory=done.peak_memory,
+    )
+
+
+def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """A chat turn of exactly so many ids: a question, repeated; short ones lose its beginning."""
+    text = tokenizer.render_chat([{"role": "user", "content": QUESTION}])
+    ids = tokenizer.encode(text)
+    filler = tokenizer.encode(f"{QUESTION} ")
+    missing = max(tokens - len(ids), 0)
+    return [*(filler * (missing // len(filler) + 1))[:missing], *ids][-tokens:]
+
+
+QUESTION = "Record: Anna Berg from Norway"
+
+
+def middle(runs: Sequence[Run]) -> Run:
+    """The median of each number; of an even count the lower one."""
+    names = [field.name for field in fields(Run)]
+    return Run(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
+
+
+def bench(
+    subjects: Sequence[Subject],
+    prompt_tokens: int,
+    steps: int | None,
+    max_tokens: int | None,
+    repeats: int,
+    progress: Callable[[str], None],
+) -> list[Report]:
+    """Measure checkpoints in turns, so that a busy or hot machine is so for all."""
+    for subject in subjects:
+        progress(f"warming up {subject.name}")
+        subject.warm_up(prompt_tokens)
+    for number in range(repeats):
+        for subject in subjects:
+            progress(f"run {number + 1} of {repeats}: {subject.name}")
+            subject.run(prompt_tokens, steps, max_tokens)
+    return [subject.report() for subject in subjects]
+
+
+def as_json(reports: Sequence[Report]) -> dict[str, Any]:
+    """Everything, with what it was measured on."""
+    return {**machine(), "models": [asdict(report) for report in reports]}
+
+
+def machine() -> dict[str, Any]:
+    """Versions and device."""
+    try:
+        own = version("mlx-diffgemma")
+    except PackageNotFoundError:
+        own = "a checkout"
+    known = mx.device_info()
+    return {
+        "mlx_diffgemma": own,
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": str(mx.default_device()),
+        "device_info": {key: value for key, value in known.items() if value},
+    }

@@ -1,0 +1,227 @@
+"""Exact success on held-out tasks: what a recipe or a step budget costs in quality."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from ..diffusion.denoise import Start
+from ..diffusion.draws import SeededDraws
+from ..errors import Error
+from ..files import read_text
+from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.edit import STRENGTH, edit_start
+from ..tasks.generate import stream_generate
+from ..tasks.request import Done, Event
+from ..tasks.starts import Pieces
+from ..text.tokenizer import Tokenizer
+from ..text.turns import Text
+from ..text.vocabulary import Vocabulary
+
+HELD_OUT = Path(__file__).parent.parent / "data" / "heldout.jsonl"
+
+
+class TaskError(Error):
+    """A file of tasks that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and what is right: `answer` exactly, or a match of the regular expression `regex`.
+
+    `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired.
+    """
+
+    task: str
+    prompt: str
+    kind: str = ""
+    answer: str | None = None
+    regex: str | None = None
+    pieces: tuple[tuple[str, bool], ...] | None = None
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model wrote for a case, with the cost of it."""
+
+    text: str
+    passes: int
+    canvases: int
+    tokens_per_forward: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the report: a task (or kind) at one step budget, over all cases and seeds.
+
+    Rates are in 0..1; `error` is the standard error of `success` over cases. `typos_fixed` and
+    `clean_damaged` (of characters) only exist where text is repaired.
+    """
+
+    task: str
+    steps: int
+    runs: int
+    success: float
+    error: float
+    steps_per_canvas: float
+    tokens_per_forward: float
+    typos_fixed: float | None = None
+    clean_damaged: float | None = None
+
+
+# Which shipped checkpoint answers a task, where none is named and it is not the default one.
+SPECIALIST = {"sudoku": "tiny-puzzles"}
+
+
+def read_cases(path: Path) -> list[Case]:
+    """One JSON object a line, with the fields of `Case`; `task` may be missing.
+
+    Raises:
+        TaskError: naming the line that cannot be used.
+    """
+    cases = []
+    lines = read_text(path, TaskError).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = {"task": path.stem, **json.loads(line)}
+            if values.get("pieces"):
+                values["pieces"] = tuple(
+                    (str(text), bool(given)) for text, given in values["pieces"]
+                )
+            case = Case(**values)
+            re.compile(case.regex or "")
+        except (ValueError, TypeError, re.error) as error:
+            raise TaskError(f"{path}, line {number}: {error}") from None
+        if (case.answer is None) == (case.regex is None):
+            raise TaskError(f"{path}, line {number}: needs either answer or regex")
+        cases.append(case)
+    if not cases:
+        raise TaskError(f"{path} has no tasks")
+    return cases
+
+
+def events_of(
+    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
+) -> Iterator[Event]:
+    """Answer one case, as `stream_generate` does."""
+    draws = SeededDraws(seed, model.config.vocab_size)
+    start: Start | Pieces | None = None
+    if case.pieces is not None:
+        start = Pieces(case.pieces)
+    elif case.start is not None:
+        config = model.generation.override(max_denoising_steps=steps)
+        vocabulary = Vocabulary(model, tokenizer)
+        start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
+    return stream_generate(model, tokenizer, case.prompt, steps=steps, draws=draws, start=start)
+
+
+def run_case(
+    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
+) -> Outcome:
+    """Answer one case to the end."""
+    text = ""
+    for event in events_of(model, tokenizer, case, steps, seed):
+        if isinstance(event, Text):
+            text += event.text
+        elif isinstance(event, Done):
+            done = event
+    return Outcome(text, done.denoising_steps, done.canvases, done.tokens_per_forward)
+
+
+def is_right(case: Case, text: str) -> bool:
+    """Whether an answer counts."""
+    if case.regex is not None:
+        return re.search(case.regex, text) is not None
+    return text.strip() == (case.answer or "").strip()
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Counts over one repaired text."""
+
+    typos: int
+    fixed: int
+    clean: int
+    damaged: int
+
+
+def repair(noisy: str, clean: str, written: str) -> Repair:
+    """Compare by characters: which typos are gone, and which characters were right and are not.
+
+    A typo is a run of characters in which `noisy` differs from `clean`. It is fixed if `written`
+    agrees with `clean` there.
+    """
+    wrong = list(_differences(clean, written))
+
+    def touched(start: int, end: int) -> bool:
+        return any(a <= end and start <= b for a, b in wrong)
+
+    typos = list(_differences(clean, noisy))
+    inside = {i for a, b in typos for i in range(a, b)}
+    broken = {i for a, b in wrong for i in range(a, max(b, a + 1))} - inside
+    at_typos = {i for a, b in typos for i in range(a, max(b, a + 1))}
+    return Repair(
+        typos=len(typos),
+        fixed=sum(not touched(a, b) for a, b in typos),
+        clean=len(clean) - len(inside),
+        damaged=len(broken - at_typos),
+    )
+
+
+def _differences(clean: str, other: str) -> Iterator[tuple[int, int]]:
+    matcher = SequenceMatcher(None, clean, other, autojunk=False)
+    return ((a, b) for tag, a, b, _, _ in matcher.get_opcodes() if tag != "equal")
+
+
+def evaluate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    cases: Iterable[Case],
+    steps: Sequence[int],
+    seeds: int,
+) -> Iterator[Score]:
+    """A score per step budget and task, as soon as it is known.
+
+    Each run has a seed of its own: with one seed for all cases, all would start from one noise.
+    """
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case.task].append(case)
+    for budget in steps:
+        for task, members in groups.items():
+            runs = [
+                (case, run_case(model, tokenizer, case, budget, seeds * number + seed))
+                for number, case in enumerate(members)
+                for seed in range(seeds)
+            ]
+            yield score(task, budget, runs, seeds)
+
+
+def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: int) -> Score:
+    """Sum up the runs of one task."""
+    success = sum(is_right(case, outcome.text) for case, outcome in runs) / len(runs)
+    cases = len(runs) / seeds
+    repairs = [
+        repair(case.start, case.answer, outcome.text)
+        for case, outcome in runs
+        if case.start is not None and case.answer is not None
+    ]
+    typos = sum(r.typos for r in repairs)
+    clean = sum(r.clean for r in repairs)
+    return Score(
+        task=task,
+        steps=steps,
+        runs=len(runs),
+        success=success,
+        error=(success * (1 - success) / cases) ** 0.5,
+        steps_per_canvas=sum(o.passes for _, o in runs) / sum(o.canvases for _, o in runs),
+        tokens_per_forward=sum(o.tokens_per_forward for _, o in runs) / len(runs),
+        typos_fixed=sum(r.fixed for r in repairs) / typos if typos else None,
+        clean_damaged=sum(r.damaged for r in repairs) / clean if clean else None,
+    )

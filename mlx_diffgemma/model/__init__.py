@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: no tokenizer, no sampler, nothing is evaluated."""

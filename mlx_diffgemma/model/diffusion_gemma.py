@@ -1,0 +1,269 @@
+"""DiffusionGemma: the encoder writes a prompt to the cache, the decoder denoises a canvas.
+
+The encoder and the decoder of the paper are one stack of blocks: the encoder calls it with a causal
+mask, its own layer scalars and a cache that is written; the decoder with no mask, its own scalars
+and a cache that is only read. The model builds graphs and its caller evaluates them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import EncoderMask, Evaluate, LayerCache
+from .config import Config, LayerConfig
+from .layers import Block, SelfConditioning, View
+from .settings import GenerationConfig
+
+# Bytes that a block of the embedding table may take where it has to be dequantized.
+TABLE_BYTES = 1 << 26
+
+
+class Decoder(nn.Module):
+    """All weights but the encoder's layer scalars."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config, layer) for layer in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+
+class LayerScalar(nn.Module):
+    """What the encoder has of its own in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class LanguageModel(nn.Module):
+    """The encoder's layers, as far as they are not the decoder's."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layers = [LayerScalar() for _ in config.layers]
+
+
+class Encoder(nn.Module):
+    """`language_model`, as the checkpoint names it; the vision tower would stand beside it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.language_model = LanguageModel(config)
+
+
+class Backbone(nn.Module):
+    """`decoder` and `encoder` as the checkpoint names them; the encoder owns only its scalars."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.encoder = Encoder(config)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a denoising step wants decoded: canvases (B, L) behind one context.
+
+    `belief` (B, L, hidden) is the embedding that the step before expects; None at the first.
+    """
+
+    canvas: mx.array
+    cache: list[LayerCache]
+    belief: mx.array | None = None
+
+
+class DiffusionGemma(nn.Module):
+    """The text model: `encode` writes a prompt to the cache, a call denoises a canvas."""
+
+    def __init__(self, config: Config, generation: GenerationConfig):
+        super().__init__()
+        self.config = config
+        self.generation = generation
+        self.model = Backbone(config)
+        self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
+        self._table: mx.array | None = None
+
+    def make_cache(self) -> list[LayerCache]:
+        """An empty cache, a layer an entry."""
+        return [LayerCache(layer.window) for layer in self.config.layers]
+
+    def embedding(self, tokens: mx.array) -> mx.array:
+        """(B, T) ids -> rows of the table (B, T, hidden)."""
+        embed = self.model.decoder.embed_tokens
+        rows: mx.array = embed(tokens)
+        if isinstance(embed, nn.QuantizedEmbedding):
+            # Where scales are no floats, MLX gives bfloat16 whatever is computed in.
+            rows = rows.astype(self.model.decoder.norm.weight.dtype)
+        return rows
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, T) ids -> what a layer is given (B, T, hidden)."""
+        return self.scaled(self.embedding(tokens))
+
+    def scaled(self, embedded: mx.array) -> mx.array:
+        """Rows of the table times sqrt(hidden)."""
+        # The reference rounds the factor to the embedding's type.
+        return embedded * mx.array(self.config.hidden_size**0.5, dtype=embedded.dtype)
+
+    def encode(
+        self,
+        tokens: mx.array,
+        cache: list[LayerCache],
+        input_embeddings: mx.array | None = None,
+        *,
+        mask: EncoderMask = LayerCache.encoder_mask,
+        evaluate: Evaluate | None = None,
+    ) -> mx.array:
+        """Append (B, T) ids to the cache -> hidden states (B, T, hidden).
+
+        Nobody who only evaluates the cache pays for the last layer's attention and experts.
+
+        Args:
+            tokens: ids.
+            cache: written.
+            input_embeddings: (B, T, hidden) to take in place of `embed(tokens)`.
+            mask: what each layer's new tokens see, given its cache and their number; causal, and
+                within the window of a sliding layer, by default.
+            evaluate: called with parts of long prompts, so that their scores do not pile up.
+        """
+        x = self.embed(tokens) if input_embeddings is None else input_embeddings
+        rotations = self._rotations([cache[0].length], x.shape[1])
+        scalars = self.model.encoder.language_model.layers
+        for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
+            # Nothing is evaluated in the last layer: its output may not be wanted.
+            on_the_way = None if layer is cache[-1] else evaluate
+            view = View(x.shape[0], mask(layer, x.shape[1]), layer.append, on_the_way)
+            x = block(x, [view], rotations[block.self_attn.layer], own.layer_scalar)
+        return self.model.decoder.norm(x)
+
+    def decode(self, passes: Sequence[Pass], evaluate: Evaluate | None = None) -> list[mx.array]:
+        """Hidden states (B, L, hidden) of each pass's canvases; all have the same L.
+
+        Every canvas position sees the whole canvas and, of its cache, all that is held: in a
+        sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
+        called with each layer's output.
+        """
+        canvas, belief = passes[0].canvas, passes[0].belief
+        if len(passes) > 1:
+            canvas = mx.concatenate([each.canvas for each in passes])
+            if known := [each.belief for each in passes if each.belief is not None]:
+                # No belief is one of zeros: norm and MLP leave them zero.
+                shape = (*canvas.shape[1:], self.config.hidden_size)
+                none = (mx.zeros((len(p.canvas), *shape), known[0].dtype) for p in passes)
+                belief = mx.concatenate(
+                    [z if p.belief is None else p.belief for p, z in zip(passes, none, strict=True)]
+                )
+        x = self.model.decoder.self_conditioning(self.embed(canvas), belief)
+        offsets = [each.cache[0].length for each in passes for _ in range(len(each.canvas))]
+        rotations = self._rotations(offsets[:1] if len(passes) == 1 else offsets, canvas.shape[1])
+        for i, block in enumerate(self.model.decoder.layers):
+            layers = [(len(each.canvas), each.cache[i]) for each in passes]
+            views = [View(rows, None, layer.read) for rows, layer in layers]
+            x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
+            if evaluate is not None:
+                evaluate(x)
+        x = self.model.decoder.norm(x)
+        if len(passes) == 1:
+            return [x]
+        return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
+
+    def _rotations(self, offsets: list[int], count: int) -> dict[LayerConfig, mx.array]:
+        """Rotation of `count` positions from each row's offset on, for each kind of layer."""
+        positions = mx.array([[float(offset + i) for i in range(count)] for offset in offsets])
+        kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
+        return {layer: attention.rotation(positions) for layer, attention in kinds.items()}
+
+    def join(self) -> None:
+        """Products of one input become one product; for weights that stay as they are."""
+        for block in self.model.decoder.layers:
+            block.join()
+        self.model.decoder.self_conditioning.join()
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """Arrays beside the parameters that a forward pass needs, to be evaluated with them.
+
+        What stays lazy belongs to the thread that made it, and fails in any other.
+        """
+        return [array for block in self.model.decoder.layers for array in block.constants]
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether each step dequantizes the embedding table."""
+        quantized = isinstance(self.model.decoder.embed_tokens, nn.QuantizedEmbedding)
+        return quantized and self._table is None
+
+    def keep_table(self, evaluate: Evaluate) -> None:
+        """Hold the embedding table dequantized, beside its packed form.
+
+        `evaluate` is called with the table after each block of it.
+        """
+        width = self.config.hidden_size
+        table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
+        for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
+            table[first : first + len(rows)] = rows
+            evaluate(table)  # in place: at once, temporaries would be several times as large
+        self._table = table
+
+    def vocabulary(self, count: int) -> Iterator[tuple[int, mx.array]]:
+        """The embedding table, `count` ids at a time: the first id and rows (count, hidden).
+
+        Rows are dequantized once for the head and for self-conditioning: on Apple GPUs that is
+        faster than a quantized product with the table not transposed.
+        """
+        embed = self.model.decoder.embed_tokens
+        whole = self._table
+        if not isinstance(embed, nn.QuantizedEmbedding):
+            whole = embed.weight
+        for first in range(0, self.config.vocab_size, count):
+            some = slice(first, first + count)
+            if whole is not None:
+                yield first, whole[some]
+                continue
+            rows = mx.dequantize(
+                embed.weight[some],
+                embed.scales[some],
+                None if embed.get("biases") is None else embed.biases[some],
+                group_size=embed.group_size,
+                bits=embed.bits,
+                mode=embed.mode,
+            )
+            yield first, rows.astype(self.model.decoder.norm.weight.dtype)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., hidden) -> float32 (..., vocabulary), softly capped by tanh."""
+        cap = self.config.final_logit_softcapping
+        raw = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
+        return mx.tanh(raw / cap) * cap
+
+    def __call__(
+        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
+    ) -> mx.array:
+        """One denoising pass: canvas (B, L) -> float32 logits (B, L, vocabulary)."""
+        return self.logits(self.decode([Pass(canvas, cache, belief)])[0])
+
+
+def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Checkpoint tensors -> parameters: raw expert stacks gain `.weight`, the rest is dropped.
+
+    Dropped are the vision tower and the copies of tied tensors that some files carry.
+    """
+    return {parameter_name(name): array for name, array in weights.items() if is_text(name)}
+
+
+def parameter_name(tensor: str) -> str:
+    """The parameter a checkpoint tensor belongs to."""
+    raw = tensor.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    return tensor + ".weight" if raw else tensor
+
+
+def is_text(tensor: str) -> bool:
+    """Whether a checkpoint tensor is one of this model's (not vision, not a tied copy)."""
+    if tensor.startswith("model.decoder."):
+        return True
+    return tensor.startswith("model.encoder.language_model.") and tensor.endswith(".layer_scalar")

@@ -1,0 +1,453 @@
+"""One layer, read downward: attention, MLP, router, experts, block, self-conditioning.
+
+Parameters keep Hugging Face's names. Nothing here evaluates.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import CacheVerb, Evaluate, Mask
+from .config import Config, LayerConfig
+
+# Bytes that the scores of one product of queries and keys may take.
+SCORE_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class View:
+    """What the first `rows` rows not yet served attend to: their mask and cache verb.
+
+    Where attention is computed in blocks of queries, `evaluate` is called with each block before
+    the next is begun, or several would be under way.
+    """
+
+    rows: int
+    mask: Mask
+    verb: CacheVerb
+    evaluate: Evaluate | None = None
+
+
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """Root-mean-square norm over the last axis, without a scale."""
+    return mx.fast.rms_norm(x, None, eps)
+
+
+class Joined:
+    """Linear maps of one input as one map, so that there is one product.
+
+    Their weights become views of its own. Where one of them is replaced later, by training or an
+    adapter, or they are quantized in different ways, each is applied by itself.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear]):
+        self._whole: nn.Linear | None = None
+        kinds = [(type(p), vars(p), p.keys()) for p in parts]
+        if not parts or any(kind != kinds[0] for kind in kinds):
+            return
+        self._whole = copy(parts[0])
+        for name in parts[0]:
+            self._whole[name] = mx.concatenate([part[name] for part in parts])
+            ends = list(accumulate(len(part[name]) for part in parts))[:-1]
+            for part, own in zip(parts, mx.split(self._whole[name], ends), strict=True):
+                part[name] = own
+        self._weights = [part.weight for part in parts]
+
+    def __call__(self, parts: Sequence[nn.Linear], x: mx.array) -> mx.array:
+        """Outputs of the parts, end to end."""
+        if self._whole is not None and all(
+            part.get("weight") is own for part, own in zip(parts, self._weights, strict=True)
+        ):
+            out: mx.array = self._whole(x)
+            return out
+        return mx.concatenate([part(x) for part in parts], axis=-1)
+
+
+class Derived:
+    """An array made of parameters, kept once for those that stay as they are.
+
+    A forward pass keeps nothing: within `mx.grad` and `mx.compile` its arrays are placeholders.
+    """
+
+    def __init__(self, make: Callable[..., mx.array]):
+        self._make = make
+        self._of: tuple[mx.array, ...] = ()
+        self._made: mx.array | None = None
+
+    def keep(self, *own: mx.array) -> None:
+        """Make it of these parameters, from now on only where they are replaced."""
+        self._of, self._made = own, self._make(*own)
+
+    @property
+    def made(self) -> list[mx.array]:
+        """What is kept, if anything."""
+        return [] if self._made is None else [self._made]
+
+    def __call__(self, *own: mx.array) -> mx.array:
+        """Of these parameters, as `make` makes it."""
+        if self._made is None or any(a is not b for a, b in zip(own, self._of, strict=True)):
+            return self._make(*own)
+        return self._made
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries, keys and values and a scale of 1.
+
+    A full layer has no `v_proj`: its values are the raw key projection through the value norm.
+    """
+
+    def __init__(self, config: Config, layer: LayerConfig):
+        super().__init__()
+        self.layer = layer
+        self.eps = config.rms_norm_eps
+        self.heads = config.num_attention_heads
+        queries = self.heads * layer.head_dim
+        keys = layer.num_key_value_heads * layer.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        if layer.window is not None:
+            self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(layer.head_dim, eps=config.rms_norm_eps)
+        # The denominator is the whole head also where only a part of it turns ("proportional").
+        pairs = mx.arange(layer.rotated_pairs, dtype=mx.float32)
+        frequencies = 1 / mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
+        still = mx.zeros((layer.head_dim // 2 - layer.rotated_pairs,))
+        self._frequencies = mx.concatenate([frequencies, still])
+        self._joined = Joined([])
+        self._scales = Derived(partial(_spread, self.heads, layer))
+        turning = self.heads + layer.num_key_value_heads
+        values = 0 if layer.window is None else layer.num_key_value_heads
+        self._still = (mx.arange(turning + values) >= turning)[:, None, None]
+
+    def rotation(self, positions: mx.array) -> mx.array:
+        """Cosines and sines (B or 1, T, 1, 2, head_dim / 2) at float32 positions (B or 1, T)."""
+        return cos_and_sin(positions, self._frequencies)
+
+    @property
+    def _parts(self) -> list[nn.Linear]:
+        """What projects to heads: of queries, keys and, where they have their own, values."""
+        return [self.q_proj, self.k_proj, *([] if self.layer.window is None else [self.v_proj])]
+
+    def join(self) -> None:
+        """One product instead of three, and scales put together, from now on."""
+        self._joined = Joined(self._parts)
+        self._scales.keep(self.q_norm.weight, self.k_norm.weight)
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """What a forward pass needs beside the parameters."""
+        return [self._frequencies, self._still, *self._scales.made]
+
+    def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
+        batch, length, _ = x.shape
+        projected = self._joined(self._parts, x)
+        normed = rms_norm(projected.reshape(batch, length, -1, self.layer.head_dim), self.eps)
+        scales = self._scales(self.q_norm.weight, self.k_norm.weight)
+        turned = scaled_and_turned(normed, scales, rotation, self._still)
+        queries, new = turned[:, :, : self.heads], turned[:, :, self.heads :]
+        if self.layer.window is None:
+            new = mx.concatenate([new, normed[:, :, self.heads :]], axis=2)
+        queries, new = queries.swapaxes(1, 2), new.swapaxes(1, 2)
+        if len(views) == 1:
+            seen = self._attend(queries, new, views[0])
+        else:
+            # PrefixCache differ in length: rows of each attend by themselves, without padding.
+            ends = list(accumulate(view.rows for view in views))[:-1]
+            parts = zip(mx.split(queries, ends), mx.split(new, ends), views, strict=True)
+            seen = mx.concatenate([self._attend(*part) for part in parts])
+        return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
+        keys, values = mx.split(view.verb(new), 2, axis=1)
+        count, seen = queries.shape[2], keys.shape[2]
+        # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
+        rows = max(1, SCORE_BYTES // (4 * queries.shape[0] * queries.shape[1] * seen))
+        parts = []
+        for first in range(0, count, rows):
+            some, last = queries[:, :, first : first + rows], min(first + rows, count)
+            if view.mask is None:
+                parts.append(attention(some, keys, values))
+                continue
+            mask, end = view.mask, seen
+            if isinstance(mask, mx.array):
+                mask = mask[first:last]
+            elif mask == "causal":
+                end = seen - count + last
+            known = keys[:, :, :end], values[:, :, :end]
+            # Fused where MLX finds that faster: long prompts on newer chips.
+            parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
+            if view.evaluate is not None and rows < count:
+                view.evaluate(parts[-1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _spread(heads: int, layer: LayerConfig, queries: mx.array, keys: mx.array) -> mx.array:
+    """Scales (heads, head_dim) of heads of queries, of keys and, which have none, of values."""
+    shape = layer.num_key_value_heads, layer.head_dim
+    parts = [mx.broadcast_to(queries, (heads, layer.head_dim)), mx.broadcast_to(keys, shape)]
+    if layer.window is not None:
+        parts.append(mx.ones(shape, dtype=keys.dtype))
+    return mx.concatenate(parts)
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Every query sees every key, at a scale of 1; (B, heads, T, head_dim), grouped.
+
+    MLX's own function never fuses this (256 queries, heads of 256 or 512), and would multiply the
+    queries by the scale.
+    """
+    groups = mx.unflatten(queries, 1, (keys.shape[1], -1))
+    scores = groups @ keys[:, :, None].swapaxes(-1, -2)
+    seen = mx.softmax(scores, axis=-1, precise=True) @ values[:, :, None]
+    return mx.flatten(seen, 1, 2)
+
+
+# Elementwise chains between the products, each one kernel.
+
+
+@mx.compile
+def cos_and_sin(positions: mx.array, frequencies: mx.array) -> mx.array:
+    """Of all angles, (..., T) and (pairs,) -> (..., T, 1, 2, pairs)"""
+    shape = (*positions.shape, 1, 2, len(frequencies))
+    angles = mx.broadcast_to(positions[..., None, None, None], shape) * frequencies
+    return mx.where(mx.array([[True], [False]]), mx.cos(angles), mx.sin(angles))
+
+
+@mx.compile
+def scaled_and_turned(
+    x: mx.array, scales: mx.array, rotation: mx.array, still: mx.array
+) -> mx.array:
+    """Heads (B, T, heads, head_dim) times scales (heads, head_dim), then rotary embedding (arXiv
+    2104.09864, eq. 34, of pairs half a head apart) of those that are not `still` (heads, 1, 1)."""
+    halves, scales = mx.unflatten(x, -1, (2, -1)), mx.unflatten(scales, -1, (2, -1))
+    # Spread before anything is computed: MLX fuses only what has one shape.
+    a, b, cos, sin = (
+        mx.broadcast_to(half, halves.shape)
+        for both in (halves, rotation)
+        for half in mx.split(both, 2, axis=-2)
+    )
+    scale_a, scale_b = mx.split(scales, 2, axis=-2)
+    a, b = a * scale_a, b * scale_b
+    first = mx.array([[True], [False]])
+    turned = mx.where(first, a * cos - b * sin, b * cos + a * sin)
+    return mx.flatten(mx.where(still, halves, turned).astype(x.dtype), -2)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """x P(X <= x) of a standard normal X, by tanh (arXiv 1606.08415, section 2).
+
+    MLX's own takes a power, which is slow, and rounds in between; the reference computes in
+    float32. Few operations in a row, or MLX would split the chain.
+    """
+    y = x.astype(mx.float32)
+    root = math.sqrt(2 / math.pi)
+    return (0.5 * y * (1 + mx.tanh(y * (root + root * 0.044715 * (y * y))))).astype(x.dtype)
+
+
+@mx.compile
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up"""
+    return gelu(gate) * up
+
+
+@mx.compile
+def gated_by(gate: mx.array, up: mx.array, weights: mx.array, scales: mx.array) -> mx.array:
+    """gelu(gate) * up * weights * scales, in the type of `up`."""
+    return gelu(gate) * up * (weights * scales).astype(up.dtype)
+
+
+@mx.compile
+def scaled_sum(x: mx.array, y: mx.array, scalar: mx.array) -> mx.array:
+    """(x + y) * scalar"""
+    return (x + y) * scalar
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x))"""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self._joined = Joined([])
+
+    def join(self) -> None:
+        """One product instead of two, from now on."""
+        self._joined = Joined([self.gate_proj, self.up_proj])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        both = self._joined([self.gate_proj, self.up_proj], x)
+        return self.down_proj(gated(*mx.split(both, 2, axis=-1)))
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token, by its normed residual times `scale` / sqrt(hidden)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k = config.top_k_experts
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Expert ids and weights, (..., top_k) each; weights add up to one."""
+        scores = self.proj(x).astype(mx.float32)
+        top = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        top = mx.stop_gradient(top)  # ids have no gradient, and MLX asks for one
+        # A softmax over the chosen equals a softmax over all, renormalised over the chosen.
+        return top, mx.softmax(mx.take_along_axis(scores, top, axis=-1), axis=-1)
+
+
+class ExpertLinear(nn.Module):
+    """One matrix per expert, (experts, out, in); quantized once `scales` stand beside it."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, outputs, inputs))
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> "ExpertLinear":
+        """Quantize in place (the hook that `mlx.nn.quantize` calls)."""
+        self._group_size, self._bits, self._mode = group_size, bits, mode
+        packed = mx.quantize(self.weight, group_size, bits, mode)
+        self.weight, self.scales, *biases = packed
+        if biases:
+            self.biases = biases[0]
+        return self
+
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+        """Row i of `x` (N, 1, in) times the matrix of expert `experts[i]` -> (N, 1, out)."""
+        if "scales" in self:
+            return mx.gather_qmm(
+                x,
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                rhs_indices=experts,
+                transpose=True,
+                group_size=self._group_size,
+                bits=self._bits,
+                mode=self._mode,
+                sorted_indices=in_order,
+            )
+        # MLX's CPU backend gathers in float32 only.
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else x.dtype
+        product = mx.gather_mm(
+            x.astype(dtype),
+            self.weight.astype(dtype).swapaxes(-1, -2),
+            rhs_indices=experts,
+            sorted_indices=in_order,
+        )
+        return product.astype(x.dtype)
+
+
+class Experts(nn.Module):
+    """The routed half of the feed-forward layer: `top_k` experts a token, summed by weight."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        # Gate rows first, then up rows. Never slice the packed matrix before the product:
+        # a lazily sliced operand has given wrong experts in other ports.
+        self.gate_up_proj = ExpertLinear(config.num_experts, hidden, 2 * inner)
+        self.down_proj = ExpertLinear(config.num_experts, inner, hidden)
+
+    def __call__(self, x: mx.array, top: mx.array, weights: mx.array, scales: mx.array) -> mx.array:
+        """Of x (..., hidden), the experts `top` (..., k) by `weights` (..., k) and a scale each."""
+        # Rows in the order of their expert let the kernel read each matrix once.
+        chosen = top.flatten()
+        order = mx.argsort(chosen)
+        experts = chosen[order]
+        rows = x.reshape(-1, 1, x.shape[-1])[order // top.shape[-1]]
+        gate, up = mx.split(self.gate_up_proj(rows, experts, True), 2, axis=-1)
+        # Weighed here, where rows are narrow: the next product is linear.
+        weighing = (weights.flatten()[order], scales[experts])
+        inner = gated_by(gate, up, *(each[:, None, None] for each in weighing))
+        out = self.down_proj(inner, experts, True)
+        # Back in the order of tokens, then summed. Adding into place would be one pass less, but
+        # Metal adds in any order, and a seed must give the same text again.
+        return out[mx.argsort(order)].reshape(*top.shape, -1).sum(axis=-2)
+
+
+class Block(nn.Module):
+    """One layer; encoder and decoder call it with their own mask, scalar and cache verb."""
+
+    def __init__(self, config: Config, layer: LayerConfig):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.layer_scalar = mx.ones((1,))
+        self.eps = eps
+        self._scales = Derived(_stacked)
+
+    @property
+    def _three(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Scales of the norms before the feed-forward layer: of MLP, experts and router."""
+        norms = self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
+        return norms[0].weight, norms[1].weight, self.router.scale
+
+    def join(self) -> None:
+        """Products of one input become one product, and scales are put together."""
+        self.self_attn.join()
+        self.mlp.join()
+        self._scales.keep(*self._three)
+
+    @property
+    def constants(self) -> list[mx.array]:
+        """What a forward pass needs beside the parameters."""
+        return [*self.self_attn.constants, *self._scales.made]
+
+    def __call__(
+        self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), views, rotation)
+        x = x + self.post_attention_layernorm(attended)
+        # Three norms of one input are one norm and one product with three scales.
+        scales = self._scales(*self._three)
+        to_mlp, to_experts, to_router = rms_norm(x, self.eps) * scales
+        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
+        routed = self.experts(to_experts, *self.router(to_router), self.router.per_expert_scale)
+        routed = self.post_feedforward_layernorm_2(routed)
+        return scaled_sum(x, self.post_feedforward_layernorm(dense + routed), scalar)
+
+
+def _stacked(mlp: mx.array, experts: mx.array, router: mx.array) -> mx.array:
+    """Scales (3, 1, 1, hidden) of a layer's three norms before the feed-forward layer."""
+    return mx.stack([mlp, experts, router * router.shape[-1] ** -0.5])[:, None, None]
+
+
+class SelfConditioning(GatedMLP):
+    """Adds what the previous step believed to the canvas embedding (decoder only)."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, embedded: mx.array, belief: mx.array | None = None) -> mx.array:
+        """`belief` is the embedding that the last step expects; None stands for zeros.
+
+        That is the first step; the norm applies there too.
+        """
+        if belief is not None:
+            embedded = embedded + super().__call__(self.pre_norm(belief))
+        return rms_norm(embedded, self.eps)

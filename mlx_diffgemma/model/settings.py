@@ -1,0 +1,176 @@
+"""What `generation_config.json` says: the one home of every number of the sampler."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeGuard
+
+from ..arguments import SIZE_LIMIT, SettingError, is_number, shown, whole_number
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """The reference's sampler. Nothing stays: each step decides every position anew."""
+
+    bound: float = 0.1
+    keeps: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold:
+    """Accept what is likely enough and never look back (the default of mlx-vlm).
+
+    Fewer steps than the entropy bound, and errors stay.
+    """
+
+    threshold: float = 0.9
+    keeps: ClassVar[bool] = True
+
+
+Sampler = EntropyBound | ConfidenceThreshold
+
+ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
+
+Speed = Literal["faithful", "balanced", "fast"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampler settings. The defaults are the reference's, for checkpoints that say nothing.
+
+    The reference has neither `plateau`, the number of steps without a change of the best canvas
+    after which it is taken however uncertain it is, nor `min_steps`, before which nothing stops.
+    """
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    sampler: Sampler = field(default_factory=EntropyBound)
+    eos_token_ids: tuple[int, ...] = (1,)
+    pad_token_id: int = 0
+    plateau: int | None = None
+    min_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise SettingError(f"max tokens must be at least 1, not {self.max_new_tokens}")
+        if self.max_denoising_steps < 1:
+            raise SettingError(
+                f"denoising steps must be at least 1, not {self.max_denoising_steps}"
+            )
+        # Steps end short of `t_min`, which may be 0 as in the reference; `t_max` is met.
+        if not (0 <= self.t_min <= self.t_max and self.t_max > 0):
+            raise SettingError(
+                f"temperatures must be 0 <= {self.t_min} <= {self.t_max}, not 0 both"
+            )
+        if self.stability_threshold < 0:
+            raise SettingError(
+                f"stability threshold must not be negative: {self.stability_threshold}"
+            )
+        if self.plateau is not None and self.plateau < 1:
+            raise SettingError(f"a plateau has at least one step, not {self.plateau}")
+        if isinstance(self.sampler, ConfidenceThreshold):
+            if not 0 <= self.sampler.threshold <= 1:
+                raise SettingError(f"confidence threshold {self.sampler.threshold} is not in 0..1")
+        elif not self.sampler.bound > 0:
+            raise SettingError(f"entropy bound must be positive, not {self.sampler.bound}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GenerationConfig":
+        """From the contents of `generation_config.json`; keys it does not know are left alone.
+
+        Raises:
+            SettingError: a value out of range or of another type, or a sampler that is not the
+                entropy bound.
+        """
+        known = {n: values[n] for n in (*_WHOLE, *_NUMBERS) if values.get(n) is not None}
+        for name, value in known.items():
+            if name in _WHOLE and not _is_whole(value):
+                raise SettingError(f"{name} = {shown(value)} is not a whole number")
+            if not is_number(value):
+                raise SettingError(f"{name} = {shown(value)} is not a number")
+        sampler = values.get("sampler_config")
+        if sampler is not None:
+            known["sampler"] = EntropyBound(_bound(sampler))
+        eos = values.get("eos_token_id")
+        if eos is not None:
+            known["eos_token_ids"] = _ends(eos)
+        return cls(**known)
+
+    def override(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        max_denoising_steps: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> "GenerationConfig":
+        """A copy in which what was given replaces the checkpoint's; None leaves it.
+
+        Raises:
+            SettingError: one is out of range, or no whole number.
+        """
+        for name, value in (
+            ("max tokens", max_new_tokens),
+            ("denoising steps", max_denoising_steps),
+        ):
+            if value is not None:
+                whole_number(name, value, 1)
+        given: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "max_denoising_steps": max_denoising_steps,
+            "sampler": sampler,
+        }
+        return replace(self, **{name: v for name, v in given.items() if v is not None})
+
+    def at(self, speed: Speed) -> "GenerationConfig":
+        """A copy that denoises in fewer steps; what it costs is in docs/performance.md.
+
+        "faithful" is the checkpoint's settings.
+        """
+        return replace(self, **_SPEEDS[speed])
+
+
+# Keys of `generation_config.json`.
+_WHOLE = ("max_new_tokens", "max_denoising_steps", "stability_threshold", "pad_token_id")
+
+_NUMBERS = ("t_min", "t_max", "confidence_threshold")
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of sensible size; true and 1.0 are not."""
+    return type(value) is int and abs(value) <= SIZE_LIMIT
+
+
+def _bound(sampler: Any) -> float:
+    """The entropy bound of a sampler_config."""
+    if not isinstance(sampler, dict):
+        raise SettingError(f"sampler_config = {shown(sampler)} is not a JSON object")
+    name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
+    if name != "EntropyBoundSamplerConfig":
+        raise SettingError(f"sampler {shown(name)} is not supported")
+    bound = sampler.get("entropy_bound")
+    if not is_number(bound):
+        raise SettingError(f"entropy_bound = {shown(bound)} is not a number")
+    return bound
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    """The ids of an eos_token_id, which is one or a list of them."""
+    ids = given if isinstance(given, list) else [given]
+    if not ids or len(ids) > ENDS_LIMIT or not all(_is_whole(i) and i >= 0 for i in ids):
+        raise SettingError(f"eos_token_id = {shown(given)} is neither an id nor a list of ids")
+    return tuple(dict.fromkeys(ids))
+
+
+_SPEEDS: dict[Speed, dict[str, Any]] = {
+    "faithful": {},
+    "balanced": {"stability_threshold": 0, "plateau": 6, "min_steps": 2},
+    "fast": {
+        "stability_threshold": 0,
+        "confidence_threshold": 0.02,
+        "plateau": 2,
+        "min_steps": 2,
+        "max_denoising_steps": 24,
+    },
+}

@@ -1,0 +1,219 @@
+"""What a request has to pass before it meets a route: who asks, how, and with how much."""
+
+import asyncio
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
+
+from .json_body import JsonError, read_json
+from .openai import Refused, error_body
+
+# Names of this machine that only it can reach.
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+# Seconds in which a body has to arrive, all of it: 4 MB over a megabit and a half.
+BODY_SECONDS = 30
+
+# Digits of a Content-Length; no body that anybody allows has more.
+MOST_LENGTH_DIGITS = 15
+
+# Bytes of a body that are read in passing, within milliseconds. Larger ones are read in a thread,
+# few at a time, while others go on.
+SMALL_BODY = 64 << 10
+
+MOST_READ = 2
+
+_JSON = re.compile(rb"application/(?:json|[\w.+-]+\+json)\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
+
+
+def refusal(error: Refused, headers: dict[str, str] | None = None) -> Response:
+    """A refusal in OpenAI's form."""
+    body = error_body(error.status, error.message, error.code)
+    return JSONResponse(body, error.status, headers)
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return {name.lower(): value for name, value in scope["headers"]}
+
+
+class Gate:
+    """ASGI: names that the server answers to, and whose pages may ask through a browser.
+
+    Args:
+        app: what lies behind.
+        loopback: only this machine can reach the server. If not, it also answers to addresses,
+            which nobody can point elsewhere, and to this machine's own name.
+        allowed_hosts: further names; `*` is any.
+        origins: whose pages may ask besides our own; `*` is any.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, loopback: bool, allowed_hosts: Sequence[str], origins: Sequence[str]
+    ):
+        self._app = app
+        self._addresses = not loopback
+        self._names = {*LOOPBACK, *map(str.lower, allowed_hosts)}
+        if not loopback:
+            own = socket.gethostname().lower()
+            self._names |= {own, f"{own.removesuffix('.local')}.local"}
+        self._origins = frozenset(origin.lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # no route speaks it
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "http":
+            headers = _headers(scope)
+            if not self._is_ours(headers.get(b"host", b"")):
+                # A page elsewhere may point its own name at this machine and ask as its own.
+                told = "this server does not answer to this name (--allowed-host)"
+                await refusal(Refused(403, told))(scope, receive, send)
+                return
+            if self._is_foreign(scope["method"], headers):
+                told = "pages of other origins may not ask this server (--cors)"
+                await refusal(Refused(403, told))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_ours(self, host: bytes) -> bool:
+        name = host_name(host)
+        return (
+            name in self._names
+            or "*" in self._names
+            or (self._addresses and _is_address(name.strip("[]")))
+        )
+
+    def _is_foreign(self, method: str, headers: dict[bytes, bytes]) -> bool:
+        """Whether a browser asks on behalf of a page that is not ours."""
+        origin = headers.get(b"origin")
+        if origin is not None:
+            given = origin.decode("latin-1").lower()
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            own = bool(host) and given.partition("://")[2] == host
+            return not (own or given in self._origins or "*" in self._origins)
+        # Without an origin come links, which may be followed, and images, scripts and the like.
+        followed = headers.get(b"sec-fetch-mode") == b"navigate" and method in ("GET", "HEAD")
+        site = headers.get(b"sec-fetch-site", b"none")
+        return site not in (b"none", b"same-origin") and not followed
+
+
+def host_name(host: bytes) -> str:
+    """The name of a Host header, without its port."""
+    name = host.decode("latin-1").lower()
+    return name if name.endswith("]") else name.rsplit(":", 1)[0]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Limits:
+    """ASGI: the API key, the kind and size of a body, the time it takes, and what it may say.
+
+    Args:
+        app: what lies behind.
+        most_bytes: of a body.
+        api_key: what clients have to send, if anything.
+        seconds: in which a body has to arrive.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        most_bytes: int,
+        api_key: str | None,
+        seconds: float = BODY_SECONDS,
+    ):
+        self._app = app
+        self._most = most_bytes
+        # A command line may hold bytes that are no text.
+        self._key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
+        self._seconds = seconds
+        self._reading = asyncio.Semaphore(MOST_READ)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_head(scope)
+            body = await self._body(receive)
+            if body is None:
+                return
+            if scope["method"] == "POST":
+                await self._check_json(body)
+        except Refused as error:
+            await refusal(error)(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":  # whoever sends the answer leaves its body out
+            scope = {**scope, "method": "GET"}
+        held = [body]
+
+        async def replay() -> AsgiMessage:
+            if held:
+                return {"type": "http.request", "body": held.pop(), "more_body": False}
+            return await receive()
+
+        await self._app(scope, replay, send)
+
+    def _check_head(self, scope: Scope) -> None:
+        """Raises `Refused` for what need not be read."""
+        headers = _headers(scope)
+        if self._key is not None and scope["path"] not in ("/", "/health"):
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._key):
+                raise Refused(401, "a valid API key is needed")
+        length = headers.get(b"content-length", b"0")
+        digits = length.isdigit() and len(length) <= MOST_LENGTH_DIGITS
+        if not digits or int(length) > self._most:
+            raise self._too_large
+        kind = headers.get(b"content-type", b"")
+        if scope["method"] == "POST" and not _JSON.fullmatch(kind):
+            # Forms and plain text are what any page may send anywhere without being asked.
+            raise Refused(415, "the Content-Type of a request has to be application/json")
+
+    @property
+    def _too_large(self) -> Refused:
+        return Refused(413, f"bodies may have {self._most} bytes")
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The whole body; None if the client has gone.
+
+        Raises:
+            Refused: it is too large or too slow.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self._most:
+                        raise self._too_large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise Refused(408, f"the body took longer than {self._seconds:g} seconds") from None
+
+    async def _check_json(self, body: bytes) -> None:
+        try:
+            if len(body) <= SMALL_BODY:
+                read_json(body)
+                return
+            async with self._reading:
+                await asyncio.to_thread(read_json, body)
+        except JsonError as error:
+            raise Refused(400, f"the body is refused: {error}") from None

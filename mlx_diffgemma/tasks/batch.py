@@ -1,0 +1,74 @@
+"""Many requests side by side, of whatever kind: each gives what it would give alone."""
+
+from collections.abc import Generator, Iterable, Sequence
+
+from ..diffusion.decoding import Batch
+from ..diffusion.prompt_cache import PromptCache
+from ..errors import Error
+from ..model.diffusion_gemma import DiffusionGemma
+from ..text.tokenizer import Tokenizer
+from ..text.turns import Text
+from ..text.vocabulary import Vocabulary
+from .generate import Request
+from .request import Item, Task
+
+# Requests that `batch_generate` lets in at once.
+MAX_BATCH = 8
+
+
+def stream_batch(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Iterable[Task[Item]],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> Generator[tuple[int, Item | Error], None, None]:
+    """Answer requests, up to `max_batch` side by side: (index of the request, event).
+
+    A request ends with its last event, or with the error that it alone would have raised. The next
+    one is taken from `requests` as soon as there is room.
+    """
+    batch = Batch[Item](model)
+    vocabulary = Vocabulary(model, tokenizer)
+    waiting = enumerate(requests)
+    numbers: dict[int, int] = {}
+    try:
+        while True:
+            while len(batch) < max_batch and (found := next(waiting, None)) is not None:
+                try:
+                    prepared = found[1].prepare(model, vocabulary)
+                except Error as error:
+                    yield found[0], error
+                else:
+                    numbers[batch.add(prepared.run(PromptCache(model)))] = found[0]
+            if not len(batch):
+                return
+            for key, event in batch.step():
+                if isinstance(event, Exception) and not isinstance(event, Error):
+                    raise event
+                if event is not None:
+                    yield numbers[key], event
+    finally:
+        batch.close()
+
+
+def batch_generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request | str],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> list[str]:
+    """The answers to requests, or to prompts with the checkpoint's settings, in their order.
+
+    Raises:
+        Error: the first that a request meets; the others' answers are lost with it.
+    """
+    asked = [Request(each) if isinstance(each, str) else each for each in requests]
+    answers = [""] * len(asked)
+    for i, event in stream_batch(model, tokenizer, asked, max_batch=max_batch):
+        if isinstance(event, Error):
+            raise event
+        if isinstance(event, Text):
+            answers[i] += event.text
+    return answers

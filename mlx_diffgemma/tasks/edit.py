@@ -1,0 +1,304 @@
+"""Rewriting a part of a text: the part is the starting canvas, the rest is given.
+
+The ordinary loop puts fresh noise wherever it accepts nothing, which destroys the text that was to
+be repaired. Here such a position takes back the user's own token; the original also stands in the
+prompt. The text behind the part is given but may shift, so that the part can grow or shrink.
+"""
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..arguments import SettingError
+from ..diffusion.automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
+from ..diffusion.decoding import Decoding, relay
+from ..diffusion.denoise import Start, refine
+from ..diffusion.draws import Draws
+from ..diffusion.prompt_cache import PromptCache, Reading, room_behind
+from ..errors import Error
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.settings import GenerationConfig, Sampler
+from ..text.tokenizer import Tokenizer, no_check
+from ..text.vocabulary import Vocabulary
+from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
+from .starts import CanvasError, clip_context
+
+STRENGTH = 0.4
+
+
+class EditError(Error):
+    """Lines that are not there, or that cannot be edited."""
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edited text.
+
+    Attributes:
+        text: the whole text, its part rewritten.
+        steps: denoising steps, over all canvases.
+        notes: what a user should know, as sentences: text that the model could not see.
+    """
+
+    text: str
+    steps: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A text that is to be rewritten, see `edit`."""
+
+    text: str
+    instruction: str
+    lines: tuple[int, int] | None = None
+    strength: float = STRENGTH
+    steps: int | None = None
+    seed: int | None = None
+    sampler: Sampler | None = None
+    draws: Draws | None = None
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Revision":
+        """The part in pieces that fit into canvases, see `request.Task`.
+
+        Raises:
+            EditError: there are no such lines, or nothing in them.
+            CanvasError: a line is longer than three quarters of a canvas.
+            ContextError: the prompt, which holds the part, does not fit.
+            SettingError: a setting is out of range.
+        """
+        if not 0 < self.strength <= 1:
+            raise SettingError(f"strength must be over 0 and at most 1, not {self.strength:g}")
+        checked_seed(self.seed)
+        left, part, right = split_lines(self.text, self.lines)
+        if not part.strip():
+            raise EditError("there is nothing to edit")
+        tokenizer = vocabulary.tokenizer
+        most = model.context * tokenizer.longest
+        if len(self.text) > most:
+            raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
+        config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
+        asked = f"{self.instruction.strip().rstrip(':')}: {part}"
+        prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
+        room_behind(model, prompt)
+        chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4, check)
+        return Revision(
+            model,
+            vocabulary,
+            left,
+            chunks,
+            right,
+            prompt,
+            self.strength,
+            config,
+            self.seed,
+            self.draws,
+        )
+
+
+def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
+    """What stands before, in and behind the lines, counted from 1, both included; None is all.
+
+    Line breaks at the end of the part stand behind it.
+
+    Raises:
+        EditError: the text has no such lines.
+    """
+    every = text.splitlines(keepends=True)
+    first, last = lines or (1, max(len(every), 1))
+    if not 1 <= first <= last:
+        raise EditError(f"lines {first}:{last} are no range")
+    if lines and last > len(every):
+        raise EditError(f"there is no line {last}; the text has {len(every)}")
+    part = "".join(every[first - 1 : last])
+    kept = part.rstrip("\r\n")
+    return "".join(every[: first - 1]), kept, part[len(kept) :] + "".join(every[last:])
+
+
+def _chunks(tokenizer: Tokenizer, part: str, most: int, check: Callable[[], None]) -> list[str]:
+    """The part in pieces of whole lines, of at most `most` tokens each."""
+    chunks: list[str] = []
+    for number, line in enumerate(part.splitlines(keepends=True), 1):
+        check()
+        if len(tokenizer.encode(line)) > most:
+            raise CanvasError(f"line {number} of what is to be edited is over {most} tokens long")
+        if chunks and len(tokenizer.encode(chunks[-1] + line)) <= most:
+            chunks[-1] += line
+        else:
+            chunks.append(line)
+    return chunks
+
+
+@dataclass(frozen=True, eq=False)
+class Revision:
+    """A rewriting that is ready to run, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    vocabulary: Vocabulary
+    left: str
+    chunks: list[str]
+    right: str
+    prompt: list[int]
+    strength: float
+    config: GenerationConfig
+    seed: int | None
+    draws: Draws | None
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | EditResult, None]:
+        """A `Draft` a denoising step, at last the `EditResult`."""
+        draws = self.draws or fresh_draws(self.model, self.seed)
+        written, steps = self.left, 0
+        notes: list[str] = []
+        for number, chunk in enumerate(self.chunks):
+            given = self.vocabulary.tokenizer.encode(written) if written else []
+            context, dropped = clip_context(self.model, self.prompt, given)
+            if dropped and not notes:
+                notes.append(f"The model did not see the first {dropped} tokens of the text.")
+            yield from prompt_cache.reading(context)
+            rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
+            written += rewritten + chunk[len(chunk.rstrip("\r\n")) :]
+            steps += count
+        yield EditResult(written + self.right, steps, tuple(notes))
+
+    def _rewrite(
+        self, number: int, prompt_cache: PromptCache, draws: Draws
+    ) -> Decoding[Draft, tuple[str, int]]:
+        """A chunk without its line break, rewritten, and how many steps that took."""
+        tokenizer, config, chunk = self.vocabulary.tokenizer, self.config, self.chunks[number]
+        body = chunk.rstrip("\r\n")
+        behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
+        start = edit_start(self.model, self.vocabulary, body, behind, self.strength, config, draws)
+        snapshot = yield from relay(
+            refine(self.model, prompt_cache.cache, config, draws, start),
+            lambda state: [draft_of(tokenizer, state, number, config)],
+        )
+        tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+        kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind))
+        return tokenizer.decode(kept), snapshot.step - start.first_step + 1
+
+
+def edit_start(
+    model: DiffusionGemma,
+    vocabulary: Vocabulary,
+    part: str,
+    behind: str,
+    strength: float,
+    config: GenerationConfig,
+    draws: Draws,
+) -> Start:
+    """A canvas that starts from a part of a text, noised, and goes back to it where nothing is
+    accepted; `behind` follows unchanged, wherever the part ends.
+
+    Strength s noises each token with probability s and enters the schedule at its last share s.
+
+    Raises:
+        CanvasError: the part and an end token are more than the canvas.
+    """
+    room = model.config.canvas_length
+    tokenizer = vocabulary.tokenizer
+    ids = tokenizer.encode(part)
+    if len(ids) >= room:
+        raise CanvasError(f"the text has {len(ids)} tokens, more than a canvas of {room} holds")
+    right = _visible(tokenizer, behind)
+    cut = len(right) > room
+    most = min(len(ids) + max(4, len(ids) // 4), room - 1)
+    # Tokens of the text itself are allowed even if they are, say, single bytes.
+    allowed = Tokens(tuple(sorted({*vocabulary.text_without("").ids, *ids})))
+    pattern: Pattern = Sequence((Repeat(allowed, 0, most), Literal(tuple(right[:room]))))
+    if not cut:
+        pattern = vocabulary.answer(pattern)
+    # Text that does not fit may go on in a canvas that is never computed.
+    plan = compile_pattern(pattern).plan(room, 2 * room + 1)
+    whole = mx.array([[*ids, *right, *vocabulary.ending(room)][:room]], dtype=mx.int32)
+    # Gumbel noise is below -log(-log s) with probability s.
+    below = draws.gumbel((1, room)) < -math.log(-math.log(min(strength, 1 - 1e-9)))
+    noised = below & (mx.arange(room) < len(ids))
+    return Start(
+        mx.where(noised, draws.tokens((1, room)), whole),
+        background=whole,
+        constraint=Plans([plan], vocabulary.size),
+        first_step=1 + round((1 - strength) * (config.max_denoising_steps - 1)),
+    )
+
+
+def _visible(tokenizer: Tokenizer, behind: str) -> list[int]:
+    """Tokens of what follows the part; white space at a text's end stays out of the canvas."""
+    return tokenizer.encode(behind) if behind.strip() else []
+
+
+def _without(tokens: list[int], end: int, right: list[int]) -> list[int]:
+    """The part's tokens: a finished canvas less the end token and the text behind the part."""
+    if end in tokens:
+        tokens = tokens[: tokens.index(end)]
+        return tokens[: len(tokens) - len(right)]
+    # The canvas ends within the text behind: as much of it as can be is not the part's.
+    for count in range(min(len(right), len(tokens)), 0, -1):
+        if tokens[len(tokens) - count :] == right[:count]:
+            return tokens[: len(tokens) - count]
+    return tokens
+
+
+def stream_edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str,
+    *,
+    lines: tuple[int, int] | None = None,
+    strength: float = STRENGTH,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> Generator[Reading | Draft | EditResult, None, None]:
+    """As `edit`, lazily: a `Draft` a denoising step, then the result."""
+    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
+    return stream(model, tokenizer, request)
+
+
+def edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str,
+    *,
+    lines: tuple[int, int] | None = None,
+    strength: float = STRENGTH,
+    steps: int | None = None,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    draws: Draws | None = None,
+) -> EditResult:
+    """Rewrite a text, or some of its lines, as an instruction says; the rest stays as it is.
+
+    Text left of the part is context; as much of what follows as fits stands behind it in the
+    canvas. A part longer than three quarters of a canvas is rewritten in pieces of whole lines.
+
+    Args:
+        text: the whole text.
+        instruction: what to do; the prompt is this, a colon, and the part.
+        lines: first and last line of the part, counted from 1; None is the whole text.
+        strength: over 0 to 1: how much of the part is noised, and how much of the schedule is run.
+        steps: denoising steps of the whole schedule; None asks the checkpoint.
+        seed: makes the result repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
+        draws: takes the place of `seed`, to replay a run.
+
+    Raises:
+        EditError: there are no such lines, or nothing in them.
+        CanvasError: a line is longer than three quarters of a canvas.
+        ContextError: the prompt, which holds the part, does not fit.
+        SettingError: strength is out of range.
+    """
+    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
+    *_, result = stream(model, tokenizer, request)
+    assert isinstance(result, EditResult)
+    return result

@@ -1,0 +1,452 @@
+"""Answers, in layers: arrays (denoise.py) -> tokens of several canvases -> events with text."""
+
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Unpack
+
+import mlx.core as mx
+import numpy as np
+
+from ..arguments import SettingError, token_ids, whole_number
+from ..diffusion.constraints import Constraint
+from ..diffusion.decoding import Clock, Decoding, drive, relay
+from ..diffusion.denoise import Snapshot, Start, refine
+from ..diffusion.draws import Draws
+from ..diffusion.guards import (
+    OFF,
+    Again,
+    Candidate,
+    FinishReason,
+    Guard,
+    Guards,
+    Judge,
+    Take,
+    Thinking,
+    judge_by,
+    trust,
+)
+from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache, Reading, room_behind
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.settings import GenerationConfig, Sampler
+from ..text.tokenizer import Declaration, Tokenizer, no_check
+from ..text.turns import Stopper, Text, TurnReader
+from ..text.vocabulary import Vocabulary
+from .request import (
+    Done,
+    Event,
+    Notice,
+    Options,
+    Prompt,
+    checked_seed,
+    draft_of,
+    encode_prompt,
+    fresh_draws,
+    stream,
+)
+from .starts import (
+    CanvasStart,
+    First,
+    Noise,
+    Opening,
+    Pieces,
+    document,
+    encode_opening,
+    forced_tokens,
+)
+
+if TYPE_CHECKING:
+    from ..text.schema import Compiled, Schema
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The prompt has been read; `tokens` of it were new to the context."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What is final of a canvas, why it was the last, and the guard that changed it."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+    guard: Guard | None = None
+
+
+def generate_tokens(
+    model: DiffusionGemma,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    draws: Draws,
+    prefill_chunk: int = PREFILL_CHUNK,
+    start: CanvasStart | None = None,
+) -> Generator[Reading | Encoded | Snapshot | Again | Committed, None, None]:
+    """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
+
+    Raises:
+        ContextError: the prompt is empty or too long; before any computation.
+    """
+    start = start or Noise(model.config.canvas_length)
+    cache = PromptCache(model)
+    return drive(
+        model, decode_tokens(model, prompt, config, draws, prefill_chunk, start, cache, trust)
+    )
+
+
+def decode_tokens(
+    model: DiffusionGemma,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    draws: Draws,
+    prefill_chunk: int,
+    start: CanvasStart,
+    prompt_cache: PromptCache,
+    judge: Judge,
+    ended: Callable[[], bool] = lambda: False,
+) -> Decoding[Reading | Encoded | Snapshot | Again | Committed, None]:
+    """Canvas after canvas: a snapshot a step, then what is committed.
+
+    `judge` says what becomes of a canvas; `ended`, once it is committed, whether whoever reads has
+    enough. The last canvas is not encoded: whoever goes on reads it with the next prompt.
+    """
+    room = room_behind(model, prompt)
+    length = model.config.canvas_length
+    budget = config.max_new_tokens
+    new = len(prompt) - prompt_cache.shared(prompt)
+    yield from prompt_cache.reading(prompt, prefill_chunk)
+    yield Encoded(new)
+    generated: list[int] = []
+    while True:
+        attempts: list[Candidate] = []
+        forbidden: Constraint | None = None
+        while True:
+            begun = start.begin(generated, draws)
+            if forbidden is not None:
+                begun = begun or Start(draws.tokens((1, length)))
+                begun = replace(begun, constraint=forbidden)
+            snapshot = yield from refine(model, prompt_cache.cache, config, draws, begun)
+            attempts.append(_candidate(snapshot, config, budget))
+            verdict = judge(generated, attempts)
+            if isinstance(verdict, Take):
+                break
+            forbidden = verdict.constraint
+            yield verdict
+        tokens = verdict.tokens[:budget]
+        budget -= len(tokens)
+        room -= len(tokens)
+        reason = verdict.finish_reason
+        if reason is None:
+            if tokens[-1] in config.eos_token_ids:
+                reason = "stop"
+            elif not budget or room < length:
+                reason = "length"
+            if reason and not attempts[-1].converged:
+                reason = "not_converged"
+        yield Committed(tokens, reason, verdict.guard)
+        mx.clear_cache()
+        if reason or ended():
+            return
+        prompt_cache.extend(tokens, prefill_chunk)
+        generated += tokens
+
+
+def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Candidate:
+    """The first row of a finished canvas, up to its end token or the budget."""
+    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
+    ends = [i + 1 for i, token in enumerate(tokens) if token in config.eos_token_ids]
+    kept = min([*ends[:1], budget, len(tokens)])
+    entropies: list[float] = np.array(snapshot.entropy)[0].tolist()
+    converged = bool(np.array(snapshot.converged)[0])
+    return Candidate(tuple(tokens[:kept]), tuple(entropies[:kept]), converged)
+
+
+@dataclass(frozen=True)
+class Request:
+    """An answer that is asked for; all but the prompt is described with `Options`."""
+
+    prompt: Prompt
+    max_tokens: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    sampler: Sampler | None = None
+    draws: Draws | None = None
+    enable_thinking: bool = False
+    prefill_chunk: int = PREFILL_CHUNK
+    start: Start | Pieces | None = None
+    schema: "Schema | Compiled | None" = None
+    guards: Guards = OFF
+    shrink: bool = False
+    tools: Sequence[Declaration] = ()
+    stop: Sequence[str] = ()
+    opening: str | Sequence[int] = ""
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> "Answer":
+        """Encode the prompt, compile the schema, find what is wrong; see `request.Task`.
+
+        Raises:
+            ContextError: the prompt is empty or does not fit.
+            TokenizerError: the chat template refuses the messages.
+            SettingError: a setting is out of range, an id is not in the vocabulary, or two options
+                make no sense together.
+            SchemaError: the schema is not supported, or no document is short enough.
+            CanvasError: text pieces do not fit into a canvas.
+        """
+        self._check_options()
+        config = model.generation.override(
+            max_new_tokens=self.max_tokens,
+            max_denoising_steps=self.steps,
+            sampler=self.sampler,
+        )
+        tokenizer = vocabulary.tokenizer
+        ids = encode_prompt(
+            tokenizer,
+            self.prompt,
+            most=model.context,
+            enable_thinking=self.enable_thinking,
+            tools=self.tools,
+            check=check,
+        )
+        token_ids(ids, model.config.vocab_size)
+        room_behind(model, ids)
+        guards = self.guards
+        if config.max_denoising_steps < model.generation.max_denoising_steps:
+            guards = replace(guards, not_converged=False)
+        start, schema = self._start(model, vocabulary, config, len(ids), check)
+        return Answer(
+            model=model,
+            tokenizer=tokenizer,
+            prompt=ids,
+            config=config,
+            start=start,
+            schema=schema,
+            judge=trust if guards == OFF else _judge(tokenizer, ids, config, guards),
+            seed=self.seed,
+            draws=self.draws,
+            prefill_chunk=self.prefill_chunk,
+            stop=tuple(self.stop),
+        )
+
+    def _check_options(self) -> None:
+        """Refuse what is out of range or makes no sense together."""
+        whole_number("prefill_chunk", self.prefill_chunk, 1)
+        checked_seed(self.seed)
+        given = {
+            "schema": self.schema is not None,
+            "start": self.start is not None,
+            "opening": len(self.opening) > 0,
+            "shrink": self.shrink,
+            "guards": self.guards != OFF,
+        }
+        for one, others in (
+            ("schema", ("start", "opening", "shrink", "guards")),
+            ("start", ("opening", "shrink")),
+        ):
+            if found := [other for other in others if given[one] and given[other]]:
+                raise SettingError(f"a {one} does not go with {found[0]}")
+
+    def _start(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        config: GenerationConfig,
+        prompt_tokens: int,
+        check: Callable[[], None],
+    ) -> tuple[CanvasStart, "Compiled | None"]:
+        """Where canvases start, and the schema that they follow."""
+        length = model.config.canvas_length
+        if self.schema is not None:
+            from ..text.schema import Compiled, compiled
+
+            schema = self.schema
+            if not isinstance(schema, Compiled):
+                schema = compiled(schema, vocabulary, check=check)
+            return document(model, schema, prompt_tokens, config), schema
+        if self.start is not None:
+            start: Start | list[int | None] = (
+                self.start
+                if isinstance(self.start, Start)
+                else forced_tokens(model, vocabulary, self.start.pieces, check)
+            )
+            return First(start), None
+        budget = config.max_new_tokens if self.shrink else None
+        if opening := encode_opening(model, vocabulary.tokenizer, self.opening):
+            token_ids(opening, model.config.vocab_size)
+            return Opening(tuple(opening), length, budget), None
+        return Noise(length, budget), None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A request that is ready to run, see `request.Prepared`."""
+
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    prompt: list[int]
+    config: GenerationConfig
+    start: CanvasStart
+    schema: "Compiled | None"
+    judge: Judge
+    seed: int | None
+    draws: Draws | None
+    prefill_chunk: int
+    stop: tuple[str, ...]
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
+        """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
+        mx.reset_peak_memory()
+        teller = _Teller(self)
+        tokens = decode_tokens(
+            self.model,
+            self.prompt,
+            self.config,
+            self.draws or fresh_draws(self.model, self.seed),
+            self.prefill_chunk,
+            self.start,
+            prompt_cache,
+            self.judge,
+            lambda: teller.reason is not None,
+        )
+        yield from relay(tokens, teller.tell, teller.clock)
+        yield from teller.end()
+
+
+class _Teller:
+    """Tells of tokens as text, up to a stop string, and keeps count."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._reader = TurnReader(answer.tokenizer, answer.prompt)
+        self._stopper = Stopper(answer.stop)
+        self._text = ""
+        self._encoded = self._generated = self._canvases = self._passes = 0
+        self._prompt_seconds = 0.0
+        self.clock = Clock()
+        self.reason: FinishReason | None = None
+
+    def tell(self, item: Reading | Encoded | Snapshot | Again | Committed) -> Iterator[Event]:
+        """What is to be said of an item."""
+        answer = self._answer
+        match item:
+            case Reading():
+                yield item
+            case Encoded():
+                self._prompt_seconds, self._encoded = self.clock.seconds, item.tokens
+            case Snapshot():
+                self._passes += 1
+                yield draft_of(answer.tokenizer, item, self._canvases, answer.config, self._reader)
+            case Again():
+                yield Notice(item.guard, again=True)
+            case Committed():
+                yield from self._commit(item)
+
+    def _commit(self, item: Committed) -> Iterator[Event]:
+        self._canvases += 1
+        self._generated += len(item.tokens)
+        self.reason = item.finish_reason
+        for part in self._reader.feed(item.tokens, last=self.reason is not None):
+            if isinstance(part, Text):
+                self._text += part.text
+                part = Text(self._stopper.feed(part.text))
+            if not isinstance(part, Text) or part.text:
+                yield part
+            if self._stopper.hit:
+                self.reason = "stop"
+                break
+        if item.guard is not None:
+            yield Notice(item.guard, again=False)
+
+    def end(self) -> Iterator[Event]:
+        """The text that a stop string might have followed, and the statistics.
+
+        Raises:
+            SchemaError: the text is no document of the schema: a defect.
+        """
+        if rest := self._stopper.rest():
+            yield Text(rest)
+        if self._answer.schema is not None:
+            self._answer.schema.check(self._text)
+        assert self.reason is not None
+        seconds = self.clock.seconds - self._prompt_seconds
+        prompt_tokens = len(self._answer.prompt)
+        yield Done(
+            finish_reason=self.reason,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=prompt_tokens - self._encoded,
+            generated_tokens=self._generated,
+            canvases=self._canvases,
+            denoising_steps=self._passes,
+            tokens_per_forward=self._generated / self._passes,
+            prompt_seconds=self._prompt_seconds,
+            generation_seconds=seconds,
+            tokens_per_second=self._generated / seconds,
+            peak_memory=mx.get_peak_memory(),
+        )
+
+
+def _judge(
+    tokenizer: Tokenizer, prompt: Sequence[int], config: GenerationConfig, guards: Guards
+) -> Judge:
+    """The guards, told what they need to know of the vocabulary and the prompt."""
+    opens, closes = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
+    thinking = None
+    if opens is not None and closes is not None:
+        thinking = Thinking(opens, closes, begun=TurnReader(tokenizer, prompt).thinking)
+    ends = frozenset(config.eos_token_ids)
+
+    def sentences(tokens: Sequence[int]) -> list[int]:
+        return [
+            i + 1
+            for i in range(len(tokens))
+            if tokens[i] in ends or _SENTENCE.search(tokenizer.decode(tokens[: i + 1]))
+        ]
+
+    return judge_by(guards, ends, sentences, thinking)
+
+
+_SENTENCE = re.compile(r"(?:[.!?\u2026][\"'\u201d\u2019)\]]*\s?|[\u3002\uff01\uff1f\n])$")
+
+
+def stream_generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    prompt_cache: PromptCache | None = None,
+    **options: Unpack[Options],
+) -> Generator[Event, None, None]:
+    """Answer a prompt, lazily: a `Draft` a denoising step, then what a canvas adds, one `Done`.
+
+    What a canvas adds is `Text`; from models that think or call tools also `Thought`, `ToolCall`
+    and `BadToolCall`. Closing the iterator stops at once and frees the cache.
+
+    Args:
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
+        prompt: a user message, a chat (`[{"role": ..., "content": ...}, ...]`), or token ids.
+        prompt_cache: what the model has read before; of the prompt only what is new is encoded.
+        options: see `Options`.
+
+    Raises:
+        Error: as `Request.prepare`, before anything is computed.
+    """
+    return stream(model, tokenizer, Request(prompt, **options), prompt_cache)
+
+
+def generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    prompt_cache: PromptCache | None = None,
+    **options: Unpack[Options],
+) -> str:
+    """The answer as a string; arguments and errors as in `stream_generate`."""
+    events = stream_generate(model, tokenizer, prompt, prompt_cache=prompt_cache, **options)
+    return "".join(event.text for event in events if isinstance(event, Text))

@@ -1,0 +1,262 @@
+"""What is asked of a model, and the events that answer it."""
+
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from ..arguments import SettingError, token_ids, whole_number
+from ..diffusion.decoding import Decoding, drive
+from ..diffusion.denoise import Snapshot, Start
+from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
+from ..diffusion.guards import FinishReason, Guard, Guards
+from ..diffusion.prompt_cache import ContextError, PromptCache, Reading
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.settings import GenerationConfig, Sampler
+from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
+from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
+from ..text.vocabulary import Vocabulary
+from .starts import Pieces
+
+if TYPE_CHECKING:
+    from ..text.schema import Compiled, Schema
+
+
+Item = TypeVar("Item")
+
+Given = TypeVar("Given", covariant=True)
+
+# A user message, a chat that the template renders, or token ids, which are taken as they are.
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+class Prepared(Protocol[Given]):
+    """A request in which nothing is wrong any more. It holds no arrays of MLX."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Ids that are read first; what a prompt cache holds of them is not encoded again."""
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[Given, None]:
+        """What answers the request, item by item; for the thread that owns MLX."""
+
+
+class Task(Protocol[Given]):
+    """A request of whatever kind."""
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> Prepared[Given]:
+        """Encode and compile; `check` is called now and then, and may raise.
+
+        Raises:
+            Error: of the kind that the request's mistake has.
+        """
+
+
+def stream(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    task: Task[Item],
+    prompt_cache: PromptCache | None = None,
+) -> Generator[Item, None, None]:
+    """Prepare a request at once, and answer it lazily."""
+    prepared = task.prepare(model, Vocabulary(model, tokenizer))
+    return drive(model, _run(model, prepared, prompt_cache))
+
+
+def _run(
+    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None
+) -> Decoding[Item, None]:
+    # Not in `stream`: an empty cache is made where the run begins, and nobody else holds it.
+    try:
+        yield from prepared.run(PromptCache(model) if prompt_cache is None else prompt_cache)
+    finally:
+        mx.clear_cache()
+
+
+class Settings(TypedDict, total=False):
+    """How answers are decoded, one after another; what is not given is the checkpoint's.
+
+    Attributes:
+        max_tokens: budget over all canvases.
+        steps: most denoising steps a canvas.
+        sampler: `EntropyBound` or `ConfidenceThreshold`.
+        prefill_chunk: tokens of the prompt encoded at once; bounds memory, not the result.
+        guards: what to do about bad canvases, each reported as a `Notice`; the default is nothing,
+            as in the reference. Not together with a schema, whose answers need none.
+        shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
+            model was trained on.
+    """
+
+    max_tokens: int | None
+    steps: int | None
+    sampler: Sampler | None
+    prefill_chunk: int
+    guards: Guards
+    shrink: bool
+
+
+class Options(Settings, total=False):
+    """What an answer is asked for with.
+
+    Attributes:
+        seed: makes the output repeatable; None draws one.
+        draws: takes the place of `seed`, to replay a run.
+        enable_thinking: ask for thoughts before the answer.
+        start: what the first canvas starts from, arrays or text; None is noise.
+        schema: a JSON Schema that the answer follows, see `schema.py`, or one that is `compiled`;
+            not together with `start`, `opening` or `shrink`.
+        tools: function declarations in JSON Schema, for templates that know them.
+        stop: strings before which the text ends.
+        opening: what the answer begins with, as text, in which special tokens are recognised, or
+            as ids; not together with `start`.
+    """
+
+    seed: int | None
+    draws: Draws | None
+    enable_thinking: bool
+    start: Start | Pieces | None
+    schema: "Schema | Compiled | None"
+    tools: Sequence[Declaration]
+    stop: Sequence[str]
+    opening: str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One denoising step: the canvas as it stands.
+
+    `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
+    (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
+    tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
+    """
+
+    canvas: int
+    step: int
+    steps: int
+    tokens: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    entropies: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    end: int
+    visible: tuple[bool, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A guard has stepped in, see `guards.py`; `again` where the canvas is tried once more."""
+
+    guard: Guard
+    again: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end, with statistics.
+
+    `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
+    end token, as the reference does. Times are seconds of computing:
+    `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
+    divides by the latter. Memory is in bytes, weights included.
+    """
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    canvases: int
+    denoising_steps: int
+    tokens_per_forward: float
+    prompt_seconds: float
+    generation_seconds: float
+    tokens_per_second: float
+    peak_memory: int
+
+
+Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
+
+
+def draft_of(
+    tokenizer: Tokenizer,
+    snapshot: Snapshot,
+    canvas: int,
+    config: GenerationConfig,
+    reader: TurnReader | None = None,
+) -> Draft:
+    """The first row of a snapshot as an event; `reader` knows what the turn has come to."""
+    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
+    kinds = (reader or TurnReader(tokenizer)).kinds(tokens)
+    visible = tuple(kind == "text" for kind in kinds)
+    end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
+    return Draft(
+        canvas=canvas,
+        step=snapshot.step,
+        steps=config.max_denoising_steps,
+        tokens=tuple(tokens),
+        accepted=tuple(np.array(snapshot.accepted)[0].tolist()),
+        entropies=tuple(np.array(snapshot.entropy)[0].tolist()),
+        probabilities=tuple(np.array(snapshot.probability)[0].tolist()),
+        end=end,
+        visible=visible,
+        text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
+    )
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """The seed, if it is one; refused where no array is needed for that.
+
+    Raises:
+        SettingError: it is no whole number from 0 to 2^64 - 1.
+    """
+    return None if seed is None else whole_number("a seed", seed, 0, MOST_SEED)
+
+
+def fresh_draws(model: DiffusionGemma, seed: int | None) -> SeededDraws:
+    """Draws from a seed, or from one that the system draws."""
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4))
+    return SeededDraws(seed, model.config.vocab_size)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    most: int = sys.maxsize,
+    enable_thinking: bool = False,
+    tools: Sequence[Declaration] = (),
+    check: Callable[[], None] = no_check,
+) -> list[int]:
+    """Ids of a prompt: a string is one user message; ids pass through.
+
+    Of text that must have more than `most` tokens not all is encoded; `check` is called now and
+    then, and may raise.
+
+    Raises:
+        SettingError: it is neither messages nor ids.
+        ContextError: the prompt is empty, or text that is far too long.
+        TokenizerError: the chat template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ContextError("the prompt is empty")
+        prompt = [{"role": "user", "content": prompt}]
+    messages = [part for part in prompt if isinstance(part, dict)]
+    if not messages:
+        return token_ids(prompt)
+    if len(messages) < len(prompt):
+        raise SettingError("a prompt is either messages or token ids, not both")
+    text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
+    try:
+        return tokenizer.encode_within(text, most, "the prompt", check)
+    except TooLong as error:
+        raise ContextError(f"{error}, and no more fits into the context") from None

@@ -1,0 +1,401 @@
+"""A conversation that pays only for what is new: each turn goes on from the cache of the last."""
+
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+from ..diffusion.guards import Guards
+from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError
+from ..model.diffusion_gemma import DiffusionGemma
+from ..text.tokenizer import Declaration, Message, Tokenizer
+from ..text.turns import Text, Thought, ToolCall
+from .generate import stream_generate
+from .request import Done, Event, Settings
+
+Overflow = Literal["refuse", "truncate"]
+
+# Of the context, what is free once turns were left out: else every further turn would leave out
+# another, and read the rest anew.
+FREED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The conversation exceeded the context: its oldest `turns` were left out."""
+
+    turns: int
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a called function gave back, for the model to read."""
+
+    name: str
+    content: str
+
+
+class ChatSession:
+    """Messages and the context that has read them.
+
+    A turn renders the whole chat with the checkpoint's template and encodes what the context has
+    not read yet, so answers are those of a chat encoded from scratch. Not for several threads: MLX
+    belongs to one.
+
+    Args:
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
+        system: the system message.
+        tools: function declarations in JSON Schema, as the `openai` client sends them.
+        enable_thinking: ask for thoughts before an answer.
+        overflow: what to do about a conversation beyond the context: "refuse" the message, or
+            "truncate", which forgets the oldest turns (a user's message with all up to the next);
+            the system message stays, and a message that alone is too long is still refused. This
+            attribute may change between turns.
+        settings: see `Settings`; they may change between turns. Guards are all on unless told
+            otherwise.
+
+    Raises:
+        SessionError: the template ignores tools or thinking, so asking for them would do nothing;
+            or a tool is no declaration.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        tools: Sequence[Declaration] = (),
+        enable_thinking: bool = False,
+        overflow: Overflow = "refuse",
+        **settings: Unpack[Settings],
+    ):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context = PromptCache(model)
+        self._messages: list[Message] = []
+        self._unanswered: list[Message] | None = None
+        self._tools = list(tools)
+        self._thinking = False
+        self.overflow = overflow
+        self.settings: Settings = {"guards": Guards(), **settings}
+        self.enable_thinking = enable_thinking
+        if not all(map(_is_declaration, self._tools)):
+            raise SessionError("a tool is no declaration of a function")
+        if tools and self._render([_HELLO]) == self._render([_HELLO], tools=[]):
+            raise SessionError("this model's chat template knows no tools")
+        self.system = system
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation so far, the system message first."""
+        return tuple(self._messages)
+
+    @property
+    def context(self) -> PromptCache:
+        """What the model has read."""
+        return self._context
+
+    @property
+    def system(self) -> str | None:
+        """The system message; setting it has the whole conversation read anew."""
+        if self._messages and self._messages[0]["role"] == "system":
+            return str(self._messages[0]["content"])
+        return None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = [message for message in self._messages if message["role"] != "system"]
+        self._messages = [{"role": "system", "content": text}] * bool(text) + rest
+
+    @property
+    def enable_thinking(self) -> bool:
+        """Whether thoughts are asked for."""
+        return self._thinking
+
+    @enable_thinking.setter
+    def enable_thinking(self, wanted: bool) -> None:
+        if wanted and self._render([_HELLO], thinking=True) == self._render(
+            [_HELLO], thinking=False
+        ):
+            raise SessionError("this model's chat template knows no thinking")
+        self._thinking = wanted
+
+    def stream(
+        self, content: str, *, seed: int | None = None
+    ) -> Generator[Event | Truncated, None, None]:
+        """Answer a message; events, arguments and errors as in `stream_generate`.
+
+        Where turns were left out, `Truncated` comes first.
+
+        Closed early, the session keeps the message and what was committed of the answer, or
+        neither if nothing was. After a `ToolCall`, go on with `respond`.
+        """
+        if not isinstance(content, str):
+            raise ContextError("a message is text, no images, audio or files")
+        if not content.strip():
+            raise ContextError("the message is empty")
+        asked = [*self._messages, {"role": "user", "content": content}]
+        return self._answer(asked, seed)
+
+    def respond(
+        self, results: Sequence[ToolResult], *, seed: int | None = None
+    ) -> Generator[Event | Truncated, None, None]:
+        """Go on in the same model turn with the results of its tool calls, in their order.
+
+        Raises:
+            SessionError: the last answer did not ask for as many.
+        """
+        calls = self._messages[-1].get("tool_calls", []) if self._messages else []
+        if len(calls) != len(results) or not calls:
+            raise SessionError(f"{len(results)} results for {len(calls)} tool calls")
+        told = [
+            {
+                "role": "tool",
+                "name": result.name,
+                "tool_call_id": call["id"],
+                "content": result.content,
+            }
+            for call, result in zip(calls, results, strict=True)
+        ]
+        asked = [*self._messages, *told]
+        return self._answer(asked, seed)
+
+    def retry(self, *, seed: int | None = None) -> Generator[Event | Truncated, None, None]:
+        """Answer the last message once more, also one whose answer was stopped before it began.
+
+        Nothing of it is encoded again.
+
+        Raises:
+            SessionError: there is no message yet.
+        """
+        asked = self._unanswered or self._messages[: self._last_question() + 1]
+        return self._answer(asked, seed)
+
+    def undo(self) -> str:
+        """Forget the last message and its answer; gives the message.
+
+        Raises:
+            SessionError: there is none.
+        """
+        self._unanswered = None
+        at = self._last_question()
+        content = str(self._messages[at]["content"])
+        del self._messages[at:]
+        return content
+
+    def reset(self) -> None:
+        """Forget the conversation, not the system message."""
+        self._unanswered = None
+        del self._messages[bool(self.system) :]
+        self._context.clear()
+
+    def save(self, path: Path) -> None:
+        """Write messages and cache to one file, at once.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        extra = {"messages": self._messages, "tools": self._tools, "thinking": self._thinking}
+        self._context.save(path, extra)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        model: DiffusionGemma,
+        tokenizer: Tokenizer,
+    ) -> "ChatSession":
+        """Go on where a saved session stopped, with default settings.
+
+        Raises:
+            SessionError: as `restore`.
+        """
+        session = cls(model, tokenizer)
+        session.restore(path)
+        return session
+
+    def restore(self, path: Path) -> None:
+        """Take over a saved conversation; the settings of this session stay.
+
+        Raises:
+            SessionError: there is no such file, it is damaged or no session, or another model's;
+                this session is as it was.
+        """
+        context, extra = PromptCache.load(path, self._model)
+        if extra is None:
+            raise SessionError(f"{path} is a prompt cache, not a session")
+        messages, tools, thinking = _conversation(path, extra)
+        saved = ChatSession(  # which refuses what the template does not know
+            self._model, self._tokenizer, tools=tools, enable_thinking=thinking
+        )
+        self._tools, self._thinking = saved._tools, saved._thinking
+        self._messages, self._unanswered = messages, None
+        self._context = context
+
+    def _last_question(self) -> int:
+        for i in reversed(range(len(self._messages))):
+            if self._messages[i]["role"] == "user":
+                return i
+        raise SessionError("there is no message yet")
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Declaration] | None = None,
+        thinking: bool | None = None,
+    ) -> str:
+        return self._tokenizer.render_chat(
+            messages,
+            enable_thinking=self._thinking if thinking is None else thinking,
+            tools=(self._tools if tools is None else tools) or None,
+        )
+
+    def _fits(self, ids: list[int], free: float = 0) -> bool:
+        """Whether a prompt leaves room for a canvas, and this part of the context."""
+        room = self._model.context - len(ids)
+        return room >= max(self._model.config.canvas_length, free * self._model.context)
+
+    def _shortened(self, asked: list[Message], ids: list[int]) -> tuple[int, list[Message]]:
+        """The conversation without the oldest turns, where it leaves no room; and how many."""
+        if self._fits(ids):
+            return 0, asked
+        first = bool(asked and asked[0]["role"] == "system")
+        begins = [i for i, message in enumerate(asked) if message["role"] == "user"]
+        kept = [asked[:first] + asked[begin:] for begin in begins[1:]]
+
+        def roomy(messages: list[Message]) -> bool:
+            return self._fits(self._tokenizer.encode(self._render(messages)), FREED)
+
+        turns = min(bisect_left(kept, True, key=roomy), len(kept) - 1) + 1
+        return (turns, kept[turns - 1]) if turns else (0, asked)
+
+    def _answer(
+        self,
+        asked: list[Message],
+        seed: int | None,
+    ) -> Generator[Event | Truncated, None, None]:
+        ids, turns = self._tokenizer.encode(self._render(asked)), 0
+        if self.overflow == "truncate":
+            turns, short = self._shortened(asked, ids)
+            ids = self._tokenizer.encode(self._render(short)) if turns else ids
+            if self._fits(ids):
+                asked = short
+            else:  # the message alone is too long, which is refused below: nothing is forgotten
+                turns = 0
+        events = stream_generate(
+            self._model,
+            self._tokenizer,
+            ids,
+            prompt_cache=self._context,
+            seed=seed,
+            **self.settings,
+        )
+        return self._record(asked, events, turns)
+
+    def _record(
+        self, asked: list[Message], events: Generator[Event, None, None], turns: int
+    ) -> Generator[Event | Truncated, None, None]:
+        text = thought = ""
+        calls: list[dict[str, Any]] = []
+        ended = False
+        taken = {call["id"] for message in asked for call in message.get("tool_calls", [])}
+        self._unanswered = None
+        try:
+            if turns:
+                yield Truncated(turns)
+            for event in events:
+                if isinstance(event, Text):
+                    text += event.text
+                elif isinstance(event, Thought):
+                    thought += event.text
+                elif isinstance(event, ToolCall):
+                    function = {"name": event.name, "arguments": event.arguments}
+                    names = (f"call_{number}" for number in count())
+                    identity = next(name for name in names if name not in taken)
+                    taken.add(identity)
+                    calls.append({"id": identity, "type": "function", "function": function})
+                elif isinstance(event, Done):
+                    ended = True
+                    self._messages = [*asked, _assistant(text, thought, calls)]
+                yield event
+        except ContextError as error:
+            if self.overflow == "truncate" or len(self._messages) <= bool(self.system):
+                raise
+            raise ContextError(
+                f"{error}; /reset starts over, --overflow truncate (in a chat /overflow truncate) "
+                "leaves the oldest turns out"
+            ) from None
+        finally:
+            events.close()
+            if text and not ended:
+                self._messages = [*asked, _assistant(text, thought, calls)]
+            elif not ended:
+                self._unanswered = asked
+
+
+def _conversation(path: Path, extra: object) -> tuple[list[Message], list[Declaration], bool]:
+    """Messages, tools and thinking, if they are what a session saves.
+
+    Raises:
+        SessionError: they are something else.
+    """
+    match extra:
+        case {"messages": list(messages), "tools": list(tools), "thinking": bool(thinking)}:
+            wrong = [i for i, message in enumerate(messages) if not _is_message(message, i)]
+            if wrong:
+                raise SessionError(f"{path} is damaged: its message {wrong[0] + 1} is none")
+            if not all(map(_is_declaration, tools)):
+                raise SessionError(f"{path} is damaged: a tool is no declaration of a function")
+            return messages, tools, thinking
+    raise SessionError(f"{path} is no session: messages, tools or thinking are missing")
+
+
+def _is_message(message: object, index: int) -> bool:
+    """Whether a session writes such messages: templates take anything else for granted."""
+    match message:
+        case {"role": "system", "content": str(), **rest}:
+            return not index and not rest
+        case {"role": "user", "content": str(), **rest}:
+            return not rest
+        case {"role": "assistant", "content": str(), **rest}:
+            thought, calls = rest.pop("reasoning", ""), rest.pop("tool_calls", [])
+            if rest or not isinstance(thought, str) or not isinstance(calls, list):
+                return False
+            return all(map(_is_call, calls))
+        case {"role": "tool", "name": str(), "tool_call_id": str(), "content": str(), **rest}:
+            return not rest
+    return False
+
+
+def _is_call(call: object) -> bool:
+    match call:
+        case {"id": str(), "type": "function", "function": dict(function), **rest}:
+            match function:
+                case {"name": str(), "arguments": dict(), **more}:
+                    return not rest and not more
+    return False
+
+
+def _is_declaration(tool: object) -> bool:
+    match tool:
+        case {"function": {"name": str(), **rest}}:
+            return isinstance(rest.get("parameters", {}), dict)
+    return False
+
+
+_HELLO: Message = {"role": "user", "content": "Hello"}
+
+
+def _assistant(text: str, thought: str, calls: list[dict[str, Any]]) -> Message:
+    """An answer as templates want it; they drop thoughts once the user speaks again."""
+    message: Message = {"role": "assistant", "content": text}
+    if thought:
+        message["reasoning"] = thought.strip("\n")
+    if calls:
+        message["tool_calls"] = calls
+    return message

@@ -1,0 +1,288 @@
+"""Text <-> ids and chat -> text, from a checkpoint's own files, without transformers."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as Backend
+
+from ..errors import Error
+from .templating import MOST_SOURCE, Environment, within
+
+Message = dict[str, Any]
+
+Declaration = dict[str, Any]  # of a function, as the openai client sends it
+
+# Of what a template says went wrong; it may say anything.
+_SAID = 300
+
+# A date's form in a template: C libraries pad to any width that stands in one.
+_DATE = re.compile(r"(?:[^%]|%[-_^#]?[A-Za-z%])*")
+
+_MOST_DATE = 100
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
+
+# Characters of a long text that are encoded at once to count its tokens: a few hundredths of a
+# second, and some ten megabytes.
+COUNTED_AT_ONCE = 1 << 16
+
+MOST_BYTES = 4  # of a character in UTF-8: a tokenizer may take a token for each
+
+
+class TokenizerError(Error):
+    """A tokenizer file or chat template that cannot be used, or a chat it refuses."""
+
+
+class TooLong(Error):
+    """A text that has too many tokens, which was seen before all of it was encoded."""
+
+
+def no_check() -> None:
+    """Nothing is to be checked."""
+
+
+class Tokenizer:
+    """`tokenizer.json` plus the checkpoint's chat template.
+
+    The template runs in Jinja's sandbox, within bounds of time and size (`templating.py`): nothing
+    from a repository is executed as code.
+    """
+
+    def __init__(self, backend: Backend, settings: dict[str, Any], template: str | None):
+        self._backend = backend
+        self._template_source = template
+        self._special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key.endswith("_token") and value
+        }
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "Tokenizer":
+        """Read `tokenizer.json`, `tokenizer_config.json` and the template that stands beside them.
+
+        Raises:
+            TokenizerError: a file is missing or damaged.
+        """
+        path = directory / "tokenizer.json"
+        try:
+            backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise TokenizerError(f"{path} is missing") from None
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        # A file may ask for both; the first cuts prompts, the second writes ids of its choice.
+        backend.no_truncation()
+        backend.no_padding()
+        settings: dict[str, Any] = {}
+        config = directory / "tokenizer_config.json"
+        if config.exists():
+            try:
+                settings = json.loads(config.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TokenizerError(f"{config} is not JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise TokenizerError(f"{config} is not a JSON object")
+        file = directory / "chat_template.jinja"
+        template = _read_template(file) if file.exists() else None
+        if template is None and isinstance(settings.get("chat_template"), str):
+            template = settings["chat_template"]
+        return cls(backend, settings, template)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that encoding can give."""
+        return max(self._backend.get_vocab().values(), default=0)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written exactly so, or None."""
+        return self._backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text as it stands: special tokens are recognised, none is added.
+
+        Raises:
+            TokenizerError: the text has half of a surrogate pair.
+        """
+        try:
+            # `encode` of the library keeps all other threads waiting until it is done; this is the
+            # same in a batch of one, and lets them run.
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:
+            raise TokenizerError("the text has half of a surrogate pair, no character") from None
+        return found.ids
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: of n tokens no text is longer than n times that."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode_within(
+        self, text: str, most: int, what: str, check: Callable[[], None] = no_check
+    ) -> list[int]:
+        """As `encode`, of a text that is refused early if it must have more than `most` tokens.
+
+        A text that has a few more may pass. `what` names it in the error; `check` is called between
+        pieces of work and may raise.
+
+        Raises:
+            TooLong: as said.
+            TokenizerError: as `encode`.
+        """
+        if len(text) > most * self.longest:
+            raise TooLong(
+                f"{what} has {len(text):,} characters; {most:,} tokens of at most {self.longest} "
+                f"characters have room for {most * self.longest:,}"
+            )
+        if len(text) > max(COUNTED_AT_ONCE, most // MOST_BYTES):
+            # Encoding takes hundreds of bytes a token. Cut into pieces, the text has nearly as many
+            # tokens as in one; where it has twice what may be, it has too many.
+            count = 0
+            for start in range(0, len(text), COUNTED_AT_ONCE):
+                check()
+                count += len(self.encode(text[start : start + COUNTED_AT_ONCE]))
+                if count > 2 * most:
+                    raise TooLong(f"{what} has far more than {most:,} tokens")
+        check()
+        return self.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids.
+
+        Tokens that only frame a turn (padding, begin, end, turn marks) leave no trace; markers of
+        channels and tools stay, since a caller has to see them.
+        """
+        kept = [i for i in ids if i not in self._framing]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each id by itself; part of a character is U+FFFD."""
+        return [self.decode([i]) for i in ids]
+
+    @cached_property
+    def plain(self) -> dict[int, str]:
+        """The text that each ordinary id adds to what stands before it.
+
+        Left out are special tokens, single bytes and whatever else is not whole characters by
+        itself, so that texts of these ids may be concatenated.
+        """
+        special = self._backend.get_added_tokens_decoder()
+        ids = [i for i in range(self.vocab_size) if i not in special]
+        ids = [i for i in ids if not _BYTE.fullmatch(self._backend.id_to_token(i) or "<0x00>")]
+        # Some decoders strip a leading space, which therefore must not be at the front.
+        anchor = self.encode("a")
+        before = self._backend.decode(anchor, skip_special_tokens=False)
+        texts = self._backend.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+        found = {i: text.removeprefix(before) for i, text in zip(ids, texts, strict=True)}
+        return {i: text for i, text in found.items() if text and "\ufffd" not in text}
+
+    @cached_property
+    def _framing(self) -> frozenset[int]:
+        names = ["<|turn>", "<turn|>"]
+        names += [
+            self._special[k] for k in ("pad_token", "bos_token", "eos_token") if k in self._special
+        ]
+        found = (self._backend.token_to_id(name) for name in names)
+        return frozenset(i for i in found if i is not None)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = False,
+        tools: Sequence[Declaration] | None = None,
+    ) -> str:
+        """The chat as the text that the model was trained on.
+
+        Raises:
+            TokenizerError: there is no message or no template, or it refuses these messages, fails,
+                or takes too much time or memory; or a message holds something else than text.
+        """
+        if not messages:
+            raise TokenizerError("there is no message in this chat")
+        for message in messages:
+            _refuse_media(message.get("content"))
+        template = self._template
+        try:
+            with within(messages, tools):
+                text = template.render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=enable_thinking,
+                    tools=tools,
+                    **self._special,
+                )
+            text.encode()  # half a character cannot become ids
+            return text
+        except Exception as error:  # a template may raise whatever Python can
+            raise TokenizerError(
+                f"the chat template refuses these messages: {_said(error)}"
+            ) from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self._template_source is None:
+            raise TokenizerError("this checkpoint has no chat template (chat_template.jinja)")
+        environment = Environment()
+        environment.add_filter("tojson", _to_json)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _now
+        try:
+            with within():
+                return environment.from_string(self._template_source)
+        except Exception as error:  # parsing, and Python's compiler behind it
+            raise TokenizerError(f"the chat template is damaged: {_said(error)}") from None
+
+
+def _read_template(path: Path) -> str:
+    """A template's source; of one that is too long, enough to be refused."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(MOST_SOURCE + 1)
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise TokenizerError(f"{path} is not UTF-8") from None
+
+
+def _said(error: Exception) -> str:
+    """An error of a template in one short line."""
+    said = " ".join(str(error)[: 2 * _SAID].split())[:_SAID]
+    return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
+
+
+def _refuse_media(content: Any) -> None:
+    """A template writes a placeholder for an image, which this runtime would never fill."""
+    if not isinstance(content, list | tuple):
+        return
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise TokenizerError("only text content is supported, no images, audio or files")
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    """Today, for templates."""
+    if len(form) > _MOST_DATE or not _DATE.fullmatch(form):
+        raise jinja2.TemplateError(f"{form[:_MOST_DATE]!r} is not the form of a date")
+    return datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As templates expect it: not escaped for HTML, which Jinja's own filter does."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
