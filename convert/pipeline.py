@@ -17,7 +17,6 @@ from mlx_diffgemma.checkpoint.files import (
     FLOATS,
     ITEM_BYTES,
     NEEDED,
-    CheckpointError,
     Quantization,
     Tensor,
     check_type,
@@ -28,6 +27,7 @@ from mlx_diffgemma.checkpoint.files import (
     resolve,
 )
 from mlx_diffgemma.checkpoint.load import build_model, check_tensors, read_generation
+from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.diffusion_gemma import is_text, parameter_name
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, fitting

@@ -9,125 +9,85 @@ print(generate(model, tokenizer, "Why is the sky blue?"))
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .arguments import SettingError
-    from .checkpoint.files import CheckpointError
-    from .checkpoint.load import load
-    from .diffusion.draws import Draws, SeededDraws
-    from .diffusion.guards import Guards
-    from .diffusion.prompt_cache import ContextError, PromptCache, Reading, SessionError
-    from .errors import Error
-    from .model.diffusion_gemma import DiffusionGemma
-    from .model.settings import ConfidenceThreshold, EntropyBound, GenerationConfig
-    from .tasks.batch import batch_generate, stream_batch
-    from .tasks.choose import ChooseError, choose
-    from .tasks.edit import EditError, EditResult, edit, stream_edit
-    from .tasks.fill import FillResult, fill, stream_fill
-    from .tasks.generate import Request, generate, stream_generate
-    from .tasks.request import Done, Draft, Event, Notice
-    from .tasks.session import ChatSession, ToolResult, Truncated
-    from .tasks.starts import CanvasError
-    from .text.schema import SchemaError
-    from .text.template import TemplateError
-    from .text.tokenizer import Tokenizer, TokenizerError
-    from .text.turns import BadToolCall, Text, Thought, ToolCall
+if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
+    from .arguments import SettingError as SettingError
+        from .checkpoint.load import load as load
+    from .diffusion.draws import Draws as Draws
+    from .diffusion.draws import SeededDraws as SeededDraws
+    from .diffusion.guards import Guards as Guards
+    from .diffusion.prompt_cache import ContextError as ContextError
+    from .diffusion.prompt_cache import PromptCache as PromptCache
+    from .diffusion.prompt_cache import Reading as Reading
+    from .diffusion.prompt_cache import SessionError as SessionError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import Error as Error
+    from .model.diffusion_gemma import DiffusionGemma as DiffusionGemma
+    from .model.settings import ConfidenceThreshold as ConfidenceThreshold
+    from .model.settings import EntropyBound as EntropyBound
+    from .model.settings import GenerationConfig as GenerationConfig
+    from .tasks.batch import batch_generate as batch_generate
+    from .tasks.batch import stream_batch as stream_batch
+    from .tasks.choose import ChooseError as ChooseError
+    from .tasks.choose import ChooseRequest as ChooseRequest
+    from .tasks.choose import choose as choose
+    from .tasks.edit import EditError as EditError
+    from .tasks.edit import EditRequest as EditRequest
+    from .tasks.edit import EditResult as EditResult
+    from .tasks.edit import edit as edit
+    from .tasks.edit import stream_edit as stream_edit
+    from .tasks.fill import FillRequest as FillRequest
+    from .tasks.fill import FillResult as FillResult
+    from .tasks.fill import fill as fill
+    from .tasks.fill import stream_fill as stream_fill
+    from .tasks.generate import Request as Request
+    from .tasks.generate import generate as generate
+    from .tasks.generate import stream_generate as stream_generate
+    from .tasks.request import Done as Done
+    from .tasks.request import Draft as Draft
+    from .tasks.request import Event as Event
+    from .tasks.request import Notice as Notice
+    from .tasks.request import Options as Options
+    from .tasks.request import Settings as Settings
+    from .tasks.session import ChatSession as ChatSession
+    from .tasks.session import ToolResult as ToolResult
+    from .tasks.session import Truncated as Truncated
+    from .tasks.starts import CanvasError as CanvasError
+    from .tasks.starts import Pieces as Pieces
+    from .text.schema import SchemaError as SchemaError
+    from .text.template import TemplateError as TemplateError
+    from .text.tokenizer import Tokenizer as Tokenizer
+    from .text.tokenizer import TokenizerError as TokenizerError
+    from .text.turns import BadToolCall as BadToolCall
+    from .text.turns import Text as Text
+    from .text.turns import Thought as Thought
+    from .text.turns import ToolCall as ToolCall
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
-_HOME = {
-    "BadToolCall": "text.turns",
-    "CanvasError": "tasks.starts",
-    "ChatSession": "tasks.session",
-    "CheckpointError": "checkpoint.files",
-    "ChooseError": "tasks.choose",
-    "ConfidenceThreshold": "model.settings",
-    "PromptCache": "diffusion.prompt_cache",
-    "ContextError": "diffusion.prompt_cache",
-    "DiffusionGemma": "model.diffusion_gemma",
-    "Done": "tasks.request",
-    "Draft": "tasks.request",
-    "Draws": "diffusion.draws",
-    "EditError": "tasks.edit",
-    "EditResult": "tasks.edit",
-    "EntropyBound": "model.settings",
-    "Error": "errors",
-    "Event": "tasks.request",
-    "FillResult": "tasks.fill",
-    "GenerationConfig": "model.settings",
-    "Guards": "diffusion.guards",
-    "Notice": "tasks.request",
-    "Reading": "diffusion.prompt_cache",
-    "Request": "tasks.generate",
-    "SchemaError": "text.schema",
-    "SeededDraws": "diffusion.draws",
-    "SessionError": "diffusion.prompt_cache",
-    "SettingError": "arguments",
-    "TemplateError": "text.template",
-    "Text": "text.turns",
-    "Thought": "text.turns",
-    "Tokenizer": "text.tokenizer",
-    "TokenizerError": "text.tokenizer",
-    "ToolCall": "text.turns",
-    "ToolResult": "tasks.session",
-    "Truncated": "tasks.session",
-    "batch_generate": "tasks.batch",
-    "choose": "tasks.choose",
-    "edit": "tasks.edit",
-    "fill": "tasks.fill",
-    "generate": "tasks.generate",
-    "load": "checkpoint.load",
-    "stream_batch": "tasks.batch",
-    "stream_edit": "tasks.edit",
-    "stream_fill": "tasks.fill",
-    "stream_generate": "tasks.generate",
+_EXPORTS = {
+    "arguments": "SettingError",
+    "checkpoint.load": "load",
+    "diffusion.draws": "Draws SeededDraws",
+    "diffusion.guards": "Guards",
+    "diffusion.prompt_cache": "ContextError PromptCache Reading SessionError",
+    "errors": "CheckpointError Error",
+    "model.diffusion_gemma": "DiffusionGemma",
+    "model.settings": "ConfidenceThreshold EntropyBound GenerationConfig",
+    "tasks.batch": "batch_generate stream_batch",
+    "tasks.choose": "ChooseError ChooseRequest choose",
+    "tasks.edit": "EditError EditRequest EditResult edit stream_edit",
+    "tasks.fill": "FillRequest FillResult fill stream_fill",
+    "tasks.generate": "Request generate stream_generate",
+    "tasks.request": "Done Draft Event Notice Options Settings",
+    "tasks.session": "ChatSession ToolResult Truncated",
+    "tasks.starts": "CanvasError Pieces",
+    "text.schema": "SchemaError",
+    "text.template": "TemplateError",
+    "text.tokenizer": "Tokenizer TokenizerError",
+    "text.turns": "BadToolCall Text Thought ToolCall",
 }
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
-__all__ = [
-    "BadToolCall",
-    "CanvasError",
-    "ChatSession",
-    "CheckpointError",
-    "ChooseError",
-    "ConfidenceThreshold",
-    "ContextError",
-    "DiffusionGemma",
-    "Done",
-    "Draft",
-    "Draws",
-    "EditError",
-    "EditResult",
-    "EntropyBound",
-    "Error",
-    "Event",
-    "FillResult",
-    "GenerationConfig",
-    "Guards",
-    "Notice",
-    "PromptCache",
-    "Reading",
-    "Request",
-    "SchemaError",
-    "SeededDraws",
-    "SessionError",
-    "SettingError",
-    "TemplateError",
-    "Text",
-    "Thought",
-    "Tokenizer",
-    "TokenizerError",
-    "ToolCall",
-    "ToolResult",
-    "Truncated",
-    "batch_generate",
-    "choose",
-    "edit",
-    "fill",
-    "generate",
-    "load",
-    "stream_batch",
-    "stream_edit",
-    "stream_fill",
-    "stream_generate",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -136,3 +96,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

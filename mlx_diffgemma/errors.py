@@ -6,3 +6,7 @@ class Error(Exception):
 
     Its message is one sentence for a user; the command line prints it and exits with 1.
     """
+
+
+class CheckpointError(Error):
+    """A checkpoint that cannot be found, fetched, read or trusted."""

@@ -30,7 +30,7 @@ def reference_case(
     model: DiffusionGemmaForBlockDiffusion, tokenizer: Tokenizer, case: Case, seed: int
 ) -> Outcome:
     """Answer one case with transformers."""
-    prompt = tokenizer.render_chat([{"role": "user", "content": case.prompt}])
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": case.prompt}])
     ids = tokenizer.encode(prompt)
     torch.manual_seed(seed)
     out = model.generate(torch.tensor([ids]))

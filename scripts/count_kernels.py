@@ -727,12 +727,12 @@ def run_ours(directory: str, recorder: Recorder) -> Cost:
     # On a CPU the default is float32, whatever is stored.
     dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
     model, _ = load(directory, dtype=dtype)
-    context = PromptCache(model)
-    context.read(list(range(100, 164)))
+    prompt_cache = PromptCache(model)
+    prompt_cache.read(list(range(100, 164)))
     draws = SeededDraws(0, model.config.vocab_size)
     config = model.generation.override(max_denoising_steps=4)
     recorder.start(model.config.vocab_size, model.config.canvas_length)
-    for snapshot in denoise(model, context.cache, config, draws):
+    for snapshot in denoise(model, prompt_cache.cache, config, draws):
         recorder.mark()
         if snapshot.step == 3:
             break

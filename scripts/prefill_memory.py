@@ -24,12 +24,12 @@ def measure(directory: str, tokens: int, chunk: int) -> dict[str, float]:
     from mlx_diffgemma import PromptCache, load
 
     model, _ = load(directory)
-    context = PromptCache(model)
+    prompt_cache = PromptCache(model)
     weights = mx.get_active_memory()
     mx.reset_peak_memory()
     started = perf_counter()
-    context.read([100 + i % 600 for i in range(tokens)], chunk)
-    cache = sum(layer.held.nbytes for layer in context.cache if layer.held is not None)
+    prompt_cache.read([100 + i % 600 for i in range(tokens)], chunk)
+    cache = sum(layer.state.nbytes for layer in prompt_cache.cache if layer.state is not None)
     return {
         "cache": cache,
         "above": mx.get_peak_memory() - weights - cache,

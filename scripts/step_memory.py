@@ -34,14 +34,14 @@ def main() -> None:
         model = load_model(directory, dtype="float32")
         if arguments.kept:
             model.keep_table(mx.eval)
-        context = PromptCache(model)
-        context.read(list(range(64)))
+        prompt_cache = PromptCache(model)
+        prompt_cache.read(list(range(64)))
         mx.clear_cache()
         weights = mx.get_active_memory()
         mx.reset_peak_memory()
         # Not the last step: what the next one needs is computed, too.
         config = model.generation.override(max_denoising_steps=3)
-        next(denoise(model, context.cache, config, SeededDraws(0, model.config.vocab_size)))
+        next(denoise(model, prompt_cache.cache, config, SeededDraws(0, model.config.vocab_size)))
         above = mx.get_peak_memory() - weights
         print(f"weights {weights / 1e9:.3f} GB, peak of a step above them {above / 1e9:.3f} GB")
 

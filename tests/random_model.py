@@ -38,7 +38,7 @@ class Scripted(DiffusionGemma):
     """Writes the canvases of `script` in turn, each until it is stable.
 
     None in a canvas is a position where all tokens are equally likely, so that it never converges.
-    Hidden states are rows of the embedding. `_beliefs` collects what the model was given for
+    Hidden states are rows of the embedding. `_conditioned_on` collects what the model was given for
     self-conditioning.
     """
 
@@ -47,16 +47,16 @@ class Scripted(DiffusionGemma):
     def begin(self, *script: Sequence[int | None]) -> None:
         self.script = script
         self._next = 0
-        self._beliefs: list[mx.array] = []
+        self._conditioned_on: list[mx.array] = []
 
     def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
         """Of each position the wanted token's embedding, or zeros."""
         (asked,) = passes
-        if asked.belief is None:
+        if asked.self_conditioning is None:
             self._now = self.script[self._next]
             self._next += 1
         else:
-            self._beliefs.append(asked.belief)
+            self._conditioned_on.append(asked.self_conditioning)
         length = asked.canvas.shape[1]
         ids = [*self._now, *[0] * length][:length]
         sure = mx.array([[[0.0 if t is None else 60.0] for t in ids]])
@@ -66,7 +66,7 @@ class Scripted(DiffusionGemma):
 def scripted(kind: type[Scripted] = Scripted, *, one_hot: bool = False) -> Scripted:
     """For the small model's vocabulary and canvas; its embedding is a code of random signs.
 
-    One-hot, which takes six times as long, beliefs are probabilities times a constant.
+    One-hot, which takes six times as long, self_conditioning are probabilities times a constant.
     """
     width = 768 if one_hot else 128
     model: Scripted = untrained(768, 64, width=width, kind=kind)

@@ -174,7 +174,7 @@ class _OneStage:
     def __init__(self, gumbel: mx.array):
         self._gumbel = gumbel
         self._best: list[Choices] = []
-        self.held: list[mx.array] = []
+        self.state: list[mx.array] = []
 
     def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
         noise = self._gumbel[..., first : first + weights.shape[-1]]

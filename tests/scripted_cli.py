@@ -19,7 +19,9 @@ from mlx_diffgemma.cli.main import main as cli
 class Slow(Scripted):
     def decode(self, *given: Any) -> Any:
         time.sleep(float(os.environ.get("DELAY", "0")))
-        if given[0][0].belief is not None and self._next == int(os.environ.get("HANG", "0")):
+        if given[0][0].self_conditioning is not None and self._next == int(
+            os.environ.get("HANG", "0")
+        ):
             time.sleep(60)
         return super().decode(*given)
 

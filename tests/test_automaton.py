@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from slow import best_canvas
 
 from mlx_diffgemma.diffusion.automaton import (
-    Choice,
+    Alternation,
+    Characters,
+    Concat,
     Deadline,
+    Exactly,
     Graph,
-    Literal,
     Machine,
     Pattern,
     PatternError,
     PatternTimeout,
     Plans,
     Repeat,
-    Sequence,
-    Text,
     Tokens,
     compile_pattern,
 )
@@ -33,17 +33,17 @@ VOCAB = 6
 PAD = 5  # fills what follows a pattern, as <eos> fills a canvas
 LEAVES = st.one_of(
     st.sets(st.integers(0, 4), min_size=1, max_size=3).map(lambda s: Tokens(tuple(sorted(s)))),
-    st.lists(st.integers(0, 4), max_size=2).map(lambda ids: Literal(tuple(ids))),
+    st.lists(st.integers(0, 4), max_size=2).map(lambda ids: Exactly(tuple(ids))),
     st.tuples(st.integers(0, 2), st.integers(0, 2)).map(
-        lambda n: Text({1: (0, 1), 2: (2,)}, n[0], n[0] + n[1])
+        lambda n: Characters({1: (0, 1), 2: (2,)}, n[0], n[0] + n[1])
     ),
-    st.just(Text({1: (0,), 3: (4,)}, 1, None)),
+    st.just(Characters({1: (0,), 3: (4,)}, 1, None)),
 )
 PATTERNS: st.SearchStrategy[Pattern] = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3).map(lambda parts: Sequence(tuple(parts))),
-        st.lists(inner, min_size=1, max_size=3).map(lambda options: Choice(tuple(options))),
+        st.lists(inner, max_size=3).map(lambda parts: Concat(tuple(parts))),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: Alternation(tuple(options))),
         st.tuples(inner, st.integers(0, 2), st.sampled_from([0, 1, None])).map(
             lambda r: Repeat(r[0], r[1], None if r[2] is None else r[1] + r[2])
         ),
@@ -57,9 +57,9 @@ def matches(pattern: Pattern, tokens: tuple[int, ...]) -> set[int]:
     match pattern:
         case Tokens(ids):
             return {1} if tokens and tokens[0] in ids else set()
-        case Literal(ids):
+        case Exactly(ids):
             return {len(ids)} if tokens[: len(ids)] == ids else set()
-        case Text(by_length, least, most):
+        case Characters(by_length, least, most):
             found = set()
             chars = 0
             for taken, token in enumerate((*tokens, None)):
@@ -70,12 +70,12 @@ def matches(pattern: Pattern, tokens: tuple[int, ...]) -> set[int]:
                     break
                 chars += length
             return found
-        case Sequence(parts):
+        case Concat(parts):
             ends = {0}
             for part in parts:
                 ends = {e + n for e in ends for n in matches(part, tokens[e:])}
             return ends
-        case Choice(options):
+        case Alternation(options):
             return set().union(*(matches(option, tokens) for option in options))
         case Repeat(part, least, most):
             ends, found = {0}, set()
@@ -94,8 +94,8 @@ def canvases(length: int) -> Iterator[tuple[int, ...]]:
     return itertools.product(range(VOCAB), repeat=length)
 
 
-def padded(pattern: Pattern) -> Sequence:
-    return Sequence((pattern, Repeat(Tokens((PAD,)))))
+def padded(pattern: Pattern) -> Concat:
+    return Concat((pattern, Repeat(Tokens((PAD,)))))
 
 
 def allowed_slowly(pattern: Pattern, length: int) -> set[tuple[int, ...]]:
@@ -128,7 +128,7 @@ def test_the_chosen_canvas_is_the_best_allowed_one(
 
 
 def test_a_pattern_goes_on_in_the_next_canvas_and_ends_within_the_budget() -> None:
-    machine: Machine = compile_pattern(padded(Sequence((Repeat(Tokens((0, 1))), Literal((3,))))))
+    machine: Machine = compile_pattern(padded(Concat((Repeat(Tokens((0, 1))), Exactly((3,))))))
     states = frozenset([machine.first])
     written: list[int] = []
     longing = mx.array([[[0.0, 9.0, 0.0, -9.0, 0.0, 0.0]] * 3])  # never wants to end
@@ -139,12 +139,12 @@ def test_a_pattern_goes_on_in_the_next_canvas_and_ends_within_the_budget() -> No
         written += canvas
     assert written == [1] * 7 + [3, PAD]
     with pytest.raises(PatternError, match="at least 4 tokens, more than 3"):
-        compile_pattern(Literal((1, 2, 3, 4))).plan(3, 3)
+        compile_pattern(Exactly((1, 2, 3, 4))).plan(3, 3)
 
 
 def test_rows_have_their_own_patterns_and_forced_tokens_are_known() -> None:
-    first = compile_pattern(padded(Sequence((Literal((1,)), Tokens((0, 2))))))
-    second = compile_pattern(padded(Choice((Literal((3, 3)), Literal((4,))))))
+    first = compile_pattern(padded(Concat((Exactly((1,)), Tokens((0, 2))))))
+    second = compile_pattern(padded(Alternation((Exactly((3, 3)), Exactly((4,))))))
     plans = [machine.plan(3, 3) for machine in (first, second)]
     assert plans[0].forced() == [1, None, PAD]
     assert plans[1].forced() == [None, None, PAD]
@@ -159,7 +159,7 @@ def test_a_pattern_too_large_is_refused() -> None:
 
 def test_a_pattern_is_given_up_at_its_deadline() -> None:
     """However long a pattern took, it was compiled to its end."""
-    slow = Repeat(Choice((Literal((1, 2)), Repeat(Tokens((1,)), 0, 50))), 0, 500)
+    slow = Repeat(Alternation((Exactly((1, 2)), Repeat(Tokens((1,)), 0, 50))), 0, 500)
     with pytest.raises(PatternTimeout, match="took longer than 3 seconds"):
         compile_pattern(slow, Deadline(3, time.monotonic() - 1))
     with pytest.raises(PatternTimeout):
@@ -167,12 +167,14 @@ def test_a_pattern_is_given_up_at_its_deadline() -> None:
     began = time.monotonic()
     with pytest.raises(PatternTimeout, match="took longer than 0 seconds"):
         compile_pattern(slow, Deadline.within(10, began))
-    assert compile_pattern(Literal((1, 2)), Deadline.within(60, began + 60)).shortest == 2
+    assert compile_pattern(Exactly((1, 2)), Deadline.within(60, began + 60)).shortest == 2
 
 
 def test_a_path_through_the_largest_automaton_takes_no_memory_for_what_it_cannot_reach() -> None:
     """It held a number for each position and state: gigabytes, and a second a step."""
-    machine = compile_pattern(padded(Choice(tuple(Literal((i % 5,) * 900) for i in range(200)))))
+    machine = compile_pattern(
+        padded(Alternation(tuple(Exactly((i % 5,) * 900) for i in range(200))))
+    )
     assert machine.states > 170_000
     plan = machine.plan(128, 1000)
     scores = np.zeros((128, len(machine.sets)))

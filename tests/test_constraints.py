@@ -54,15 +54,15 @@ def test_pins_and_patterns_hold_at_every_step(
     prefill(model, [2, 3], cache)
     config = model.generation.override(max_denoising_steps=5, sampler=sampler)
     held = np.array(pinned)
-    for snapshot in denoise(model, cache, config, draws, start):
-        canvas, argmax = np.array(snapshot.canvas), np.array(snapshot.argmax)
+    for state in denoise(model, cache, config, draws, start):
+        canvas, argmax = np.array(state.canvas), np.array(state.argmax)
         assert (canvas[held] == np.array(allowed)[held]).all()
         assert (argmax[held] == np.array(allowed)[held]).all()
-        assert (np.array(snapshot.entropy)[held] == 0).all()
+        assert (np.array(state.entropy)[held] == 0).all()
         open_to = np.array(constraint.allowed(0, VOCAB, LENGTH))
         for row, machine in enumerate(machines):
             assert machine.accepts(argmax[row].tolist())
-            for i in np.flatnonzero(np.array(snapshot.accepted)[row]):
+            for i in np.flatnonzero(np.array(state.accepted)[row]):
                 assert open_to[row, i, canvas[row, i]]
 
 

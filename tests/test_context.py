@@ -18,14 +18,14 @@ MODEL = untrained(20, 8, windows=(6, None, 9))
 CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def logits(model: DiffusionGemma, context: PromptCache) -> np.ndarray[Any, Any]:
-    return np.array(model(CANVAS, context.cache))
+def logits(model: DiffusionGemma, prompt_cache: PromptCache) -> np.ndarray[Any, Any]:
+    return np.array(model(CANVAS, prompt_cache.cache))
 
 
 def fresh(model: DiffusionGemma, tokens: list[int]) -> np.ndarray[Any, Any]:
-    context = PromptCache(model)
-    assert context.read(tokens) == len(tokens)
-    return logits(model, context)
+    prompt_cache = PromptCache(model)
+    assert prompt_cache.read(tokens) == len(tokens)
+    return logits(model, prompt_cache)
 
 
 Prompts = st.lists(
@@ -40,27 +40,29 @@ def test_any_sequence_of_prompts_gives_the_logits_of_the_last_one_alone(
 ) -> None:
     """Each prompt keeps a part of the one before and goes on differently."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WORTH_A_MARK", worth)
-        context, tokens = PromptCache(MODEL), [7]
+        patch.setattr(module, "WORTH_A_SNAPSHOT", worth)
+        prompt_cache, tokens = PromptCache(MODEL), [7]
         for kept, more in edits:
             tokens = [7, *tokens[1:kept], *more]
-            saved = context.shared(tokens)
-            assert context.read(tokens) == len(tokens) - saved
-            assert context.tokens == tuple(tokens)
-    context.read(tokens)
-    np.testing.assert_allclose(logits(MODEL, context), fresh(MODEL, tokens), rtol=2e-4, atol=2e-4)
+            saved = prompt_cache.shared(tokens)
+            assert prompt_cache.read(tokens) == len(tokens) - saved
+            assert prompt_cache.tokens == tuple(tokens)
+    prompt_cache.read(tokens)
+    np.testing.assert_allclose(
+        logits(MODEL, prompt_cache), fresh(MODEL, tokens), rtol=2e-4, atol=2e-4
+    )
 
 
 def test_only_what_is_new_is_encoded() -> None:
-    context = PromptCache(MODEL)
+    prompt_cache = PromptCache(MODEL)
     document = [i % 20 for i in range(400)]
-    assert context.read([*document, 1, 2]) == 402
-    assert context.read([*document, 1, 2, 3, 4]) == 2
-    assert context.read([*document, 1, 2]) == 0  # back to a mark
+    assert prompt_cache.read([*document, 1, 2]) == 402
+    assert prompt_cache.read([*document, 1, 2, 3, 4]) == 2
+    assert prompt_cache.read([*document, 1, 2]) == 0  # back to a mark
     # No mark stands where the document ends: the second question pays for it, the third does not.
-    assert context.read([*document, 5, 6, 7]) == 403
-    assert context.read([*document, 8]) == 1
-    assert context.read([9]) == 1
+    assert prompt_cache.read([*document, 5, 6, 7]) == 403
+    assert prompt_cache.read([*document, 8]) == 1
+    assert prompt_cache.read([9]) == 1
 
 
 def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
@@ -71,37 +73,37 @@ def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
     model = untrained(20, 8, windows=(6, None, None), context=1 << 15)
     above = []
     for length in (1_000, 1_000, 16_000):  # the first compiles
-        context = PromptCache(model)
+        prompt_cache = PromptCache(model)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        context.read([i % 20 for i in range(length)], 64)
-        above.append(mx.get_peak_memory() - before - context.nbytes)
+        prompt_cache.read([i % 20 for i in range(length)], 64)
+        above.append(mx.get_peak_memory() - before - prompt_cache.nbytes)
     scores = 2 * 64 * 16_000 * 4
     assert above[2] - above[1] < 6 * scores  # attention's, which blocks of queries bound
-    assert context.nbytes > 4e6
-    assert above[2] < context.nbytes / 2 + 6 * scores
+    assert prompt_cache.nbytes > 4e6
+    assert above[2] < prompt_cache.nbytes / 2 + 6 * scores
 
 
 def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = PromptCache(MODEL)
+    prompt_cache = PromptCache(MODEL)
     for count in range(20, 200, 20):
-        context.read([1] * count)
+        prompt_cache.read([1] * count)
     # Keys and values, two sliding layers that keep 5 and 8 tokens of 16 numbers.
     mark = 2 * (5 + 8) * 16 * 4
     full = 2 * 180 * 16 * 4
-    assert context.nbytes == full + mark + 9 * mark
-    monkeypatch.setattr(module, "MARK_BYTES", 3 * mark)
-    context.read([1] * 200)
-    assert context.nbytes == full + 2 * 20 * 16 * 4 + mark + 3 * mark
-    assert context.read([1] * 160 + [2]) == 1
-    assert context.read([1] * 20) == 20  # that mark is gone
+    assert prompt_cache.nbytes == full + mark + 9 * mark
+    monkeypatch.setattr(module, "SNAPSHOT_BYTES", 3 * mark)
+    prompt_cache.read([1] * 200)
+    assert prompt_cache.nbytes == full + 2 * 20 * 16 * 4 + mark + 3 * mark
+    assert prompt_cache.read([1] * 160 + [2]) == 1
+    assert prompt_cache.read([1] * 20) == 20  # that mark is gone
 
 
 def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers used to hold the new tokens and some not."""
-    context = PromptCache(MODEL)
-    context.read([1, 2, 3])
+    prompt_cache = PromptCache(MODEL)
+    prompt_cache.read([1, 2, 3])
 
     def interrupted(model: DiffusionGemma, tokens: Any, cache: Any, chunk: int) -> None:
         cache[0].length += 2
@@ -110,53 +112,57 @@ def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(module, "prefill", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            context.read([1, 2, 3, 4, 5])
-    assert len(context) == 0
-    context.read([1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(logits(MODEL, context), fresh(MODEL, [1, 2, 3, 4, 5]))
+            prompt_cache.read([1, 2, 3, 4, 5])
+    assert len(prompt_cache) == 0
+    prompt_cache.read([1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(logits(MODEL, prompt_cache), fresh(MODEL, [1, 2, 3, 4, 5]))
 
 
 def test_what_cannot_be_read_leaves_the_context_as_it_was() -> None:
     """Ids beyond the vocabulary were read from beyond the table; a chunk of 0 never ended."""
-    context = PromptCache(MODEL)
-    context.read([1, 2, 3])
+    prompt_cache = PromptCache(MODEL)
+    prompt_cache.read([1, 2, 3])
     for ids in ([1, 20], [-1], [2**40], [1.0], [True], ["1"]):
         wrong: Any = ids
-        for take in (context.read, context.extend, lambda i: prefill(MODEL, i, context.cache)):
+        for take in (
+            prompt_cache.read,
+            prompt_cache.extend,
+            lambda i: prefill(MODEL, i, prompt_cache.cache),
+        ):
             with pytest.raises(SettingError, match="a token id must be"):
                 take(wrong)
     for chunk in (0, -1, 1.5, True):
         with pytest.raises(SettingError, match="prefill_chunk"):
-            context.read([1, 2, 3, 4], chunk)  # type: ignore[arg-type]
+            prompt_cache.read([1, 2, 3, 4], chunk)  # type: ignore[arg-type]
         with pytest.raises(SettingError, match="prefill_chunk"):
-            context.extend([4], chunk)  # type: ignore[arg-type]
-    assert context.tokens == (1, 2, 3)
-    np.testing.assert_array_equal(logits(MODEL, context), fresh(MODEL, [1, 2, 3]))
+            prompt_cache.extend([4], chunk)  # type: ignore[arg-type]
+    assert prompt_cache.tokens == (1, 2, 3)
+    np.testing.assert_array_equal(logits(MODEL, prompt_cache), fresh(MODEL, [1, 2, 3]))
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1] * 30, [1] * 30 + [2] * 9], []])
 def test_save_and_load(prompts: list[list[int]], tmp_path: Path) -> None:
-    context = PromptCache(MODEL)
+    prompt_cache = PromptCache(MODEL)
     for prompt in prompts:
-        context.read(prompt)
-    context.extend([4, 4])
+        prompt_cache.read(prompt)
+    prompt_cache.extend([4, 4])
     file = tmp_path / "chat"
-    context.save(file, {"said": "ähem"})
+    prompt_cache.save(file, {"said": "ähem"})
     assert [path.name for path in tmp_path.iterdir()] == ["chat"]
     again, extra = PromptCache.load(file, MODEL)
     assert extra == {"said": "ähem"}
-    assert again.tokens == context.tokens
-    np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, context))
+    assert again.tokens == prompt_cache.tokens
+    np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, prompt_cache))
     for prompt in [*reversed(prompts), [5, 6]]:
-        assert again.read(prompt) == context.read(prompt)
-        np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, context))
+        assert again.read(prompt) == prompt_cache.read(prompt)
+        np.testing.assert_array_equal(logits(MODEL, again), logits(MODEL, prompt_cache))
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "chat"
-    context = PromptCache(MODEL)
-    context.read([1, 2, 3])
-    context.save(file)
+    prompt_cache = PromptCache(MODEL)
+    prompt_cache.read([1, 2, 3])
+    prompt_cache.save(file)
     other = untrained(20, 8, windows=(6, None, 9), seed=4)
     with pytest.raises(SessionError, match="another model"):
         PromptCache.load(file, other)
@@ -171,9 +177,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(SessionError, match="damaged"):
             PromptCache.load(file, MODEL)
     with pytest.raises(SessionError, match="cannot be written"):
-        context.save(tmp_path / "no" / "such" / "folder")
+        prompt_cache.save(tmp_path / "no" / "such" / "folder")
     with pytest.raises(SessionError, match="cannot be written"):
-        context.save(Path("/dev/full/x"))
+        prompt_cache.save(Path("/dev/full/x"))
 
 
 def test_a_fingerprint_tells_weights_apart() -> None:

@@ -136,14 +136,14 @@ def test_every_format_computes_in_what_is_asked_for(mode: str, tmp_path: Path) -
         model = load_model(tmp_path / name, dtype="float32")
         cache = model.make_cache()
         model.encode(canvas, cache)
-        belief = soft_embedding(model, model(canvas, cache))
-        found.append(model(canvas, cache, belief))
+        self_conditioning = soft_embedding(model, model(canvas, cache))
+        found.append(model(canvas, cache, self_conditioning))
     assert mx.abs(found[0] - found[1]).max() < 1e-4
     half = load_model(tmp_path / "packed", dtype="float16")
     half.keep_table()
     cache = half.make_cache()
     hidden = half.encode(canvas, cache)
-    held = [layer.held.dtype for layer in cache if layer.held is not None]
+    held = [layer.state.dtype for layer in cache if layer.state is not None]
     assert held == [mx.float16] * 4
     assert hidden.dtype == half.decode([Pass(canvas, cache)])[0].dtype == mx.float16
     assert {rows.dtype for _, rows in half.vocabulary(50)} == {mx.float16}

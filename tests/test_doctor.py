@@ -99,10 +99,10 @@ def a_token_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(cache: LayerCache, new: mx.array) -> mx.array:
         seen = append(cache, new)
-        if cache.window is not None and cache.kept == cache.window - 1:
-            held = cache.held
+        if cache.window is not None and cache.size == cache.window - 1:
+            held = cache.state
             assert held is not None
-            cache.hold(cache.length, mx.contiguous(held[:, :, 1:]))
+            cache.set_state(cache.length, mx.contiguous(held[:, :, 1:]))
         return seen
 
     monkeypatch.setattr(LayerCache, "append", wrong)

@@ -84,9 +84,9 @@ def test_what_is_not_accepted_goes_back_to_the_users_text() -> None:
     assert start.first_step == 1 + round(0.6 * 47)
     cache = model.make_cache()
     prefill(model, encode_prompt(tokenizer, f"Fix: {text}"), cache)
-    for snapshot in denoise(model, cache, model.generation, draws, start):
-        free = ~snapshot.accepted[0, : len(ids)]
-        assert (mx.where(free, snapshot.canvas[0, : len(ids)], own) == own).all().item()
+    for state in denoise(model, cache, model.generation, draws, start):
+        free = ~state.accepted[0, : len(ids)]
+        assert (mx.where(free, state.canvas[0, : len(ids)], own) == own).all().item()
 
 
 def test_the_part_ends_where_the_text_behind_it_begins() -> None:

@@ -35,7 +35,7 @@ from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.tasks.generate import Committed, generate_tokens
 from mlx_diffgemma.tasks.starts import CanvasError, First, forced_tokens
-from mlx_diffgemma.text.turns import Stopper
+from mlx_diffgemma.text.turns import StopStrings
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -209,7 +209,9 @@ def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
 def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     model, tokenizer = loaded
     puzzle, solution = PUZZLES[1]
-    prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": rows(puzzle)}]))
+    prompt = tokenizer.encode(
+        tokenizer.apply_chat_template([{"role": "user", "content": rows(puzzle)}])
+    )
     cache = model.make_cache()
     prefill(model, prompt, cache)
     start = tokenizer.encode(rows(solution))
@@ -218,12 +220,12 @@ def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, 
     snapshots = list(
         denoise(model, cache, model.generation, SeededDraws(2, 128), Start(given, pinned))
     )
-    for snapshot in snapshots:
+    for state in snapshots:
         kept = np.array(pinned)
-        assert (np.array(snapshot.canvas)[kept] == np.array([start])[kept]).all()
-        assert (np.array(snapshot.argmax)[kept] == np.array([start])[kept]).all()
-        assert (np.array(snapshot.entropy)[kept] == 0).all()
-        assert np.array(snapshot.accepted)[kept].all()
+        assert (np.array(state.canvas)[kept] == np.array([start])[kept]).all()
+        assert (np.array(state.argmax)[kept] == np.array([start])[kept]).all()
+        assert (np.array(state.entropy)[kept] == 0).all()
+        assert np.array(state.accepted)[kept].all()
     assert snapshots[-1].argmax[0].tolist()[:41] == start[:41]
 
     all_pinned = mx.ones((1, 48), dtype=mx.bool_)
@@ -240,9 +242,9 @@ def test_unaccepted_positions_go_back_to_the_background(
     cache = model.make_cache()
     prefill(model, list(range(20, 60)), cache)
     text = Start(mx.array([tokenizer.encode("12" * 24)]), background=mx.full((1, 48), 7))
-    for snapshot in denoise(model, cache, model.generation, SeededDraws(2, 128), text):
-        free = ~np.array(snapshot.accepted)
-        assert (np.array(snapshot.canvas)[free] == 7).all()
+    for state in denoise(model, cache, model.generation, SeededDraws(2, 128), text):
+        free = ~np.array(state.accepted)
+        assert (np.array(state.canvas)[free] == 7).all()
 
 
 def test_canvases_of_text(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
@@ -266,21 +268,21 @@ def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Token
     solved = 0
     for puzzle, solution in PUZZLES[:10]:
         prompt = tokenizer.encode(
-            tokenizer.render_chat([{"role": "user", "content": rows(puzzle)}])
+            tokenizer.apply_chat_template([{"role": "user", "content": rows(puzzle)}])
         )
         cache = model.make_cache()
         prefill(model, prompt, cache)
         config = model.generation.override(sampler=ConfidenceThreshold(0.7))
         held = np.zeros((1, 48), dtype=bool)
         before = np.zeros((1, 48))
-        for snapshot in denoise(model, cache, config, SeededDraws(0, 128)):
-            accepted, canvas = np.array(snapshot.accepted), np.array(snapshot.canvas)
+        for state in denoise(model, cache, config, SeededDraws(0, 128)):
+            accepted, canvas = np.array(state.accepted), np.array(state.canvas)
             assert (accepted | ~held).all(), "a held position was given up"
             assert (canvas[held] == before[held]).all(), "a held token was changed"
-            assert (np.array(snapshot.argmax)[accepted] == canvas[accepted]).all()
+            assert (np.array(state.argmax)[accepted] == canvas[accepted]).all()
             held, before = accepted, canvas
-        assert snapshot.converged
-        solved += tokenizer.decode(snapshot.argmax[0].tolist()).startswith(rows(solution))
+        assert state.converged
+        solved += tokenizer.decode(state.argmax[0].tolist()).startswith(rows(solution))
     assert solved >= 5
 
 
@@ -383,7 +385,7 @@ def test_prompt_forms_agree(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     model, tokenizer = loaded
     text = rows(PUZZLES[0][0])
     chat = [{"role": "user", "content": text}]
-    ids = tokenizer.encode(tokenizer.render_chat(chat))
+    ids = tokenizer.encode(tokenizer.apply_chat_template(chat))
     answers: Iterator[str] = (generate(model, tokenizer, p, seed=3) for p in (text, chat, ids))
     assert len(set(answers)) == 1
 
@@ -401,14 +403,14 @@ def test_prompt_forms_agree(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
 def test_text_ends_at_a_stop_string_wherever_canvases_cut_it(
     stop: list[str], parts: list[str], shown: str
 ) -> None:
-    stopper = Stopper(stop)
+    stop_strings = StopStrings(stop)
     text = ""
     for part in parts:
-        text += stopper.feed(part)
+        text += stop_strings.feed(part)
         assert shown.startswith(text)  # nothing is shown that would have to be taken back
-        if stopper.hit:
+        if stop_strings.hit:
             break
-    assert text + stopper.rest() == shown
+    assert text + stop_strings.rest() == shown
 
 
 def test_an_answer_begins_with_its_opening(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
@@ -426,8 +428,8 @@ def generate_text(loaded: tuple[DiffusionGemma, Tokenizer], **settings: Any) -> 
 
 def test_a_long_stop_string_costs_no_more_than_what_has_come() -> None:
     """Each text was compared with all beginnings of a stop string, megabytes of it."""
-    stopper = Stopper(["a" * 1_000_000 + "b"])
+    stop_strings = StopStrings(["a" * 1_000_000 + "b"])
     began = time.monotonic()
-    assert stopper.feed("some text aa") == "some text "
-    assert stopper.rest() == "aa"
+    assert stop_strings.feed("some text aa") == "some text "
+    assert stop_strings.rest() == "aa"
     assert time.monotonic() - began < 2

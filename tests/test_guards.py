@@ -54,14 +54,14 @@ def test_an_empty_answer_is_tried_again() -> None:
 
 
 def test_the_forbidden_end_reaches_self_conditioning() -> None:
-    """Masked only when sampling, the belief would go on telling the model to end at once."""
+    """Masked only when sampling, self-conditioning would go on telling the model to end."""
     model = scripted(one_hot=True)
     model.begin([END], [END, *ids("ello")])
     guards = Guards(not_converged=False)
     list(stream_generate(model, TOKENIZER, "x", seed=0, guards=guards))
-    belief = np.array(mx.stack(model._beliefs))[:, 0, 0] / 768**0.5
-    assert belief[0, END] > 0.99
-    assert (belief[-1, [1, END]] == 0).all()
+    self_conditioning = np.array(mx.stack(model._conditioned_on))[:, 0, 0] / 768**0.5
+    assert self_conditioning[0, END] > 0.99
+    assert (self_conditioning[-1, [1, END]] == 0).all()
 
 
 def test_a_canvas_that_does_not_converge() -> None:

@@ -30,10 +30,10 @@ from mlx_diffgemma.model.layers import (
     Attention,
     ExpertLinear,
     Experts,
-    Joined,
+    MergedLinear,
     Router,
     attention,
-    scaled_and_turned,
+    scale_and_rotate,
 )
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -61,7 +61,7 @@ def test_chunks_change_nothing(window: int, chunk: int) -> None:
     prefill(model, PROMPT, parts, chunk)
     for one, other in zip(whole, parts, strict=True):
         assert one.length == other.length == len(PROMPT)
-        assert one.kept == other.kept == min(len(PROMPT), (one.window or 10_000) - 1)
+        assert one.size == other.size == min(len(PROMPT), (one.window or 10_000) - 1)
     difference = mx.abs(model(CANVAS, whole) - model(CANVAS, parts)).max().item()
     assert difference < 2e-4
 
@@ -104,10 +104,10 @@ def test_a_long_prompt_is_not_copied_at_each_chunk() -> None:
     before = mx.get_active_memory()
     for _ in range(20):
         cache.append(chunk)
-        mx.eval(cache.held)
+        mx.eval(cache.state)
     mx.eval(cache.read(chunk[:, :, :8]))
-    assert cache.held is not None
-    assert cache.held.shape[2] == cache.length == 20_000
+    assert cache.state is not None
+    assert cache.state.shape[2] == cache.length == 20_000
     assert mx.get_peak_memory() - before < 1.15 * 20_008 * 4 * 16 * 4
 
 
@@ -119,10 +119,10 @@ def test_a_fork_is_not_written_by_the_other() -> None:
     fork = cache.fork()
     fork.append(5 * first)
     cache.append(7 * first)
-    assert fork.held is not None
-    assert cache.held is not None
-    assert fork.held[0, 0, :, 0].tolist() == [1, 1, 1, 5, 5, 5]
-    assert cache.held[0, 0, :, 0].tolist() == [1, 1, 1, 7, 7, 7]
+    assert fork.state is not None
+    assert cache.state is not None
+    assert fork.state[0, 0, :, 0].tolist() == [1, 1, 1, 5, 5, 5]
+    assert cache.state[0, 0, :, 0].tolist() == [1, 1, 1, 7, 7, 7]
 
 
 def test_a_canvas_does_not_write_the_cache() -> None:
@@ -209,7 +209,7 @@ def test_joined_products_are_the_products(change: str) -> None:
             attention.v_proj = attention.v_proj.to_quantized(32, 8)
         if model is apart:
             for block in model.model.decoder.layers:
-                block.self_attn._joined = block.mlp._joined = Joined([])
+                block.self_attn._merged = block.mlp._merged = MergedLinear([])
     caches = [model.make_cache() for model in (apart, joined)]
     for model, cache in zip((apart, joined), caches, strict=True):
         prefill(model, PROMPT, cache)
@@ -271,7 +271,7 @@ def test_heads_turn_as_rotary_embedding_does(dtype: Any) -> None:
     offsets = [70_000, 9]
     rotation = attention.rotation(mx.array([[float(o + i) for i in range(3)] for o in offsets]))
     still = (mx.arange(8) >= 6)[:, None, None]
-    turned = scaled_and_turned(x, scales.astype(dtype), rotation, still)
+    turned = scale_and_rotate(x, scales.astype(dtype), rotation, still)
     wavelengths = [1e4 ** (i / 8) for i in range(5)] + [math.inf] * 3
     expected = mx.fast.rope(
         (x * scales.astype(dtype))[:, :, :6].swapaxes(1, 2),

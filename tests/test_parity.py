@@ -17,7 +17,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 from mlx_diffgemma.checkpoint.load import load_model
-from mlx_diffgemma.diffusion.denoise import Snapshot
+from mlx_diffgemma.diffusion.denoise import DenoisingState
 from mlx_diffgemma.diffusion.draws import Draws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -108,28 +108,28 @@ CASES = [
 
 def steps_of(
     model: DiffusionGemma, prompt: list[int], draws: Draws, chunk: int
-) -> tuple[list[Snapshot], list[int]]:
-    """Every snapshot of a run and all committed tokens."""
+) -> tuple[list[DenoisingState], list[int]]:
+    """Every state of a run and all committed tokens."""
     snapshots, tokens = [], []
     for item in generate_tokens(model, prompt, model.generation, draws, prefill_chunk=chunk):
-        if isinstance(item, Snapshot):
+        if isinstance(item, DenoisingState):
             snapshots.append(item)
         elif isinstance(item, Committed):
             tokens += item.tokens
     return snapshots, tokens
 
 
-def assert_same(snapshots: list[Snapshot], tokens: list[int], run: Run) -> None:
-    """Same number of steps; every step's accepted mask, canvas, argmax and beliefs; same result."""
+def assert_same(snapshots: list[DenoisingState], tokens: list[int], run: Run) -> None:
+    """As many steps; each step's accepted mask, canvas, argmax, self-conditioning; same result."""
     assert len(snapshots) == len(run.argmax)
-    for i, snapshot in enumerate(snapshots):
-        assert np.array_equal(np.array(snapshot.accepted), run.accepted[i]), f"accepted, pass {i}"
-        assert np.array_equal(np.array(snapshot.canvas), run.canvas[i]), f"canvas, pass {i}"
-        assert np.array_equal(np.array(snapshot.argmax), run.argmax[i]), f"argmax, pass {i}"
+    for i, state in enumerate(snapshots):
+        assert np.array_equal(np.array(state.accepted), run.accepted[i]), f"accepted, pass {i}"
+        assert np.array_equal(np.array(state.canvas), run.canvas[i]), f"canvas, pass {i}"
+        assert np.array_equal(np.array(state.argmax), run.argmax[i]), f"argmax, pass {i}"
         chances = Categorical(logits=torch.tensor(run.tempered[i]))
         nats, most = chances.entropy().numpy(), chances.probs.amax(dim=-1).numpy()
-        assert np.abs(np.array(snapshot.entropy) - nats).max() <= 1e-3, f"entropy, pass {i}"
-        assert np.abs(np.array(snapshot.probability) - most).max() <= 1e-3, f"probability, pass {i}"
+        assert np.abs(np.array(state.entropy) - nats).max() <= 1e-3, f"entropy, pass {i}"
+        assert np.abs(np.array(state.probability) - most).max() <= 1e-3, f"probability, pass {i}"
     assert tokens == run.sequence[: len(tokens)]
 
 
@@ -156,12 +156,12 @@ def test_random_checkpoint(case: Case, tmp_path: Path) -> None:
     # Every pass of the first canvas on its own: from the reference's canvas and last logits.
     cache = model.make_cache()
     prefill(model, prompt, cache, case.chunk)
-    canvas, belief = run.token_draws[0], None
+    canvas, self_conditioning = run.token_draws[0], None
     for i in range(run.ends[0]):
-        logits = np.array(model(mx.array(canvas.astype(np.int32)), cache, belief))
+        logits = np.array(model(mx.array(canvas.astype(np.int32)), cache, self_conditioning))
         error = np.abs(logits - run.logits[i]).max() / np.abs(run.logits[i]).max()
         assert error <= 1e-4, f"pass {i}: {error}"
-        belief = soft_embedding(model, mx.array(run.tempered[i]))
+        self_conditioning = soft_embedding(model, mx.array(run.tempered[i]))
         canvas = run.canvas[i]
 
     # And the whole loop, left to itself with the reference's draws.
@@ -181,7 +181,9 @@ def test_trained_checkpoint() -> None:
     for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[:8]:
         puzzle = line.split()[0]
         rows = "\n".join(puzzle[i : i + 6] for i in range(0, 36, 6))
-        prompt = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": rows}]))
+        prompt = tokenizer.encode(
+            tokenizer.apply_chat_template([{"role": "user", "content": rows}])
+        )
         run = record(reference, prompt, seed=3)
         snapshots, tokens = steps_of(model, prompt, Replay(run), 10_000)
         assert_same(snapshots, tokens, run)

@@ -15,7 +15,7 @@ from slow import best_canvas, entropy, soft_embedding
 from mlx_diffgemma import DiffusionGemma
 from mlx_diffgemma.diffusion import head as readout
 from mlx_diffgemma.diffusion import sampler as rules
-from mlx_diffgemma.diffusion.automaton import Plans, Sequence, Tokens, compile_pattern
+from mlx_diffgemma.diffusion.automaton import Concat, Plans, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ANYTHING, NEVER, Constraint, ForbidFirst
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.head import Readout, log_probability, read_out
@@ -29,7 +29,7 @@ ANY, FEW = Tokens(tuple(range(VOCAB))), Tokens((3, 40, 90))
 def plans(rows: int) -> Plans:
     """Another pattern in each row; the second position of odd rows has one choice."""
     patterns = [
-        Sequence((FEW, Tokens((77,)) if row % 2 else ANY, Tokens((2, 5, 100 + row))))
+        Concat((FEW, Tokens((77,)) if row % 2 else ANY, Tokens((2, 5, 100 + row))))
         for row in range(rows)
     ]
     return Plans([compile_pattern(p).plan(LENGTH, LENGTH) for p in patterns], VOCAB)
@@ -40,7 +40,7 @@ def read_in_blocks(model: DiffusionGemma, hidden: mx.array, tokens: int, *given:
         patch.setattr(readout, "_tokens_at_once", lambda model, positions: -(-tokens // 16) * 16)
         patch.setattr(readout, "APART", 3)
         patch.setattr(rules, "APART", 3)
-        return read_out(model, hidden, *given, belief=True)
+        return read_out(model, hidden, *given, self_conditioning=True)
 
 
 def close(ours: mx.array, theirs: mx.array, within: float = 1e-4) -> bool:
@@ -57,7 +57,7 @@ def close(ours: mx.array, theirs: mx.array, within: float = 1e-4) -> bool:
     st.sampled_from(["anything", "first", "plans"]),
 )
 def test_blocks_give_what_all_logits_give(
-    seed: int, block: int, size: float, heat: float, rows: int, kind: str
+    seed: int, block: int, size: float, temperature: float, rows: int, kind: str
 ) -> None:
     hidden = mx.random.normal((rows, LENGTH, 32), key=mx.random.key(seed)) * size
     constraint: Constraint = {
@@ -65,17 +65,17 @@ def test_blocks_give_what_all_logits_give(
         "first": lambda: ForbidFirst((0, 41, 99)),
         "plans": lambda: plans(rows),
     }[kind]()
-    logits = MODEL.logits(hidden) / heat
+    logits = MODEL.logits(hidden) / temperature
     allowed = constraint.allowed(0, VOCAB, LENGTH)
     if allowed is not None:
         logits = mx.where(allowed, logits, NEVER)
-    seen = read_in_blocks(MODEL, hidden, block, heat, constraint, SeededDraws(seed, VOCAB))
+    seen = read_in_blocks(MODEL, hidden, block, temperature, constraint, SeededDraws(seed, VOCAB))
     lse = mx.logsumexp(logits, axis=-1)
     assert close(seen.log_normalizer, lse)
     assert close(seen.entropy, entropy(logits))
     assert (seen.entropy >= -1e-5).all()
-    assert seen.belief is not None
-    assert close(seen.belief, soft_embedding(MODEL, logits), 1e-3)
+    assert seen.self_conditioning is not None
+    assert close(seen.self_conditioning, soft_embedding(MODEL, logits), 1e-3)
     canvas = mx.zeros((rows, LENGTH), dtype=mx.int32)
     argmax = constraint.choose(seen.choices, None, canvas)
     expected = best_canvas(constraint, logits)
@@ -83,10 +83,10 @@ def test_blocks_give_what_all_logits_give(
     ours = mx.take_along_axis(logits, argmax[..., None], axis=-1)[..., 0]
     # Saturated logits tie; the sum, not the ids, is what must be the same.
     assert close(ours.sum(axis=-1), chosen.sum(axis=-1))
-    assert close(log_probability(MODEL, hidden, argmax, heat, seen), ours - lse, 1e-3)
+    assert close(log_probability(MODEL, hidden, argmax, temperature, seen), ours - lse, 1e-3)
     drawn = seen.sampled
-    if seen.noisy is not None:
-        drawn = constraint.choose(seen.noisy, None, canvas)
+    if seen.perturbed is not None:
+        drawn = constraint.choose(seen.perturbed, None, canvas)
     assert drawn is not None
     assert (mx.take_along_axis(logits, drawn[..., None], axis=-1) > NEVER / 2).all()
 
@@ -128,30 +128,32 @@ def test_other_types_and_quantized_tables(kind: str) -> None:
     logits = mx.where(
         ForbidFirst((1,)).allowed(0, VOCAB, LENGTH), model.logits(hidden) / 0.7, NEVER
     )
-    assert seen.belief is not None
-    assert seen.belief.dtype == dtype
+    assert seen.self_conditioning is not None
+    assert seen.self_conditioning.dtype == dtype
     within = 1e-3 if dtype == mx.float32 else 0.06
     assert close(seen.entropy, entropy(logits), within)
-    assert close(seen.belief.astype(mx.float32), soft_embedding(model, logits), within)
+    assert close(seen.self_conditioning.astype(mx.float32), soft_embedding(model, logits), within)
     if model.dequantizes:
         model.keep_table(mx.eval)
         assert not model.dequantizes
-        kept = read_out(model, hidden, 0.7, ForbidFirst((1,)), belief=True)
+        kept = read_out(model, hidden, 0.7, ForbidFirst((1,)), self_conditioning=True)
         assert close(kept.entropy, seen.entropy, 1e-5)
-        assert close(kept.belief, seen.belief, 1e-5)  # type: ignore[arg-type]
+        assert close(kept.self_conditioning, seen.self_conditioning, 1e-5)  # type: ignore[arg-type]
 
 
 def test_fused_kernels_compute_the_same() -> None:
     """Metal and the CPU fuse elementwise chains; `mx.disable_compile` shows what is fused."""
     hidden = mx.random.normal((1, LENGTH, 32), key=mx.random.key(7))
-    fused = read_out(MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), belief=True)
+    fused = read_out(MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), self_conditioning=True)
     mx.disable_compile()
     try:
-        plain = read_out(MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), belief=True)
+        plain = read_out(
+            MODEL, hidden, 0.5, ANYTHING, SeededDraws(3, VOCAB), self_conditioning=True
+        )
     finally:
         mx.enable_compile()
     assert close(fused.entropy, plain.entropy, 1e-6)
-    assert close(fused.belief, plain.belief, 1e-5)  # type: ignore[arg-type]
+    assert close(fused.self_conditioning, plain.self_conditioning, 1e-5)  # type: ignore[arg-type]
     assert fused.sampled.tolist() == plain.sampled.tolist()  # type: ignore[union-attr]
 
 
@@ -177,8 +179,10 @@ def test_memory_of_a_step_does_not_grow_with_the_number_of_blocks() -> None:
     mx.reset_peak_memory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readout, "_tokens_at_once", lambda model, positions: 1 << 6)
-        seen = read_out(model, hidden, 0.5, ANYTHING, SeededDraws(3, 1 << 12), belief=True)
-    mx.eval([seen.entropy, seen.sampled, seen.belief])
+        seen = read_out(
+            model, hidden, 0.5, ANYTHING, SeededDraws(3, 1 << 12), self_conditioning=True
+        )
+    mx.eval([seen.entropy, seen.sampled, seen.self_conditioning])
     assert mx.get_peak_memory() - before < 40 * hidden.nbytes  # of 64 blocks
 
 
@@ -194,8 +198,10 @@ def test_memory_of_a_step_does_not_grow_with_the_vocabulary() -> None:
         mx.reset_peak_memory()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(readout, "_tokens_at_once", lambda model, positions: 1 << 12)
-            seen = read_out(model, hidden, 0.5, ANYTHING, SeededDraws(3, vocab_size), belief=True)
-        mx.eval([seen.entropy, seen.sampled, seen.belief])
+            seen = read_out(
+                model, hidden, 0.5, ANYTHING, SeededDraws(3, vocab_size), self_conditioning=True
+            )
+        mx.eval([seen.entropy, seen.sampled, seen.self_conditioning])
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 2 * peaks[0]  # of four times the vocabulary
     assert peaks[1] < 4 * 64 * (1 << 16)  # one copy

@@ -68,15 +68,15 @@ def test_two_stage_draws_follow_the_weights_whatever_the_blocks(block: int) -> N
     assert width == 4
     drawn = []
     for whole in (True, False):
-        picker = SeededDraws(0, len(p)).categorical((1, count))
+        categorical = SeededDraws(0, len(p)).categorical((1, count))
         step = len(p) if whole else block * width
         for first in range(0, len(p), step):
             part = mx.array(p[first : first + step], dtype=mx.float32)
             # Blocks are relative to peaks of their own.
             weights = mx.broadcast_to(part * math.exp(first), (1, count, part.size))
-            total = picker.add(weights, mx.full((1, count, 1), -float(first)), first)
+            total = categorical.add(weights, mx.full((1, count, 1), -float(first)), first)
             assert total[0, 0].item() == pytest.approx(part.sum().item() * math.exp(first))
-        drawn.append(np.array(picker.tokens()[0]))
+        drawn.append(np.array(categorical.tokens()[0]))
     assert (drawn[0] == drawn[1]).mean() > 0.999  # but for rounding
     shares = np.bincount(drawn[1], minlength=len(p)) / count
     assert np.abs(shares - p).max() < 0.012  # four standard errors

@@ -79,7 +79,7 @@ def test_a_cached_session_answers_as_one_encoded_from_scratch() -> None:
         again = generate(MODEL, TOKENIZER, asked, seed=turn, steps=4, max_tokens=40)
         assert text_of(events) == again
         # The same logits for a canvas behind all that was said.
-        prompt = TOKENIZER.encode(TOKENIZER.render_chat(talk.messages))
+        prompt = TOKENIZER.encode(TOKENIZER.apply_chat_template(talk.messages))
         fresh = PromptCache(MODEL)
         fresh.read(prompt)
         talk.context.read(prompt)

@@ -58,8 +58,8 @@ def test_template_gets_what_gemma_uses() -> None:
         "{% if add_generation_prompt %}model{% endif %}"
     )
     chat = [{"role": "user", "content": " hi "}] * 3
-    assert tokenizer.render_chat(chat) == "<bos>user:hi;user:hi;model"
-    text = tokenizer.render_chat(
+    assert tokenizer.apply_chat_template(chat) == "<bos>user:hi;user:hi;model"
+    text = tokenizer.apply_chat_template(
         chat, enable_thinking=True, add_generation_prompt=False, tools=[{"name": "é<"}]
     )
     assert text == '<bos><think>{"name": "é<"}user:hi;user:hi;'
@@ -79,7 +79,7 @@ def test_template_gets_what_gemma_uses() -> None:
 )
 def test_templates_that_fail(template: str | None, said: str) -> None:
     with pytest.raises(TokenizerError, match=said):
-        with_template(template).render_chat([{"role": "user", "content": "hi"}])
+        with_template(template).apply_chat_template([{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_hostile_templates_are_refused_in_one_short_sentence(template: str) -> N
     """They used to take gigabytes, run for ever, or raise what nobody catches."""
     tokenizer = with_template(template)
     with pytest.raises(TokenizerError, match=r"^the chat template ") as raised:
-        tokenizer.render_chat([{"role": "user", "content": "hi"}])
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     assert len(str(raised.value)) < 400
     assert "\n" not in str(raised.value)
 
@@ -176,7 +176,7 @@ def test_templates_that_do_not_end(template: str, monkeypatch: pytest.MonkeyPatc
     """Nested loops used to run for days; the sandbox bounds each one by itself."""
     monkeypatch.setattr(templating, "MOST_SECONDS", 0.1)
     with pytest.raises(TokenizerError, match="takes more than"):
-        with_template(template).render_chat([{"role": "user", "content": "hi"}])
+        with_template(template).apply_chat_template([{"role": "user", "content": "hi"}])
 
 
 def test_bounds_change_no_text() -> None:
@@ -209,13 +209,13 @@ def test_bounds_change_no_text() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hello\nyou"}]
     chat += [{"role": "assistant", "content": "no", "tool_calls": [call]}]  # type: ignore[dict-item]
     wanted = plain.from_string(source).render(messages=chat)
-    assert with_template(source).render_chat(chat) == wanted
+    assert with_template(source).apply_chat_template(chat) == wanted
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     for template in (TEMPLATE.read_text(), (EMBEDDED / "chat_template.jinja").read_text()):
         wanted = plain.from_string(template).render(
             messages=chat[:2], add_generation_prompt=True, tools=[tool], bos_token="<bos>"
         )
-        assert with_template(template).render_chat(chat[:2], tools=[tool]) == wanted
+        assert with_template(template).apply_chat_template(chat[:2], tools=[tool]) == wanted
 
 
 def test_a_long_chat_is_within_the_bounds() -> None:
@@ -224,7 +224,7 @@ def test_a_long_chat_is_within_the_bounds() -> None:
         {"role": "user", "content": "word " * 1000},
         {"role": "assistant", "content": "x"},
     ] * 500
-    text = with_template(TEMPLATE.read_text()).render_chat(chat)
+    text = with_template(TEMPLATE.read_text()).apply_chat_template(chat)
     assert text.count("word") == 500_000
 
 
@@ -232,7 +232,7 @@ def test_a_chat_has_a_message() -> None:
     """It used to end as whatever the template makes of nothing."""
     for template in (TEMPLATE.read_text(), "always"):
         with pytest.raises(TokenizerError, match="no message"):
-            with_template(template).render_chat([])
+            with_template(template).apply_chat_template([])
 
 
 def test_files_of_templates_that_fail(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_files_of_templates_that_fail(tmp_path: Path) -> None:
     with file.open("wb") as large:
         large.truncate(10**9)  # sparse
     with pytest.raises(TokenizerError, match="more than 100000 characters"):
-        Tokenizer.from_directory(tmp_path).render_chat([{"role": "user", "content": "hi"}])
+        Tokenizer.from_directory(tmp_path).apply_chat_template([{"role": "user", "content": "hi"}])
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(TokenizerError, match="is not UTF-8"):
         Tokenizer.from_directory(tmp_path)
@@ -264,7 +264,7 @@ def test_template_inside_tokenizer_config(tmp_path: Path) -> None:
     config["chat_template"] = "{{ messages[0].content }}!"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     chat = [{"role": "user", "content": "hi"}]
-    assert Tokenizer.from_directory(tmp_path).render_chat(chat) == "hi!"
+    assert Tokenizer.from_directory(tmp_path).apply_chat_template(chat) == "hi!"
 
 
 def test_plain_texts_are_what_a_token_adds() -> None:

@@ -29,7 +29,7 @@ def tiny(joined: bool = True) -> DiffusionGemma:
         tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)) * 0.5, model.parameters())
     )
     if joined:
-        model.join()
+        model.merge()
     mx.eval(model.parameters(), model.constants)
     return model
 
@@ -110,7 +110,7 @@ def test_embeddings_stand_for_ids() -> None:
     expected = model.encode(PROMPT, by_id)
     assert mx.array_equal(model.encode(PROMPT, by_row, model.embed(PROMPT)), expected)
     for one, other in zip(by_id, by_row, strict=True):
-        assert mx.array_equal(one.held, other.held)
+        assert mx.array_equal(one.state, other.state)
     others = model.embed(PROMPT) + mx.eye(8, 16)
     assert not mx.allclose(model.encode(PROMPT, model.make_cache(), others), expected, atol=1e-3)
 
@@ -119,9 +119,9 @@ def test_a_mask_of_ones_own_says_what_is_seen() -> None:
     """Two tokens that see each other, as those of a picture do, behind a cache that holds some."""
 
     def paired(cache: LayerCache, count: int) -> Mask:
-        ahead = mx.arange(cache.kept, cache.kept + count)[:, None] - mx.arange(cache.kept + count)
+        ahead = mx.arange(cache.size, cache.size + count)[:, None] - mx.arange(cache.size + count)
         seen = (ahead >= 0) & (ahead < (cache.window or 99))
-        new = mx.arange(cache.kept + count) - cache.kept
+        new = mx.arange(cache.size + count) - cache.size
         return seen | ((mx.arange(count) < 2)[:, None] & (new >= 0) & (new < 2))
 
     model = tiny()

@@ -148,6 +148,6 @@ Values = st.recursive(
 def test_what_a_template_writes_is_read_back(arguments: dict[str, Any]) -> None:
     function = {"name": "f", "arguments": arguments}
     message = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    text = TOKENIZER.render_chat([{"role": "user", "content": "x"}, message])
+    text = TOKENIZER.apply_chat_template([{"role": "user", "content": "x"}, message])
     call = text.partition("<|tool_call>")[2].partition("<tool_call|>")[0]
     assert parse_call(call).arguments == arguments

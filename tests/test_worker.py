@@ -15,7 +15,7 @@ from mlx_diffgemma import DiffusionGemma, Done, Draft, FillResult, Request, Toke
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.diffusion.decoding import SLICE
 from mlx_diffgemma.diffusion.prompt_cache import Reading
-from mlx_diffgemma.measure.bench import Run
+from mlx_diffgemma.measure.bench import Decoding
 from mlx_diffgemma.server.worker import Busy, Gone, Ticket, Timeout, Worker
 from mlx_diffgemma.tasks.choose import choose, write_choose
 from mlx_diffgemma.tasks.fill import write_fill
@@ -84,7 +84,7 @@ def endless(worker: Worker) -> Request:
 def job(worker: Worker, template: str) -> Any:
     form = worker.form(parse_template(template), "x", worker.patience())
 
-    def made(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+    def made(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
         return write_fill(model, form, model.generation, fresh_draws(model, 0))
 
     return made
@@ -149,7 +149,7 @@ def test_fills_go_through_the_model_together_with_answers() -> None:
 def test_a_defect_of_one_leaves_the_others_alone() -> None:
     """It used to end whatever else was running."""
 
-    def broken(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+    def broken(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
         yield "begun"
         raise ZeroDivisionError
 
@@ -167,7 +167,7 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     """All of its chunks used to be read before anybody else had a step."""
     chunks = 5
 
-    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
         for done in range(chunks):
             yield Reading(done, chunks)
 
@@ -216,7 +216,7 @@ def test_nothing_is_encoded_on_the_workers_thread(monkeypatch: pytest.MonkeyPatc
         forced = worker.canvas([("a", True), ("b", False)], patience)
         ready = worker.prepared(Request("x", seed=0, steps=2, max_tokens=24))
 
-        def repairing(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+        def repairing(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
             start = pinned_start([forced], fresh_draws(model, 0))
             return write_events(model, tokenizer, replace(ready, start=start))
 
@@ -281,7 +281,7 @@ def test_many_canvases_are_decoded_in_slices_beside_others() -> None:
 def test_jobs_leave_places_to_requests() -> None:
     """Choices took all places, and nobody else was answered for as long as they ran."""
 
-    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Run[object, None]:
+    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
         while True:
             yield Reading(0, 1)
 

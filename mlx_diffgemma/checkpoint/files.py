@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import is_size, shown
-from ..errors import Error
+from ..errors import CheckpointError
 
 ITEM_BYTES = {
     "F64": 8,
@@ -62,10 +62,6 @@ SHIPPED = {
     name: Path(__file__).parent.parent / "data" / name.replace("-", "_")
     for name in ("tiny", "tiny-puzzles")
 }
-
-
-class CheckpointError(Error):
-    """A checkpoint that cannot be found, fetched, read or trusted."""
 
 
 @dataclass(frozen=True)

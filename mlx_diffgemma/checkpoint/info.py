@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from ..model.config import Config
 from .files import ITEM_BYTES, Tensor, quantization_of, read_json, read_tensors
 
 # Part of the model by the name of the module that a tensor belongs to; the first that fits.
@@ -82,10 +83,8 @@ def inspect(directory: Path, dtype: str | None = None) -> Info:
     Raises:
         CheckpointError: a file is missing or damaged, or the config is not one of ours.
     """
-    from .load import read_config
-
     raw = read_json(directory, "config.json")
-    config = read_config(raw)
+    config = Config.from_dict(raw)
     tensors = read_tensors(directory)
     grouped: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():

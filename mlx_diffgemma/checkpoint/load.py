@@ -9,14 +9,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..arguments import SettingError, shown
-from ..model.config import Config, ConfigError
+from ..errors import CheckpointError
+from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma, is_text, parameter_name, sanitize
 from ..model.settings import GenerationConfig, Speed
 from ..text.tokenizer import Tokenizer, TokenizerError
 from .files import (
     FLOATS,
     SHIPPED,
-    CheckpointError,
     Tensor,
     check_type,
     quantization_of,
@@ -56,7 +56,7 @@ def load(
             where it is float32: half-precision products are less exact there.
         max_memory: bytes that the model may take, its context included; None is what is free. The
             longest context follows from it, see `DiffusionGemma.context`.
-        speed: fewer denoising steps for some loss, see `GenerationConfig.at`.
+        speed: fewer denoising steps for some loss, see `GenerationConfig.with_speed`.
 
     Raises:
         TooLarge: it would not fit, before anything is loaded.
@@ -71,7 +71,7 @@ def load(
     decided = fit(inspect(directory, dtype), max_memory)
     model = load_model(directory, dtype=dtype)
     model.context = decided.context
-    model.generation = model.generation.at(speed)
+    model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
     tokenizer = read_tokenizer(directory)
@@ -160,18 +160,10 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
         }
     model.load_weights(list(weights.items()))
     del weights
-    model.join()
+    model.merge()
     mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
-
-
-def read_config(config: dict[str, Any]) -> Config:
-    """The model's numbers out of the contents of config.json."""
-    try:
-        return Config.from_dict(config)
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {error}") from None
 
 
 def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
@@ -201,7 +193,7 @@ def build_model(
 
     Nothing is allocated: initial values are lazy and never computed.
     """
-    model = DiffusionGemma(read_config(config), generation)
+    model = DiffusionGemma(Config.from_dict(config), generation)
 
     def quantization(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors:

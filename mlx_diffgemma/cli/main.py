@@ -678,9 +678,9 @@ def demo(
 
     from ..checkpoint.load import load
     from ..measure.evaluate import SPECIALIST, events_of
+    from ..measure.scenes import SCENES
     from ..tasks.request import Draft
     from ..text.turns import Text
-    from .demo import SCENES
 
     introduce(None)
     loaded_once = cache(load)

@@ -1,8 +1,9 @@
 """Which sequences of tokens are allowed: patterns, their automaton, and the best allowed canvas.
 
-A pattern (`Tokens`, `Text`, `Sequence`, `Choice`, `Repeat`) describes token sequences as a regular
-expression describes strings. `compile_pattern` makes an automaton of it; `Machine.plan` lays the
-automaton over a canvas; `Plans` is what the denoising loop asks. This module knows ids, not text.
+A pattern (`Tokens`, `Characters`, `Exactly`, `Concat`, `Alternation`, `Repeat`) describes token
+sequences as a regular expression describes strings. `compile_pattern` makes an automaton of it;
+`Machine.plan` lays the automaton over a canvas; `Plans` is what the denoising loop asks. This module
+knows ids, not text.
 
 The best allowed canvas under a step's logits is a shortest path through (position, state), found by
 dynamic programming (Viterbi, 1967). Added Gumbel noise makes it a sample (perturb and MAP:
@@ -12,8 +13,7 @@ Papandreou & Yuille, 2011). So every canvas that a step shows or commits is allo
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -104,7 +104,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Literal:
+class Exactly:
     """These tokens, one after another."""
 
     ids: tuple[int, ...]
@@ -116,7 +116,7 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Text:
+class Characters:
     """Tokens that together have `least` to `most` characters; `most` None is any number.
 
     `by_length[n]` are the ids of n characters.
@@ -144,7 +144,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Concat:
     """Parts, one after another."""
 
     parts: tuple[Pattern, ...]
@@ -156,7 +156,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Alternation:
     """Any one of the options."""
 
     options: tuple[Pattern, ...]
@@ -370,7 +370,7 @@ class Machine:
         """Of each token set, whether it has the token."""
         return [token in members for members in self._members]
 
-    def advance(self, states: frozenset[int], tokens: Row[int]) -> frozenset[int]:
+    def advance(self, states: frozenset[int], tokens: Sequence[int]) -> frozenset[int]:
         """The states that reading tokens can lead to; empty if they are not allowed."""
         reached = np.zeros(self.states, dtype=bool)
         reached[list(states)] = True
@@ -381,7 +381,7 @@ class Machine:
             reached[taken] = True
         return frozenset(np.flatnonzero(reached).tolist())
 
-    def accepts(self, tokens: Row[int]) -> bool:
+    def accepts(self, tokens: Sequence[int]) -> bool:
         """Whether the pattern allows exactly these tokens."""
         return bool(self.advance(frozenset([self.first]), tokens) & self.accepting)
 
@@ -486,7 +486,7 @@ class Plans:
 
     joint: ClassVar[bool] = True
 
-    def __init__(self, plans: Row[Plan], vocab_size: int):
+    def __init__(self, plans: Sequence[Plan], vocab_size: int):
         self._plans = list(plans)
         # Few different unions of token sets occur; each position refers to one of them.
         unions: dict[frozenset[int], int] = {}

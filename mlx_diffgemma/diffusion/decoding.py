@@ -95,8 +95,10 @@ class _Asked:
     def slice(self, most: int) -> Pass:
         """The next canvases, at most so many."""
         rows = slice(self.done, self.done + most)
-        belief = None if self.work.belief is None else self.work.belief[rows]
-        return Pass(self.work.canvas[rows], self.work.cache, belief)
+        self_conditioning = (
+            None if self.work.self_conditioning is None else self.work.self_conditioning[rows]
+        )
+        return Pass(self.work.canvas[rows], self.work.cache, self_conditioning)
 
 
 class Batch(Generic[Item]):

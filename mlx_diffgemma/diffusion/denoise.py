@@ -23,7 +23,7 @@ from .head import log_probability, read_out
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class DenoisingState:
     """The state after one denoising step; arrays are (B, L) and already computed.
 
     Attributes:
@@ -91,10 +91,10 @@ def denoise(
     config: GenerationConfig,
     draws: Draws,
     start: Start | None = None,
-) -> Generator[Snapshot, None, None]:
-    """Refine canvases that follow the cached context, a snapshot a step, computed on demand.
+) -> Generator[DenoisingState, None, None]:
+    """Refine canvases that follow the cached context, a state a step, computed on demand.
 
-    The cache is only read; a context of one row serves all canvases. The last snapshot has
+    The cache is only read; a context of one row serves all canvases. The last state has
     `converged` set in all rows, or its step is `config.max_denoising_steps`.
     """
     return drive(model, refine(model, cache, config, draws, start))
@@ -106,8 +106,8 @@ def refine(
     config: GenerationConfig,
     draws: Draws,
     start: Start | None = None,
-) -> Decoding[Snapshot, Snapshot]:
-    """As `denoise`, but somebody else decodes; returns the last snapshot.
+) -> Decoding[DenoisingState, DenoisingState]:
+    """As `denoise`, but somebody else decodes; returns the last state.
 
     Raises:
         SettingError: the start or the draws are not of this model's ids, see `check_start`.
@@ -124,27 +124,31 @@ def refine(
     canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
     fixed = pinned
     history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
-    belief: mx.array | None = None
-    last: Snapshot | None = None
+    self_conditioning: mx.array | None = None
+    last: DenoisingState | None = None
     for step in range(start.first_step, steps + 1):
-        heat = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
-        hidden = yield Pass(canvas, cache, belief)
+        temperature = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
+        hidden = yield Pass(canvas, cache, self_conditioning)
         assert hidden is not None
-        seen = read_out(model, hidden, heat, constraint, draws, belief=step < steps)
+        seen = read_out(
+            model, hidden, temperature, constraint, draws, self_conditioning=step < steps
+        )
         argmax = constraint.choose(seen.choices, fixed, canvas)
-        if seen.noisy is not None:
-            sampled = constraint.choose(seen.noisy, fixed, canvas)
+        if seen.perturbed is not None:
+            sampled = constraint.choose(seen.perturbed, fixed, canvas)
         else:
             assert seen.sampled is not None
             sampled = seen.sampled if fixed is None else mx.where(fixed, canvas, seen.sampled)
-        entropy, belief = seen.entropy, seen.belief
-        confidence = mx.exp(log_probability(model, hidden, sampled, heat, seen))
+        entropy, self_conditioning = seen.entropy, seen.self_conditioning
+        confidence = mx.exp(log_probability(model, hidden, sampled, temperature, seen))
         if fixed is not None:
             # A pinned position is certain, for self-conditioning too.
             entropy = mx.where(fixed, 0.0, entropy)
             confidence = mx.where(fixed, 1.0, confidence)
-            if belief is not None:
-                belief = mx.where(fixed[..., None], model.embed(canvas), belief)
+            if self_conditioning is not None:
+                self_conditioning = mx.where(
+                    fixed[..., None], model.embed(canvas), self_conditioning
+                )
         accepted = rules.accept(config.sampler, entropy, confidence, fixed)
         was_fixed = fixed
         noise = start.background
@@ -163,10 +167,10 @@ def refine(
             argmax = constraint.choose(seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
         history.append(argmax)
-        probability = mx.exp(log_probability(model, hidden, argmax, heat, seen))
+        probability = mx.exp(log_probability(model, hidden, argmax, temperature, seen))
         if was_fixed is not None:
             probability = mx.where(was_fixed, 1.0, probability)
-        now = Snapshot(step, canvas, argmax, accepted, entropy, probability, stop)
+        now = DenoisingState(step, canvas, argmax, accepted, entropy, probability, stop)
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last))
         yield last
@@ -176,8 +180,8 @@ def refine(
     return last
 
 
-def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
-    """The new snapshot, but rows that had converged stay as they were."""
+def _hold(last: DenoisingState, now: DenoisingState) -> DenoisingState:
+    """The new state, but rows that had converged stay as they were."""
     rows = last.converged[:, None]
     held = _first_where(
         rows,
@@ -186,7 +190,7 @@ def _hold(last: Snapshot, now: Snapshot) -> Snapshot:
     )
     canvas, argmax, accepted, entropy, probability = held
     converged = last.converged | now.converged
-    return Snapshot(now.step, canvas, argmax, accepted, entropy, probability, converged)
+    return DenoisingState(now.step, canvas, argmax, accepted, entropy, probability, converged)
 
 
 @mx.compile

@@ -16,7 +16,7 @@ APART = 12
 # Randomness --------------------------------------------------------------------------------------
 
 
-class Picker(Protocol):
+class Categorical(Protocol):
     """One draw a position, of a distribution that is seen in blocks."""
 
     def add(self, weights: mx.array, peak: mx.array, first: int) -> mx.array:
@@ -26,7 +26,7 @@ class Picker(Protocol):
         """
 
     @property
-    def held(self) -> list[mx.array]:
+    def state(self) -> list[mx.array]:
         """What is kept of the blocks so far, for the caller to evaluate."""
 
     def tokens(self) -> mx.array:
@@ -42,7 +42,7 @@ class Draws(Protocol):
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         """Standard Gumbel noise, float32."""
 
-    def categorical(self, shape: tuple[int, ...]) -> Picker:
+    def categorical(self, shape: tuple[int, ...]) -> Categorical:
         """Draws of this shape from distributions over the vocabulary."""
 
 
@@ -83,7 +83,7 @@ class TwoStage:
         return mass.sum(axis=-1, keepdims=True)
 
     @property
-    def held(self) -> list[mx.array]:
+    def state(self) -> list[mx.array]:
         return [*self._inside, *(a for each in self._best for a in (each.scores, each.tokens))]
 
     def _inside_best(self) -> mx.array:
@@ -138,7 +138,7 @@ class SeededDraws:
     def gumbel(self, shape: tuple[int, ...]) -> mx.array:
         return _gumbel(shape, self._next())
 
-    def categorical(self, shape: tuple[int, ...]) -> Picker:
+    def categorical(self, shape: tuple[int, ...]) -> Categorical:
         width = sub_block(self.vocab_size)
         count = -(-self.vocab_size // width)
         return TwoStage(*mx.split(self.gumbel((*shape, count + width)), [count], axis=-1))

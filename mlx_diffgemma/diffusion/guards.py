@@ -58,7 +58,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Again:
+class Retry:
     """Denoise this canvas once more, with other noise and under this constraint."""
 
     guard: Guard
@@ -66,7 +66,7 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Take:
+class Commit:
     """Commit these tokens; a finish reason ends the answer. `guard` says who changed them."""
 
     tokens: tuple[int, ...]
@@ -75,12 +75,12 @@ class Take:
 
 
 # What becomes of a canvas, by the tokens before it and all attempts at it, the newest last.
-Judge = Callable[[Sequence[int], Sequence[Candidate]], Again | Take]
+Judge = Callable[[Sequence[int], Sequence[Candidate]], Retry | Commit]
 
 
-def trust(generated: Sequence[int], attempts: Sequence[Candidate]) -> Take:
+def trust(generated: Sequence[int], attempts: Sequence[Candidate]) -> Commit:
     """Commit what comes, as the reference does."""
-    return Take(attempts[-1].tokens)
+    return Commit(attempts[-1].tokens)
 
 
 @dataclass(frozen=True)
@@ -123,26 +123,26 @@ def judge_by(
         thinking: None where the model has no thoughts.
     """
 
-    def judge(generated: Sequence[int], attempts: Sequence[Candidate]) -> Again | Take:
+    def judge(generated: Sequence[int], attempts: Sequence[Candidate]) -> Retry | Commit:
         now = attempts[-1]
         silent = not generated or (thinking is not None and generated[-1] == thinking.closes)
         if guards.empty and silent and len(attempts) == 1 and now.tokens[0] in ends:
-            return Again("empty", ForbidFirst(tuple(ends)))
+            return Retry("empty", ForbidFirst(tuple(ends)))
         if guards.not_converged and not now.converged:
             if len(attempts) == 1:
-                return Again("not_converged")
+                return Retry("not_converged")
             tokens = certain_part(min(attempts, key=doubt), sentences)
-            return Take(tokens, "not_converged", "not_converged")
+            return Commit(tokens, "not_converged", "not_converged")
         if thinking is not None:
             cut = _thought_too_long(guards, generated, now.tokens, thinking, ends)
             if cut is not None:
-                return Take((*now.tokens[:cut], thinking.closes), guard="thinking_budget")
+                return Commit((*now.tokens[:cut], thinking.closes), guard="thinking_budget")
         if guards.repetition:
             kept = repeated_from([*generated, *now.tokens])
             if kept is not None:  # what has been committed stays
                 new = max(kept - len(generated), 0)
-                return Take(now.tokens[:new], "repetition", "repetition")
-        return Take(now.tokens)
+                return Commit(now.tokens[:new], "repetition", "repetition")
+        return Commit(now.tokens)
 
     return judge
 

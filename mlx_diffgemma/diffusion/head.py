@@ -24,43 +24,43 @@ JOINED = 6
 
 @dataclass(frozen=True)
 class Readout:
-    """Of softmax(logits / heat) under a constraint; arrays are (B, L) unless said otherwise.
+    """Of softmax(logits / temperature) under a constraint; arrays are (B, L) unless said otherwise.
 
     Attributes:
         choices: the most likely tokens, (B, L, S) by set of the constraint.
-        noisy: as `choices`, of logits with Gumbel noise; where tokens depend on one another.
+        perturbed: as `choices`, of logits with Gumbel noise; where tokens depend on one another.
         sampled: drawn ids, where they do not. Without draws both are None.
         entropy: float32 nats.
-        log_normalizer: log of the sum of exp(logits / heat).
-        belief: expected embedding (B, L, hidden), the next step's self-conditioning, or None.
+        log_normalizer: log of the sum of exp(logits / temperature).
+        self_conditioning: expected embedding (B, L, hidden), for the next step, or None.
     """
 
     choices: Choices
-    noisy: Choices | None
+    perturbed: Choices | None
     sampled: mx.array | None
     entropy: mx.array
     log_normalizer: mx.array
-    belief: mx.array | None
+    self_conditioning: mx.array | None
 
 
 def read_out(
     model: DiffusionGemma,
     hidden: mx.array,
-    heat: float,
+    temperature: float,
     constraint: Constraint = ANYTHING,
     draws: Draws | None = None,
     *,
-    belief: bool = False,
+    self_conditioning: bool = False,
 ) -> Readout:
     """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once."""
     shape = hidden.shape[:2]
-    cap, warmth = mx.array(model.config.final_logit_softcapping), mx.array(heat)
-    picker = None
+    cap, divisor = mx.array(model.config.final_logit_softcapping), mx.array(temperature)
+    categorical = None
     if draws is not None and not constraint.joint:
-        picker = draws.categorical(shape)
+        categorical = draws.categorical(shape)
     # One entry a block; sums are relative to exp(the block's peak), so no block waits for another.
     choices: list[Choices] = []
-    noisy: list[Choices] = []
+    perturbed: list[Choices] = []
     peaks, masses, slopes = [], [], []
     soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
     for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
@@ -69,28 +69,28 @@ def read_out(
         if allowed is not None:
             raw = mx.where(allowed, raw, NEVER)
         found = constraint.score(raw, first)
-        levels = _level(found.scores, cap, warmth)
+        levels = _level(found.scores, cap, divisor)
         choices.append(replace(found, scores=levels))
         if draws is not None and constraint.joint:
             noise = draws.gumbel(raw.shape)
-            noisy.append(constraint.score(_level(raw, cap, warmth) + noise, first))
+            perturbed.append(constraint.score(_level(raw, cap, divisor) + noise, first))
         # With one set of all tokens, the best of it is the peak.
         peak = levels.max(axis=-1, keepdims=True) if levels.shape[-1] > 1 else levels
-        weights, chances = _weigh(raw, peak, cap, warmth)
-        if picker is None:
+        weights, chances = _weigh(raw, peak, cap, divisor)
+        if categorical is None:
             masses.append(weights.sum(axis=-1, keepdims=True))
         else:
-            masses.append(picker.add(weights, peak, first))
-            mx.async_eval(picker.held)  # type: ignore[no-untyped-call]
+            masses.append(categorical.add(weights, peak, first))
+            mx.async_eval(categorical.state)  # type: ignore[no-untyped-call]
         peaks.append(peak)
         slopes.append(_times_log(weights).sum(axis=-1, keepdims=True))
-        if belief:
+        if self_conditioning:
             if len(soft) == APART:
                 most = highest([each for each, _ in soft])
                 soft = [(most, _mixed(most, *zip(*soft, strict=True)))]
             soft.append((peak, chances @ table))
         # Computed before the next block is, or the blocks would pile up.
-        kept = [vars(each[-1]) for each in (choices, noisy) if each]
+        kept = [vars(each[-1]) for each in (choices, perturbed) if each]
         mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
     top = highest(peaks)
     mass = _mass(top, peaks, masses)
@@ -102,22 +102,22 @@ def read_out(
         expected = model.scaled(_mixed(log_normalizer, *zip(*soft, strict=True)))
     return Readout(
         choices=merge(choices),
-        noisy=merge(noisy) if noisy else None,
-        sampled=None if picker is None else picker.tokens(),
+        perturbed=merge(perturbed) if perturbed else None,
+        sampled=None if categorical is None else categorical.tokens(),
         entropy=_entropy(mass, slope)[..., 0],
         log_normalizer=log_normalizer[..., 0],
-        belief=expected,
+        self_conditioning=expected,
     )
 
 
 def log_probability(
-    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, heat: float, seen: Readout
+    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, temperature: float, seen: Readout
 ) -> mx.array:
     """Log-probability (B, L) of allowed `tokens` (B, L), of hidden states that were read off."""
     rows = model.embedding(tokens).astype(mx.float32)
     raw = (hidden.astype(mx.float32) * rows).sum(axis=-1)
     cap = mx.array(model.config.final_logit_softcapping)
-    found: mx.array = _log_chance(raw, cap, mx.array(heat), seen.log_normalizer)
+    found: mx.array = _log_chance(raw, cap, mx.array(temperature), seen.log_normalizer)
     return found
 
 
@@ -131,29 +131,31 @@ def _tokens_at_once(model: DiffusionGemma, positions: int) -> int:
     return max(tokens // width, 1) * width
 
 
-def _capped(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
+def _capped(raw: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
     raw = raw.astype(mx.float32)
-    return mx.where(raw > NEVER / 2, mx.tanh(raw / cap) * cap / heat, NEVER)
+    return mx.where(raw > NEVER / 2, mx.tanh(raw / cap) * cap / temperature, NEVER)
 
 
 @mx.compile
-def _level(raw: mx.array, cap: mx.array, heat: mx.array) -> mx.array:
+def _level(raw: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
     """The head's product, softly capped (what must NEVER be chosen stays so) and tempered."""
-    return _capped(raw, cap, heat)
+    return _capped(raw, cap, temperature)
 
 
 @mx.compile
-def _log_chance(raw: mx.array, cap: mx.array, heat: mx.array, log_normalizer: mx.array) -> mx.array:
+def _log_chance(
+    raw: mx.array, cap: mx.array, temperature: mx.array, log_normalizer: mx.array
+) -> mx.array:
     # Rounded apart from the sum, a certain token could seem more than certain.
-    return mx.minimum(_capped(raw, cap, heat) - log_normalizer, 0.0)
+    return mx.minimum(_capped(raw, cap, temperature) - log_normalizer, 0.0)
 
 
 @mx.compile
 def _weigh(
-    raw: mx.array, peak: mx.array, cap: mx.array, heat: mx.array
+    raw: mx.array, peak: mx.array, cap: mx.array, temperature: mx.array
 ) -> tuple[mx.array, mx.array]:
     """exp(x) for x below the peak, in float32 and in the model's type."""
-    weights = mx.exp(_capped(raw, cap, heat) - peak)
+    weights = mx.exp(_capped(raw, cap, temperature) - peak)
     return weights, weights.astype(raw.dtype)
 
 

@@ -14,20 +14,20 @@ from mlx.utils import tree_flatten
 from ..arguments import token_ids, whole_number
 from ..errors import Error
 from ..files import parse_json, replacing
-from ..model.cache import LayerCache, LayerMark
+from ..model.cache import LayerCache, LayerSnapshot
 from ..model.diffusion_gemma import DiffusionGemma
 
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
 PREFILL_CHUNK = 2048
 
-# Bytes that marks may hold beside the cache itself; the newest two stay whatever they take.
-MARK_BYTES = 1 << 30
+# Bytes that snapshots may hold beside the cache itself; the newest two stay whatever they take.
+SNAPSHOT_BYTES = 1 << 30
 
-# Tokens that a new mark has to save from being encoded again; fewer are not worth its memory.
-WORTH_A_MARK = 256
+# Tokens that a new snapshot has to save from being encoded again; fewer are not worth its memory.
+WORTH_A_SNAPSHOT = 256
 
 # PrefixCache of earlier prompts kept at most: each is compared with every new prompt.
-MOST_CONTEXTS = 64
+MOST_CACHES = 64
 
 # Characters of messages and tokens in a file; the longest contexts are said in some megabytes.
 MOST_METADATA = 1 << 25
@@ -40,7 +40,7 @@ class SessionError(Error):
 
 
 class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+    """A prompt that is empty, or leaves no room for a canvas in the model's prompt_cache."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Reading:
     total: int
 
 
-def room_behind(model: DiffusionGemma, prompt: Sequence[int]) -> int:
+def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     """Tokens of context that a prompt leaves, at least a canvas.
 
     Raises:
@@ -89,34 +89,34 @@ def prefill(
     for start in range(0, len(tokens), chunk):
         some = mx.array([list(tokens[start : start + chunk])])
         model.encode(some, cache, evaluate=mx.eval)
-        mx.eval([layer.held for layer in cache])
+        mx.eval([layer.state for layer in cache])
         mx.clear_cache()
 
 
 @dataclass(frozen=True)
-class Mark:
+class CacheSnapshot:
     """A length of the context that it can go back to."""
 
     length: int
-    layers: tuple[LayerMark, ...]
+    layers: tuple[LayerSnapshot, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sliding layers' arrays."""
-        return sum(layer.held.nbytes for layer in self.layers if layer.held is not None)
+        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
 
 
 class PromptCache:
     """The tokens a model has encoded, with its cache; later prompts pay only for what is new.
 
     Sliding layers forget, so going back to any earlier token is not possible: `read` goes back to
-    the longest mark that agrees with the new prompt. Not for several threads.
+    the longest snapshot that agrees with the new prompt. Not for several threads.
     """
 
     def __init__(self, model: DiffusionGemma):
         self._model = model
         self._tokens: list[int] = []
-        self._marks: list[Mark] = []
+        self._snapshots: list[CacheSnapshot] = []
         self.cache = model.make_cache()
 
     def __len__(self) -> int:
@@ -129,13 +129,13 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, marks included."""
-        held = sum(layer.held.nbytes for layer in self.cache if layer.held is not None)
-        return held + sum(mark.nbytes for mark in self._marks)
+        """Bytes of keys and values, snapshots included."""
+        held = sum(layer.state.nbytes for layer in self.cache if layer.state is not None)
+        return held + sum(snapshot.nbytes for snapshot in self._snapshots)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._tokens, self._marks = [], []
+        self._tokens, self._snapshots = [], []
         self.cache = self._model.make_cache()
 
     def shared(self, tokens: Sequence[int]) -> int:
@@ -143,7 +143,7 @@ class PromptCache:
         return self._reusable(_common(self._tokens, tokens))
 
     def read(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> int:
-        """Make the context hold exactly `tokens`, mark its end, and say how many were encoded."""
+        """Hold exactly `tokens`, with a snapshot at their end; answers how many were encoded."""
         new = len(tokens) - self.shared(tokens)
         for _ in self.reading(tokens, chunk):
             pass
@@ -154,7 +154,7 @@ class PromptCache:
     ) -> Generator[Reading, None, None]:
         """As `read`, with a pause after each chunk but the last.
 
-        Where the tokens depart from what was held a mark is left, if it saves enough: the next
+        Where the tokens depart from what was held a snapshot is left, if it saves enough: the next
         prompt may begin in the same way.
 
         Raises:
@@ -165,7 +165,7 @@ class PromptCache:
         whole_number("prefill_chunk", chunk, 1)
         agreed = _common(self._tokens, tokens)
         kept = self._reusable(agreed)
-        departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_MARK
+        departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_SNAPSHOT
         self._restore(kept)
         for layer in self.cache:
             layer.reserve(len(tokens) - len(self) + self._model.config.canvas_length)
@@ -174,7 +174,7 @@ class PromptCache:
                 self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)
                 if len(self) < len(tokens):
                     yield Reading(len(self), len(tokens))
-            self.mark()
+            self.snapshot()
 
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
         """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
@@ -193,17 +193,25 @@ class PromptCache:
             raise
         self._tokens += tokens
 
-    def mark(self) -> None:
-        """Remember this place; the oldest marks go when they take too much memory."""
-        if len(self) and (not self._marks or self._marks[-1].length < len(self)):
-            self._marks.append(Mark(len(self), tuple(layer.mark() for layer in self.cache)))
-        while len(self._marks) > 2 and sum(mark.nbytes for mark in self._marks) > MARK_BYTES:
-            del self._marks[0]
+    def snapshot(self) -> None:
+        """Remember this place; the oldest snapshots go when they take too much memory."""
+        if len(self) and (not self._snapshots or self._snapshots[-1].length < len(self)):
+            self._snapshots.append(
+                CacheSnapshot(len(self), tuple(layer.snapshot() for layer in self.cache))
+            )
+        while (
+            len(self._snapshots) > 2
+            and sum(snapshot.nbytes for snapshot in self._snapshots) > SNAPSHOT_BYTES
+        ):
+            del self._snapshots[0]
 
     def _reusable(self, agreed: int) -> int:
         if agreed == len(self):
             return agreed
-        return max((mark.length for mark in self._marks if mark.length <= agreed), default=0)
+        return max(
+            (snapshot.length for snapshot in self._snapshots if snapshot.length <= agreed),
+            default=0,
+        )
 
     def _restore(self, length: int) -> None:
         if length == len(self):
@@ -211,15 +219,15 @@ class PromptCache:
         if not length:
             self.clear()
             return
-        self._marks = [mark for mark in self._marks if mark.length <= length]
-        for layer, mark in zip(self.cache, self._marks[-1].layers, strict=True):
-            layer.restore(mark)
+        self._snapshots = [snapshot for snapshot in self._snapshots if snapshot.length <= length]
+        for layer, snapshot in zip(self.cache, self._snapshots[-1].layers, strict=True):
+            layer.restore(snapshot)
         del self._tokens[length:]
 
     def fork(self) -> "PromptCache":
         """A context of its own that has read the same; arrays are shared until they change."""
         other = PromptCache(self._model)
-        other._tokens, other._marks = list(self._tokens), list(self._marks)
+        other._tokens, other._snapshots = list(self._tokens), list(self._snapshots)
         other.cache = [layer.fork() for layer in self.cache]
         return other
 
@@ -232,14 +240,14 @@ class PromptCache:
             SessionError: the file cannot be written, or is there and nothing that was saved so.
         """
         _check_ours(path)
-        # A mark at the very end would say everything twice.
-        marks = [mark for mark in self._marks if mark.length < len(self)]
-        arrays: dict[str, mx.array] = dict(self._arrays(marks))
+        # A snapshot at the very end would say everything twice.
+        snapshots = [snapshot for snapshot in self._snapshots if snapshot.length < len(self)]
+        arrays: dict[str, mx.array] = dict(self._arrays(snapshots))
         metadata = {
             "format": FORMAT,
             "model": fingerprint(self._model),
             "tokens": json.dumps(self._tokens),
-            "marks": json.dumps([mark.length for mark in marks]),
+            "marks": json.dumps([snapshot.length for snapshot in snapshots]),
             "extra": _as_json(path, extra),
         }
         if sum(map(len, metadata.values())) > MOST_METADATA:
@@ -252,15 +260,15 @@ class PromptCache:
         except RuntimeError as error:  # what MLX raises when the disk is full
             raise SessionError(f"{path} cannot be written: {error}") from None
 
-    def _arrays(self, marks: Sequence[Mark]) -> Iterator[tuple[str, mx.array]]:
+    def _arrays(self, snapshots: Sequence[CacheSnapshot]) -> Iterator[tuple[str, mx.array]]:
         """Names and arrays of a file."""
         yield "format", mx.array([1])  # MLX cannot read a file without arrays
-        held: list[tuple[str, Sequence[LayerCache | LayerMark]]] = [("", self.cache)]
-        held += [(f"marks.{i}.", mark.layers) for i, mark in enumerate(marks)]
+        held: list[tuple[str, Sequence[LayerCache | LayerSnapshot]]] = [("", self.cache)]
+        held += [(f"marks.{i}.", snapshot.layers) for i, snapshot in enumerate(snapshots)]
         for prefix, layers in held:
             for i, layer in enumerate(layers):
-                if layer.held is not None:
-                    yield f"{prefix}layers.{i}", layer.held
+                if layer.state is not None:
+                    yield f"{prefix}layers.{i}", layer.state
 
     @classmethod
     def load(cls, path: Path, model: DiffusionGemma) -> tuple["PromptCache", object]:
@@ -280,41 +288,41 @@ class PromptCache:
             extra = parse_json(metadata["extra"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise SessionError(f"{path} is damaged: {error}") from None
-        context = cls(model)
-        context._tokens = tokens
-        for layer, held in zip(context.cache, layers[0], strict=True):
-            layer.hold(len(tokens), held)
-        context._marks = [
-            Mark(length, tuple(LayerMark(length, held) for held in each))
+        prompt_cache = cls(model)
+        prompt_cache._tokens = tokens
+        for layer, held in zip(prompt_cache.cache, layers[0], strict=True):
+            layer.set_state(len(tokens), held)
+        prompt_cache._snapshots = [
+            CacheSnapshot(length, tuple(LayerSnapshot(length, held) for held in each))
             for length, each in zip(lengths, layers[1:], strict=True)
         ]
-        context.mark()
-        return context, extra
+        prompt_cache.snapshot()
+        return prompt_cache, extra
 
 
 def _read_lengths(model: DiffusionGemma, metadata: dict[str, str]) -> tuple[list[int], list[int]]:
-    """The tokens of a saved context, and where its marks stand.
+    """The tokens of a saved cache, and where its snapshots stand.
 
     Raises:
         KeyError, ValueError: they are not what `save` writes.
     """
-    tokens, marks = parse_json(metadata["tokens"]), parse_json(metadata["marks"])
-    if not isinstance(tokens, list) or not isinstance(marks, list):
-        raise ValueError("tokens and marks are no lists")
+    tokens, snapshots = parse_json(metadata["tokens"]), parse_json(metadata["marks"])
+    if not isinstance(tokens, list) or not isinstance(snapshots, list):
+        raise ValueError("tokens and snapshots are no lists")
     tokens = token_ids(tokens, model.config.vocab_size)
     if len(tokens) > (most := model.config.max_position_embeddings):
         raise ValueError(f"it has {len(tokens)} tokens, and the model can read {most}")
-    if not all(type(mark) is int for mark in marks):
-        raise ValueError("a mark is no number of tokens")
-    if any(a >= b for a, b in pairwise([0, *marks, len(tokens)] if marks else [])):
+    if not all(type(snapshot) is int for snapshot in snapshots):
+        raise ValueError("a snapshot is no number of tokens")
+    if any(a >= b for a, b in pairwise([0, *snapshots, len(tokens)] if snapshots else [])):
         raise ValueError("marks do not follow each other within the tokens")
-    return tokens, marks
+    return tokens, snapshots
 
 
 def _layers(
     model: DiffusionGemma, arrays: dict[str, mx.array], lengths: Sequence[int]
 ) -> list[list[mx.array | None]]:
-    """Keys and values of each layer, of all tokens and then of each mark, as `_arrays` names them.
+    """Keys and values of each layer, of all tokens, then of each snapshot, named as by `_arrays`.
 
     Raises:
         ValueError: one is missing or too many, of the wrong shape or type, or not finite.
@@ -330,11 +338,11 @@ def _layers(
             if not length or (number and layer.window is None):
                 found[-1].append(None)
                 continue
-            assert layer.held is not None
+            assert layer.state is not None
             kept = length if layer.window is None else min(length, layer.window - 1)
-            batch, heads, _, size = layer.held.shape
+            batch, heads, _, size = layer.state.shape
             held = arrays.get(f"{prefix}layers.{i}")
-            if held is None or held.dtype != layer.held.dtype:
+            if held is None or held.dtype != layer.state.dtype:
                 raise ValueError(f"{prefix}layers.{i} is missing or of the wrong type")
             if held.shape != (batch, heads, kept, size):
                 raise ValueError(f"{prefix}layers.{i} has the wrong shape")
@@ -358,20 +366,20 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all; what two of them share counts twice."""
-        return sum(context.nbytes for context in self._kept)
+        return sum(prompt_cache.nbytes for prompt_cache in self._kept)
 
     def take(self, tokens: Sequence[int]) -> PromptCache:
-        """A context for a new prompt: the one that has read most of it, or an empty one."""
-        shared = [context.shared(tokens) for context in self._kept]
+        """A cache for a new prompt: a copy of the one that has read most of it, or an empty one."""
+        shared = [prompt_cache.shared(tokens) for prompt_cache in self._kept]
         most = max(shared, default=0)
         return self._kept[shared.index(most)].fork() if most else PromptCache(self._model)
 
-    def give(self, context: PromptCache) -> None:
-        """Keep a context that is no longer used; the ones that it goes on from are dropped."""
-        read = context.tokens
+    def give(self, prompt_cache: PromptCache) -> None:
+        """Keep a cache that is no longer used; the ones that it goes on from are dropped."""
+        read = prompt_cache.tokens
         self._kept = [c for c in self._kept if c.tokens != read[: len(c)]]
-        self._kept.insert(0, context)
-        del self._kept[MOST_CONTEXTS:]
+        self._kept.insert(0, prompt_cache)
+        del self._kept[MOST_CACHES:]
         while self._kept and self.nbytes > self._most:
             self._kept.pop()
 

@@ -142,7 +142,7 @@ def measure(
 
 def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
     """A chat turn of exactly so many ids: a question, repeated; short ones lose its beginning."""
-    text = tokenizer.render_chat([{"role": "user", "content": QUESTION}])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     ids = tokenizer.encode(text)
     filler = tokenizer.encode(f"{QUESTION} ")
     missing = max(tokens - len(ids), 0)

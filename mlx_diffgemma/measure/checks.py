@@ -14,7 +14,6 @@ from rich.filesize import decimal
 
 from ..checkpoint.fit import free_memory
 from ..checkpoint.load import DType
-from ..cli.demo import SCENES
 from ..diffusion.denoise import Start, denoise
 from ..diffusion.draws import SeededDraws
 from ..diffusion.head import log_probability, read_out
@@ -28,6 +27,7 @@ from ..tasks.starts import forced_tokens, pinned_start
 from ..text.tokenizer import Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
+from .scenes import SCENES
 from .sides import (
     EMBEDDING,
     Pair,
@@ -85,7 +85,9 @@ LIMITS = {
     "layer": Limit(ROWS, f"one layer, the same input: {ROUNDED}", 1e-4, 1e-2, 6e-2, 1e-2),
     "stack": Limit(ROWS, "errors of all layers add up", 1e-3, 5e-2, 2e-1, 5e-2),
     "nats": Limit(NATS, "logits of up to 50, rounded", 1e-3, 1e-1, 3e-1, 5e-2),
-    "belief": Limit(ROWS, "probabilities and rows of the table, rounded", 1e-4, 1e-2, 6e-2, 1e-2),
+    "self_conditioning": Limit(
+        ROWS, "probabilities and rows of the table, rounded", 1e-4, 1e-2, 6e-2, 1e-2
+    ),
     "canvases": Limit(SHARE, "one near tie changes all later steps", 0.0, *[None] * 3),
     "broken": Limit("share that is broken", "a promise, whatever the numbers", *[0.0] * 4),
 }
@@ -279,7 +281,7 @@ class Checks:
     def layers(self, on: Subject, prompt: int = 40) -> Iterator[Result]:
         """Each layer of prefill and of a step by itself: given what the reference's was given."""
         tokens, canvas = _ids(on.pair.plain, 1, prompt), _ids(on.pair.plain, 2, _length(on))
-        belief = self._belief(on)
+        self_conditioning = self._belief(on)
         plain, model = on.pair.plain, on.pair.tested
         caches = plain.make_cache(), model.make_cache()
 
@@ -290,7 +292,7 @@ class Checks:
 
         def decoded(of: DiffusionGemma, cache: list[LayerCache], *instead: mx.array) -> Watched:
             with tapped(of, instead) as taps:
-                of.decode([Pass(canvas, cache, _as(of, belief))])
+                of.decode([Pass(canvas, cache, _as(of, self_conditioning))])
             return [(t.given, t.gave, t.router.decided) for t in taps]
 
         mx.reset_peak_memory()
@@ -304,13 +306,13 @@ class Checks:
             first = found[0][0], inputs[0]
             if run is prefilled:
                 arrays["embedding"] = first
-                held = [self.tested.run(lambda: [c.held for c in caches[1]])[0]]
-                held += [self.reference.run(lambda: [c.held for c in caches[0]])[0]]
+                held = [self.tested.run(lambda: [c.state for c in caches[1]])[0]]
+                held += [self.reference.run(lambda: [c.state for c in caches[0]])[0]]
                 kept = enumerate(zip(*held, strict=True))
                 arrays |= {f"layer {i} keys and values": each for i, each in kept}
             yield self._worst(check, on, "layer", arrays, cost, every=True)
         bare = self.both(lambda: _conditioned(plain, canvas), lambda: _conditioned(model, canvas))
-        arrays = {"with a belief": first, "at the first step": (bare[1], bare[0])}
+        arrays = {"with a self_conditioning": first, "at the first step": (bare[1], bare[0])}
         yield self._worst("self-conditioning", on, "layer", arrays, bare[2], every=True)
 
     def _decided(
@@ -339,18 +341,24 @@ class Checks:
         read, heat, tape = min(READ, _length(on)), 0.6, Tape(5, plain.config.vocab_size)
 
         def found_() -> list[mx.array]:
-            seen = read_out(model, hidden, heat, draws=tape.rewind(), belief=True)
+            seen = read_out(model, hidden, heat, draws=tape.rewind(), self_conditioning=True)
             assert seen.sampled is not None
-            assert seen.belief is not None
+            assert seen.self_conditioning is not None
             best = seen.choices.tokens[..., 0]
             log_best = log_probability(model, hidden, best, heat, seen)
-            every = [best, seen.sampled, seen.entropy, log_best, seen.belief.astype(mx.float32)]
+            every = [
+                best,
+                seen.sampled,
+                seen.entropy,
+                log_best,
+                seen.self_conditioning.astype(mx.float32),
+            ]
             return [each[:, :read] for each in every]
 
         # The tested side first: its noise serves both.
         mx.reset_peak_memory()
         found, fast = self.tested.run(found_)
-        best, sampled, entropy, log_best, belief = map(np.array, found)
+        best, sampled, entropy, log_best, self_conditioning = map(np.array, found)
         noise = tape.rewind().gumbel(())  # the same again, whatever the shape
         book, slow = self.reference.run(
             lambda: by_the_book(plain, hidden[:, :read].astype(mx.float32), heat, noise[:, :read])
@@ -364,8 +372,12 @@ class Checks:
         }
         for name, value in nats.items():
             yield self.result(f"readout: {name}", on, "nats", value, cost)
-        arrays = {"expected embedding": (mx.array(belief), mx.array(book.belief))}
-        yield self._worst("readout: expected embedding", on, "belief", arrays, cost, every=True)
+        arrays = {
+            "expected embedding": (mx.array(self_conditioning), mx.array(book.self_conditioning))
+        }
+        yield self._worst(
+            "readout: expected embedding", on, "self_conditioning", arrays, cost, every=True
+        )
 
     def kept_table(self, on: Subject) -> Iterator[Result]:
         """The same with the embedding table dequantized once, as `load` does where it fits."""
@@ -375,7 +387,7 @@ class Checks:
     def rows(self, on: Subject) -> Iterator[Result]:
         """Passes that are decoded together give what each gives alone."""
         plain, model = on.pair.plain, on.pair.tested
-        belief = self._belief(on)
+        self_conditioning = self._belief(on)
         prompts = [_ids(plain, 10 + count, count) for count in (3, 40, 90)]
         canvases = [_ids(plain, 20 + i, _length(on)) for i in range(len(prompts))]
 
@@ -384,8 +396,8 @@ class Checks:
             for prompt, cache in zip(prompts, caches, strict=True):
                 of.encode(prompt, cache)
             # The first one is at its first step.
-            beliefs = [None, *[_as(of, belief)] * (len(prompts) - 1)]
-            return [Pass(*each) for each in zip(canvases, caches, beliefs, strict=True)]
+            conditions = [None, *[_as(of, self_conditioning)] * (len(prompts) - 1)]
+            return [Pass(*each) for each in zip(canvases, caches, conditions, strict=True)]
 
         wanted, found, cost = self.both(
             lambda: [plain.decode([each])[0] for each in passes(plain)],
@@ -410,7 +422,7 @@ class Checks:
         def read(model: DiffusionGemma, chunk: int) -> list[mx.array]:
             cache = model.make_cache()
             prefill(model, tokens, cache, chunk)
-            held = [layer.held for layer in cache if layer.held is not None]
+            held = [layer.state for layer in cache if layer.state is not None]
             return [*held, model.decode([Pass(canvas, cache)])[0]]
 
         wanted, found, cost = self.both(
@@ -463,16 +475,16 @@ class Checks:
     ) -> tuple[Result, list[Any]]:
         """A run on both sides, and the tested one's canvases and best tokens, step by step."""
         assert on.tokenizer is not None
-        turn = on.tokenizer.render_chat([{"role": "user", "content": prompt}])
+        turn = on.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
         ids = on.tokenizer.encode(turn)
         tape = Tape(0, on.pair.plain.config.vocab_size)
 
         def run(model: DiffusionGemma) -> list[Any]:
-            context = PromptCache(model)
-            context.read(ids)
+            prompt_cache = PromptCache(model)
+            prompt_cache.read(ids)
             config = model.generation.override(max_denoising_steps=steps)
             taken, started = [], time.perf_counter()
-            for now in denoise(model, context.cache, config, tape, start(tape.rewind())):
+            for now in denoise(model, prompt_cache.cache, config, tape, start(tape.rewind())):
                 both = np.concatenate([np.array(now.canvas), np.array(now.argmax)])
                 taken.append((both, time.perf_counter() - started))
                 started = time.perf_counter()

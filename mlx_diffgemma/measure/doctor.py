@@ -13,12 +13,12 @@ from rich.filesize import decimal
 from ..checkpoint.files import MODES, SHIPPED
 from ..checkpoint.fit import free_memory
 from ..checkpoint.load import DType, load_model
-from ..cli.demo import SCENES
 from ..convert import Recipe, uniform
 from ..errors import Error
 from ..text.tokenizer import Tokenizer
 from .bench import machine
 from .checks import LIMITS, NOTHING, REAL, Checks, Result, Subject, kind_of
+from .scenes import SCENES
 from .sides import packed, pair, weights_of
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")

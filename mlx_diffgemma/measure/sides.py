@@ -283,14 +283,14 @@ def tapped(
 class Book:
     """What a step reads off hidden states (B, L, hidden), with all logits at once, in float64.
 
-    `log_p` (B, L, V) are log-probabilities in nats, `entropy` (B, L) is theirs; `belief` is the
-    expected embedding (B, L, hidden); `outer` and `inner` are the scores, noise included, of
+    `log_p` (B, L, V) are log-probabilities in nats, `entropy` (B, L) is theirs; `self_conditioning`
+    is the expected embedding (B, L, hidden); `outer` and `inner` are the scores, noise included, of
     sub-blocks (B, L, blocks) and of all ids by sub-block (B, L, blocks, ids).
     """
 
     log_p: Any
     entropy: Any
-    belief: Any
+    self_conditioning: Any
     outer: Any
     inner: Any
 

@@ -10,7 +10,7 @@ Mask = mx.array | str | None
 
 # What a layer's cache does with new keys and values (B, 2 x heads, T, head_dim), and answers: those
 # to attend to.
-CacheVerb = Callable[[mx.array], mx.array]
+CacheUpdate = Callable[[mx.array], mx.array]
 
 # What a caller does with arrays on the way: `mx.eval` bounds memory, `mx.async_eval` computes while
 # the graph of later layers is being built. The model itself only builds graphs, so that `mx.grad`
@@ -19,11 +19,11 @@ Evaluate = Callable[[mx.array], None]
 
 
 @dataclass(frozen=True)
-class LayerMark:
+class LayerSnapshot:
     """A place to which a `LayerCache` can go back; only a sliding layer has to hold an array."""
 
     length: int
-    held: mx.array | None = None
+    state: mx.array | None = None
 
 
 class LayerCache:
@@ -38,20 +38,20 @@ class LayerCache:
     def __init__(self, window: int | None):
         self.window = window
         self.length = 0
-        self.kept = 0
+        self.size = 0
         self._buffer: mx.array | None = None
-        self._room = 0  # tokens that the next larger buffer shall hold at least
+        self._capacity = 0  # tokens that the next larger buffer shall hold at least
 
     @property
-    def held(self) -> mx.array | None:
+    def state(self) -> mx.array | None:
         """Keys and values of the tokens kept; None is none."""
-        return None if self._buffer is None else self._buffer[:, :, : self.kept]
+        return None if self._buffer is None else self._buffer[:, :, : self.size]
 
-    def hold(self, length: int, held: mx.array | None) -> None:
+    def set_state(self, length: int, state: mx.array | None) -> None:
         """Replace everything: `length` tokens have been seen, and these are kept."""
         self.length = length
-        self.kept = 0 if held is None else held.shape[2]
-        self._buffer = held
+        self.size = 0 if state is None else state.shape[2]
+        self._buffer = state
 
     def read(self, new: mx.array) -> mx.array:
         """What is kept followed by the new keys and values, which are not kept.
@@ -60,27 +60,27 @@ class LayerCache:
         """
         if self._buffer is None:
             return new
-        end = self.kept + new.shape[2]
+        end = self.size + new.shape[2]
         if len(new) != len(self._buffer):
             # Of many rows at once, none keeps its own copy of the context.
-            kept = self._buffer[:, :, : self.kept]
+            kept = self._buffer[:, :, : self.size]
             return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
         if self._buffer.shape[2] < end:
-            self._buffer = self._with_room(self._buffer[:, :, : self.kept], end)
+            self._buffer = self._with_room(self._buffer[:, :, : self.size], end)
         own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
-        own[:, :, self.kept : end] = new
+        own[:, :, self.size : end] = new
         self._buffer = own
         return self._buffer[:, :, :end]
 
     def reserve(self, count: int) -> None:
         """That many tokens will come: appending them then copies nothing that is held."""
         if self.window is None:
-            self._room = max(self._room, self.kept + count)
+            self._capacity = max(self._capacity, self.size + count)
 
     def _with_room(self, kept: mx.array, count: int) -> mx.array:
         """A buffer that begins with what is kept and has room for `count` tokens at least."""
         batch, heads, length, size = kept.shape
-        buffer = mx.zeros((batch, heads, max(self._room, count), size), dtype=kept.dtype)
+        buffer = mx.zeros((batch, heads, max(self._capacity, count), size), dtype=kept.dtype)
         buffer[:, :, :length] = kept
         return buffer
 
@@ -91,38 +91,38 @@ class LayerCache:
         self.length += count
         drop = 0 if self.window is None else seen.shape[2] - (self.window - 1)
         if drop > 0:
-            self.hold(self.length, mx.contiguous(seen[:, :, drop:]))
+            self.set_state(self.length, mx.contiguous(seen[:, :, drop:]))
             return seen
         if self._buffer is None:
             self._buffer = self._with_room(seen, count)
-        self.kept += count
+        self.size += count
         return seen
 
-    def mark(self) -> LayerMark:
+    def snapshot(self) -> LayerSnapshot:
         """Where the cache stands. A full layer holds all tokens, so its length says enough."""
         if self.window is None:
-            return LayerMark(self.length)
-        return LayerMark(self.length, self.held)
+            return LayerSnapshot(self.length)
+        return LayerSnapshot(self.length, self.state)
 
-    def restore(self, mark: LayerMark) -> None:
+    def restore(self, snapshot: LayerSnapshot) -> None:
         """Go back to a mark made earlier in the same sequence of tokens."""
-        if self.window is not None or not mark.length:
-            self.hold(mark.length, mark.held)
+        if self.window is not None or not snapshot.length:
+            self.set_state(snapshot.length, snapshot.state)
         else:
-            self.length = self.kept = mark.length
+            self.length = self.size = snapshot.length
 
     def fork(self) -> "LayerCache":
         """Another that holds the same; memory is shared until one of them writes."""
         other = LayerCache(self.window)
-        other.length, other.kept, other._buffer = self.length, self.kept, self._buffer
-        other._room = self._room
+        other.length, other.size, other._buffer = self.length, self.size, self._buffer
+        other._capacity = self._capacity
         return other
 
     def encoder_mask(self, count: int) -> Mask:
         """Mask for `count` new tokens: causal, and in a sliding layer `q - k < window`."""
-        if self.window is None or self.kept + count <= self.window:
+        if self.window is None or self.size + count <= self.window:
             return "causal"
-        ahead = mx.arange(self.kept, self.kept + count)[:, None] - mx.arange(self.kept + count)
+        ahead = mx.arange(self.size, self.size + count)[:, None] - mx.arange(self.size + count)
         return (ahead >= 0) & (ahead < self.window)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import NUMBER_LIMITS, SIZE_LIMIT, is_number, is_size, shown
-from ..errors import Error
+from ..errors import CheckpointError
 
 # Of a config: no model has as many layers, nor as many numbers in one matrix.
 LAYERS_LIMIT = 1000
@@ -13,8 +13,11 @@ LAYERS_LIMIT = 1000
 MATRIX_LIMIT = 1 << 44
 
 
-class ConfigError(Error):
+class ConfigError(CheckpointError):
     """A `config.json` that this model cannot run as written."""
+
+    def __init__(self, message: str):
+        super().__init__(f"config.json: {message}")
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,12 @@ class Backbone(nn.Module):
 class Pass:
     """What a denoising step wants decoded: canvases (B, L) behind one context.
 
-    `belief` (B, L, hidden) is the embedding that the step before expects; None at the first.
+    `self_conditioning` (B, L, hidden) is the embedding that the last step expects, or None.
     """
 
     canvas: mx.array
     cache: list[LayerCache]
-    belief: mx.array | None = None
+    self_conditioning: mx.array | None = None
 
 
 class DiffusionGemma(nn.Module):
@@ -148,17 +148,22 @@ class DiffusionGemma(nn.Module):
         sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
         called with each layer's output.
         """
-        canvas, belief = passes[0].canvas, passes[0].belief
+        canvas, self_conditioning = passes[0].canvas, passes[0].self_conditioning
         if len(passes) > 1:
             canvas = mx.concatenate([each.canvas for each in passes])
-            if known := [each.belief for each in passes if each.belief is not None]:
-                # No belief is one of zeros: norm and MLP leave them zero.
+            if known := [
+                each.self_conditioning for each in passes if each.self_conditioning is not None
+            ]:
+                # None is one of zeros: norm and MLP leave them zero.
                 shape = (*canvas.shape[1:], self.config.hidden_size)
                 none = (mx.zeros((len(p.canvas), *shape), known[0].dtype) for p in passes)
-                belief = mx.concatenate(
-                    [z if p.belief is None else p.belief for p, z in zip(passes, none, strict=True)]
+                self_conditioning = mx.concatenate(
+                    [
+                        z if p.self_conditioning is None else p.self_conditioning
+                        for p, z in zip(passes, none, strict=True)
+                    ]
                 )
-        x = self.model.decoder.self_conditioning(self.embed(canvas), belief)
+        x = self.model.decoder.self_conditioning(self.embed(canvas), self_conditioning)
         offsets = [each.cache[0].length for each in passes for _ in range(len(each.canvas))]
         rotations = self._rotations(offsets[:1] if len(passes) == 1 else offsets, canvas.shape[1])
         for i, block in enumerate(self.model.decoder.layers):
@@ -178,11 +183,11 @@ class DiffusionGemma(nn.Module):
         kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
         return {layer: attention.rotation(positions) for layer, attention in kinds.items()}
 
-    def join(self) -> None:
+    def merge(self) -> None:
         """Products of one input become one product; for weights that stay as they are."""
         for block in self.model.decoder.layers:
-            block.join()
-        self.model.decoder.self_conditioning.join()
+            block.merge()
+        self.model.decoder.self_conditioning.merge()
 
     @property
     def constants(self) -> list[mx.array]:
@@ -242,10 +247,10 @@ class DiffusionGemma(nn.Module):
         return mx.tanh(raw / cap) * cap
 
     def __call__(
-        self, canvas: mx.array, cache: list[LayerCache], belief: mx.array | None = None
+        self, canvas: mx.array, cache: list[LayerCache], self_conditioning: mx.array | None = None
     ) -> mx.array:
         """One denoising pass: canvas (B, L) -> float32 logits (B, L, vocabulary)."""
-        return self.logits(self.decode([Pass(canvas, cache, belief)])[0])
+        return self.logits(self.decode([Pass(canvas, cache, self_conditioning)])[0])
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

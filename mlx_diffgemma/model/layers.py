@@ -13,7 +13,7 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import CacheVerb, Evaluate, Mask
+from .cache import CacheUpdate, Evaluate, Mask
 from .config import Config, LayerConfig
 
 # Bytes that the scores of one product of queries and keys may take.
@@ -22,7 +22,7 @@ SCORE_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class View:
-    """What the first `rows` rows not yet served attend to: their mask and cache verb.
+    """What the first `rows` rows not yet served attend to: their mask and what updates the cache.
 
     Where attention is computed in blocks of queries, `evaluate` is called with each block before
     the next is begun, or several would be under way.
@@ -30,7 +30,7 @@ class View:
 
     rows: int
     mask: Mask
-    verb: CacheVerb
+    update: CacheUpdate
     evaluate: Evaluate | None = None
 
 
@@ -39,7 +39,7 @@ def rms_norm(x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
-class Joined:
+class MergedLinear:
     """Linear maps of one input as one map, so that there is one product.
 
     Their weights become views of its own. Where one of them is replaced later, by training or an
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         frequencies = 1 / mx.power(layer.rope_theta, 2 * pairs / layer.head_dim)
         still = mx.zeros((layer.head_dim // 2 - layer.rotated_pairs,))
         self._frequencies = mx.concatenate([frequencies, still])
-        self._joined = Joined([])
+        self._merged = MergedLinear([])
         self._scales = Derived(partial(_spread, self.heads, layer))
         turning = self.heads + layer.num_key_value_heads
         values = 0 if layer.window is None else layer.num_key_value_heads
@@ -136,9 +136,9 @@ class Attention(nn.Module):
         """What projects to heads: of queries, keys and, where they have their own, values."""
         return [self.q_proj, self.k_proj, *([] if self.layer.window is None else [self.v_proj])]
 
-    def join(self) -> None:
+    def merge(self) -> None:
         """One product instead of three, and scales put together, from now on."""
-        self._joined = Joined(self._parts)
+        self._merged = MergedLinear(self._parts)
         self._scales.keep(self.q_norm.weight, self.k_norm.weight)
 
     @property
@@ -148,10 +148,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
         batch, length, _ = x.shape
-        projected = self._joined(self._parts, x)
+        projected = self._merged(self._parts, x)
         normed = rms_norm(projected.reshape(batch, length, -1, self.layer.head_dim), self.eps)
         scales = self._scales(self.q_norm.weight, self.k_norm.weight)
-        turned = scaled_and_turned(normed, scales, rotation, self._still)
+        turned = scale_and_rotate(normed, scales, rotation, self._still)
         queries, new = turned[:, :, : self.heads], turned[:, :, self.heads :]
         if self.layer.window is None:
             new = mx.concatenate([new, normed[:, :, self.heads :]], axis=2)
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
-        keys, values = mx.split(view.verb(new), 2, axis=1)
+        keys, values = mx.split(view.update(new), 2, axis=1)
         count, seen = queries.shape[2], keys.shape[2]
         # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
         rows = max(1, SCORE_BYTES // (4 * queries.shape[0] * queries.shape[1] * seen))
@@ -222,7 +222,7 @@ def cos_and_sin(positions: mx.array, frequencies: mx.array) -> mx.array:
 
 
 @mx.compile
-def scaled_and_turned(
+def scale_and_rotate(
     x: mx.array, scales: mx.array, rotation: mx.array, still: mx.array
 ) -> mx.array:
     """Heads (B, T, heads, head_dim) times scales (heads, head_dim), then rotary embedding (arXiv
@@ -278,14 +278,14 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self._joined = Joined([])
+        self._merged = MergedLinear([])
 
-    def join(self) -> None:
+    def merge(self) -> None:
         """One product instead of two, from now on."""
-        self._joined = Joined([self.gate_proj, self.up_proj])
+        self._merged = MergedLinear([self.gate_proj, self.up_proj])
 
     def __call__(self, x: mx.array) -> mx.array:
-        both = self._joined([self.gate_proj, self.up_proj], x)
+        both = self._merged([self.gate_proj, self.up_proj], x)
         return self.down_proj(gated(*mx.split(both, 2, axis=-1)))
 
 
@@ -405,10 +405,10 @@ class Block(nn.Module):
         norms = self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
         return norms[0].weight, norms[1].weight, self.router.scale
 
-    def join(self) -> None:
+    def merge(self) -> None:
         """Products of one input become one product, and scales are put together."""
-        self.self_attn.join()
-        self.mlp.join()
+        self.self_attn.merge()
+        self.mlp.merge()
         self._scales.keep(*self._three)
 
     @property
@@ -443,11 +443,11 @@ class SelfConditioning(GatedMLP):
         self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, embedded: mx.array, belief: mx.array | None = None) -> mx.array:
-        """`belief` is the embedding that the last step expects; None stands for zeros.
+    def __call__(self, embedded: mx.array, self_conditioning: mx.array | None = None) -> mx.array:
+        """`self_conditioning` is the embedding that the last step expects; None stands for zeros.
 
         That is the first step; the norm applies there too.
         """
-        if belief is not None:
-            embedded = embedded + super().__call__(self.pre_norm(belief))
+        if self_conditioning is not None:
+            embedded = embedded + super().__call__(self.pre_norm(self_conditioning))
         return rms_norm(embedded, self.eps)

@@ -123,7 +123,7 @@ class GenerationConfig:
         }
         return replace(self, **{name: v for name, v in given.items() if v is not None})
 
-    def at(self, speed: Speed) -> "GenerationConfig":
+    def with_speed(self, speed: Speed) -> "GenerationConfig":
         """A copy that denoises in fewer steps; what it costs is in docs/performance.md.
 
         "faithful" is the checkpoint's settings.

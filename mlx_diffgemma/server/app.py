@@ -36,7 +36,7 @@ from ..tasks.generate import Answer, Request
 from ..tasks.request import Done, Draft, Prepared
 from ..tasks.starts import Pieces
 from ..text.template import Hole
-from ..text.turns import Stopper
+from ..text.turns import StopStrings
 from .access import Gate, Limits, refusal
 from .openai import (
     Body,
@@ -474,7 +474,9 @@ def make_app(
         answers: list[dict[str, Any]] = []
         for i, prompt in enumerate(prompts):
             tried = choices[i * best_of : (i + 1) * best_of]
-            kept = tried if best_of == (body.n or 1) else sorted(tried, key=lambda c: c.doubt)
+            kept = (
+                tried if best_of == (body.n or 1) else sorted(tried, key=lambda c: c.mean_entropy)
+            )
             for choice in kept[: body.n or 1]:
                 text = (prompt if body.echo else "") + choice.text
                 answers.append(
@@ -509,9 +511,9 @@ def make_app(
         stream = Stream(worker, [form], patience)
 
         def answer_of(result: FillResult) -> tuple[dict[str, Any], dict[str, int]]:
-            stopper = Stopper(until)
-            text = stopper.feed(str(result.values["middle"]))
-            text += "" if stopper.hit else stopper.rest()
+            stop_strings = StopStrings(until)
+            text = stop_strings.feed(str(result.values["middle"]))
+            text += "" if stop_strings.hit else stop_strings.rest()
             written = len(worker.tokenizer.encode(text))
             usage = {"prompt_tokens": read, "completion_tokens": written}
             shown = prompts[0] + text if body.echo else text

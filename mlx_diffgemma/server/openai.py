@@ -363,7 +363,7 @@ class Choice:
         self.text = self.thought = ""
         self.calls: list[dict[str, Any]] = []
         self.done: Done | None = None
-        self.doubt = 0.0
+        self.mean_entropy = 0.0
         self.logprobs: list[dict[str, Any]] = []
         self._draft: Draft | None = None
 
@@ -392,7 +392,7 @@ class Choice:
                 self.text += event.text
                 return {"content": event.text}
             case Draft():
-                self.doubt = sum(event.entropies) / len(event.entropies)
+                self.mean_entropy = sum(event.entropies) / len(event.entropies)
                 self._draft = event
             case Done():
                 self.done = event
@@ -430,7 +430,7 @@ class Choice:
             "finish": self.done.finish_reason,
             "denoising_steps": self.done.denoising_steps,
             "canvases": self.done.canvases,
-            "mean_entropy": self.doubt,
+            "mean_entropy": self.mean_entropy,
         }
 
 

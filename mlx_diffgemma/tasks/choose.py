@@ -21,7 +21,7 @@ import numpy as np
 from ..arguments import token_ids, whole_number
 from ..diffusion.decoding import Decoding, rows_at_once
 from ..diffusion.draws import SeededDraws
-from ..diffusion.prompt_cache import PromptCache, Reading, room_behind
+from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
@@ -80,7 +80,7 @@ class ChooseRequest:
         texts = [parts] if not isolated else _isolate(parts)
         prompt = encode_prompt(vocabulary.tokenizer, self.prompt, most=model.context, check=check)
         token_ids(prompt, model.config.vocab_size)
-        room_behind(model, prompt)
+        remaining_context(model, prompt)
         rows: list[_Row] = []
         for pieces in texts:
             for where in range(1, len(pieces), 2):

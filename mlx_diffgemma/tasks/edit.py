@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import SettingError
-from ..diffusion.automaton import Literal, Pattern, Plans, Repeat, Sequence, Tokens, compile_pattern
+from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
 from ..diffusion.decoding import Decoding, relay
 from ..diffusion.denoise import Start, refine
 from ..diffusion.draws import Draws
-from ..diffusion.prompt_cache import PromptCache, Reading, room_behind
+from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
@@ -88,7 +88,7 @@ class EditRequest:
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
         asked = f"{self.instruction.strip().rstrip(':')}: {part}"
         prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
-        room_behind(model, prompt)
+        remaining_context(model, prompt)
         chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4, check)
         return Revision(
             model,
@@ -176,13 +176,13 @@ class Revision:
         body = chunk.rstrip("\r\n")
         behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
         start = edit_start(self.model, self.vocabulary, body, behind, self.strength, config, draws)
-        snapshot = yield from relay(
+        state = yield from relay(
             refine(self.model, prompt_cache.cache, config, draws, start),
             lambda state: [draft_of(tokenizer, state, number, config)],
         )
-        tokens: list[int] = np.array(snapshot.argmax[0]).tolist()
+        tokens: list[int] = np.array(state.argmax[0]).tolist()
         kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind))
-        return tokenizer.decode(kept), snapshot.step - start.first_step + 1
+        return tokenizer.decode(kept), state.step - start.first_step + 1
 
 
 def edit_start(
@@ -212,7 +212,7 @@ def edit_start(
     most = min(len(ids) + max(4, len(ids) // 4), room - 1)
     # Tokens of the text itself are allowed even if they are, say, single bytes.
     allowed = Tokens(tuple(sorted({*vocabulary.text_without("").ids, *ids})))
-    pattern: Pattern = Sequence((Repeat(allowed, 0, most), Literal(tuple(right[:room]))))
+    pattern: Pattern = Concat((Repeat(allowed, 0, most), Exactly(tuple(right[:room]))))
     if not cut:
         pattern = vocabulary.answer(pattern)
     # Text that does not fit may go on in a canvas that is never computed.

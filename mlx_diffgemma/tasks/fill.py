@@ -21,12 +21,12 @@ from typing import Never
 import mlx.core as mx
 import numpy as np
 
-from ..diffusion.automaton import Choice, Literal, Pattern, Repeat, Sequence, compile_pattern
+from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
 from ..diffusion.decoding import Decoding, relay, rows_at_once
 from ..diffusion.denoise import refine
 from ..diffusion.draws import Draws
 from ..diffusion.head import log_probability, read_out
-from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, room_behind
+from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, remaining_context
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig, Sampler
@@ -106,7 +106,7 @@ def _gap(
             check()
             literal = vocabulary.literal(" " + option if spaced else option)
             by_length.setdefault(len(literal.ids), []).append(literal)
-        patterns = {n: Choice(tuple(options)) for n, options in by_length.items()}
+        patterns = {n: Alternation(tuple(options)) for n, options in by_length.items()}
     elif hole.kind == "int":
         patterns = {n: integer(vocabulary, n) for n in INTEGER_LENGTHS}
     else:
@@ -117,7 +117,7 @@ def _gap(
         unknown = hole.tokens is None and hole.most is None
         inner = vocabulary.text_without(closing + "\n" if unknown else closing)
         first = vocabulary.words_without(closing + "\n") if spaced else inner
-        patterns = {n: Sequence((first, Repeat(inner, n - 1, n - 1))) for n in counts}
+        patterns = {n: Concat((first, Repeat(inner, n - 1, n - 1))) for n in counts}
     patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
     if not patterns:
         raise TemplateError(
@@ -185,13 +185,13 @@ def _row(
             shown = piece[: room - used]
             last = last and len(shown) == len(piece)
             length = len(shown)
-            patterns.append(Literal(shown))
+            patterns.append(Exactly(shown))
         used += length
     if last and used < room:
-        patterns.append(Literal(tuple(vocabulary.ending(room - used))))
+        patterns.append(Exactly(tuple(vocabulary.ending(room - used))))
     else:
         patterns.append(Repeat(vocabulary.anything, room - used, room - used))
-    return _Row(Sequence(tuple(patterns)), spans, used)
+    return _Row(Concat(tuple(patterns)), spans, used)
 
 
 # Filling -----------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class FillRequest:
                 shown = "".join(part if isinstance(part, str) else "..." for part in parts)
             prompt = f"Fill: {shown}"
         ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
-        room_behind(model, ids)
+        remaining_context(model, ids)
         return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
 
 
@@ -478,13 +478,13 @@ def _try(
         group = layouts[first : first + at_once]
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
         start = planned_start(plans, vocabulary, draws)
-        snapshot = yield from relay(
+        state = yield from relay(
             refine(model, cache, config, draws, start),
             lambda state: [draft_of(vocabulary.tokenizer, state, window, config)],
         )
-        passes += snapshot.step
+        passes += state.step
         for i, layout in enumerate(group):
-            canvas = snapshot.argmax[i : i + 1]
+            canvas = state.argmax[i : i + 1]
             if name is not None:
                 begin, end = layout.row.spans[name]
                 inside, after = yield from surprisal(

@@ -11,26 +11,26 @@ import numpy as np
 from ..arguments import SettingError, token_ids, whole_number
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Clock, Decoding, drive, relay
-from ..diffusion.denoise import Snapshot, Start, refine
+from ..diffusion.denoise import DenoisingState, Start, refine
 from ..diffusion.draws import Draws
 from ..diffusion.guards import (
     OFF,
-    Again,
     Candidate,
+    Commit,
     FinishReason,
     Guard,
     Guards,
     Judge,
-    Take,
+    Retry,
     Thinking,
     judge_by,
     trust,
 )
-from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache, Reading, room_behind
+from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache, Reading, remaining_context
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Tokenizer, no_check
-from ..text.turns import Stopper, Text, TurnReader
+from ..text.turns import StopStrings, Text, TurnReader
 from ..text.vocabulary import Vocabulary
 from .request import (
     Done,
@@ -82,8 +82,8 @@ def generate_tokens(
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
     start: CanvasStart | None = None,
-) -> Generator[Reading | Encoded | Snapshot | Again | Committed, None, None]:
-    """Canvas after canvas: a snapshot a step, then what is committed. Nothing runs ahead.
+) -> Generator[Reading | Encoded | DenoisingState | Retry | Committed, None, None]:
+    """Canvas after canvas: a state a step, then what is committed. Nothing runs ahead.
 
     Raises:
         ContextError: the prompt is empty or too long; before any computation.
@@ -105,13 +105,13 @@ def decode_tokens(
     prompt_cache: PromptCache,
     judge: Judge,
     ended: Callable[[], bool] = lambda: False,
-) -> Decoding[Reading | Encoded | Snapshot | Again | Committed, None]:
-    """Canvas after canvas: a snapshot a step, then what is committed.
+) -> Decoding[Reading | Encoded | DenoisingState | Retry | Committed, None]:
+    """Canvas after canvas: a state a step, then what is committed.
 
     `judge` says what becomes of a canvas; `ended`, once it is committed, whether whoever reads has
     enough. The last canvas is not encoded: whoever goes on reads it with the next prompt.
     """
-    room = room_behind(model, prompt)
+    room = remaining_context(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
     new = len(prompt) - prompt_cache.shared(prompt)
@@ -126,10 +126,10 @@ def decode_tokens(
             if forbidden is not None:
                 begun = begun or Start(draws.tokens((1, length)))
                 begun = replace(begun, constraint=forbidden)
-            snapshot = yield from refine(model, prompt_cache.cache, config, draws, begun)
-            attempts.append(_candidate(snapshot, config, budget))
+            state = yield from refine(model, prompt_cache.cache, config, draws, begun)
+            attempts.append(_candidate(state, config, budget))
             verdict = judge(generated, attempts)
-            if isinstance(verdict, Take):
+            if isinstance(verdict, Commit):
                 break
             forbidden = verdict.constraint
             yield verdict
@@ -152,13 +152,13 @@ def decode_tokens(
         generated += tokens
 
 
-def _candidate(snapshot: Snapshot, config: GenerationConfig, budget: int) -> Candidate:
+def _candidate(state: DenoisingState, config: GenerationConfig, budget: int) -> Candidate:
     """The first row of a finished canvas, up to its end token or the budget."""
-    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
+    tokens: list[int] = np.array(state.argmax)[0].tolist()
     ends = [i + 1 for i, token in enumerate(tokens) if token in config.eos_token_ids]
     kept = min([*ends[:1], budget, len(tokens)])
-    entropies: list[float] = np.array(snapshot.entropy)[0].tolist()
-    converged = bool(np.array(snapshot.converged)[0])
+    entropies: list[float] = np.array(state.entropy)[0].tolist()
+    converged = bool(np.array(state.converged)[0])
     return Candidate(tuple(tokens[:kept]), tuple(entropies[:kept]), converged)
 
 
@@ -214,7 +214,7 @@ class Request:
             check=check,
         )
         token_ids(ids, model.config.vocab_size)
-        room_behind(model, ids)
+        remaining_context(model, ids)
         guards = self.guards
         if config.max_denoising_steps < model.generation.max_denoising_steps:
             guards = replace(guards, not_converged=False)
@@ -323,14 +323,14 @@ class _Teller:
     def __init__(self, answer: Answer):
         self._answer = answer
         self._reader = TurnReader(answer.tokenizer, answer.prompt)
-        self._stopper = Stopper(answer.stop)
+        self._stopper = StopStrings(answer.stop)
         self._text = ""
         self._encoded = self._generated = self._canvases = self._passes = 0
         self._prompt_seconds = 0.0
         self.clock = Clock()
         self.reason: FinishReason | None = None
 
-    def tell(self, item: Reading | Encoded | Snapshot | Again | Committed) -> Iterator[Event]:
+    def tell(self, item: Reading | Encoded | DenoisingState | Retry | Committed) -> Iterator[Event]:
         """What is to be said of an item."""
         answer = self._answer
         match item:
@@ -338,10 +338,10 @@ class _Teller:
                 yield item
             case Encoded():
                 self._prompt_seconds, self._encoded = self.clock.seconds, item.tokens
-            case Snapshot():
+            case DenoisingState():
                 self._passes += 1
                 yield draft_of(answer.tokenizer, item, self._canvases, answer.config, self._reader)
-            case Again():
+            case Retry():
                 yield Notice(item.guard, again=True)
             case Committed():
                 yield from self._commit(item)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arguments import SettingError, token_ids, whole_number
 from ..diffusion.decoding import Decoding, drive
-from ..diffusion.denoise import Snapshot, Start
+from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
 from ..diffusion.guards import FinishReason, Guard, Guards
 from ..diffusion.prompt_cache import ContextError, PromptCache, Reading
@@ -187,24 +187,24 @@ Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Don
 
 def draft_of(
     tokenizer: Tokenizer,
-    snapshot: Snapshot,
+    state: DenoisingState,
     canvas: int,
     config: GenerationConfig,
     reader: TurnReader | None = None,
 ) -> Draft:
-    """The first row of a snapshot as an event; `reader` knows what the turn has come to."""
-    tokens: list[int] = np.array(snapshot.argmax)[0].tolist()
+    """The first row of a state as an event; `reader` knows what the turn has come to."""
+    tokens: list[int] = np.array(state.argmax)[0].tolist()
     kinds = (reader or TurnReader(tokenizer)).kinds(tokens)
     visible = tuple(kind == "text" for kind in kinds)
     end = next((i for i, token in enumerate(tokens) if token in config.eos_token_ids), len(tokens))
     return Draft(
         canvas=canvas,
-        step=snapshot.step,
+        step=state.step,
         steps=config.max_denoising_steps,
         tokens=tuple(tokens),
-        accepted=tuple(np.array(snapshot.accepted)[0].tolist()),
-        entropies=tuple(np.array(snapshot.entropy)[0].tolist()),
-        probabilities=tuple(np.array(snapshot.probability)[0].tolist()),
+        accepted=tuple(np.array(state.accepted)[0].tolist()),
+        entropies=tuple(np.array(state.entropy)[0].tolist()),
+        probabilities=tuple(np.array(state.probability)[0].tolist()),
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
@@ -255,7 +255,9 @@ def encode_prompt(
         return token_ids(prompt)
     if len(messages) < len(prompt):
         raise SettingError("a prompt is either messages or token ids, not both")
-    text = tokenizer.render_chat(messages, enable_thinking=enable_thinking, tools=tools or None)
+    text = tokenizer.apply_chat_template(
+        messages, enable_thinking=enable_thinking, tools=tools or None
+    )
     try:
         return tokenizer.encode_within(text, most, "the prompt", check)
     except TooLong as error:

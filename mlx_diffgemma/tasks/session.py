@@ -249,7 +249,7 @@ class ChatSession:
         tools: Sequence[Declaration] | None = None,
         thinking: bool | None = None,
     ) -> str:
-        return self._tokenizer.render_chat(
+        return self._tokenizer.apply_chat_template(
             messages,
             enable_thinking=self._thinking if thinking is None else thinking,
             tools=(self._tools if tools is None else tools) or None,

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..diffusion.automaton import Plan, Plans
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
-from ..diffusion.prompt_cache import ContextError, room_behind
+from ..diffusion.prompt_cache import ContextError, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig
@@ -198,6 +198,6 @@ def clip_context(
     Raises:
         ContextError: the prompt alone does not fit.
     """
-    room = room_behind(model, prompt) - model.config.canvas_length
+    room = remaining_context(model, prompt) - model.config.canvas_length
     dropped = max(len(given) - room, 0)
     return prompt + given[dropped:], dropped

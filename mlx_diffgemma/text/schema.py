@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 from ..diffusion.automaton import (
     COMPILE_SECONDS,
-    Choice,
+    Alternation,
+    Concat,
     Deadline,
     Graph,
     Machine,
@@ -30,7 +31,6 @@ from ..diffusion.automaton import (
     PatternError,
     PatternTimeout,
     Repeat,
-    Sequence,
     compile_pattern,
 )
 from ..errors import Error
@@ -435,10 +435,10 @@ class _Encoder:
                 return self.vocabulary.character(characters)
             case _Inside(least, most):
                 return self.vocabulary.json_characters(least, most)
-            case Sequence(parts):
-                return Sequence(tuple(map(self.encoded, _joined(parts))))
-            case Choice(options):
-                return Choice(tuple(map(self.encoded, options)))
+            case Concat(parts):
+                return Concat(tuple(map(self.encoded, _merged(parts))))
+            case Alternation(options):
+                return Alternation(tuple(map(self.encoded, options)))
             case Repeat(part, least, most):
                 return Repeat(self.encoded(part), least, most)
         return pattern
@@ -454,7 +454,7 @@ class _Encoder:
         return self._literals[text]
 
 
-def _joined(parts: tuple[Pattern, ...]) -> list[Pattern]:
+def _merged(parts: tuple[Pattern, ...]) -> list[Pattern]:
     """The parts, with texts that follow each other as one."""
     joined: list[Pattern] = []
     texts: list[str] = []
@@ -472,7 +472,7 @@ def _joined(parts: tuple[Pattern, ...]) -> list[Pattern]:
 
 def _flat(parts: tuple[Pattern, ...]) -> Iterator[Pattern]:
     for part in parts:
-        if isinstance(part, Sequence):
+        if isinstance(part, Concat):
             yield from _flat(part.parts)
         else:
             yield part
@@ -538,7 +538,7 @@ class _Reader:
         if "anyOf" in rules:
             self._only(rules, {"anyOf"}, where, "supported beside anyOf")
             any_of = enumerate(rules["anyOf"])
-            return Choice(tuple(self.value(s, f"{where}/anyOf/{i}") for i, s in any_of))
+            return Alternation(tuple(self.value(s, f"{where}/anyOf/{i}") for i, s in any_of))
         kinds = rules.pop("type", None)
         if kinds is None:
             kinds = [kind for kind, words in _BY_TYPE.items() if words & rules.keys()][:1]
@@ -551,13 +551,13 @@ class _Reader:
             "string": self._string,
             "integer": self._number,
             "number": self._number,
-            "boolean": lambda *_: Choice((_Spelled("true"), _Spelled("false"))),
+            "boolean": lambda *_: Alternation((_Spelled("true"), _Spelled("false"))),
             "null": lambda *_: _Spelled("null"),
         }
         if "number" in kinds and "integer" in kinds:
             kinds.remove("integer")
         options = [readers[kind](rules, where, kind) for kind in kinds]
-        return options[0] if len(options) == 1 else Choice(tuple(options))
+        return options[0] if len(options) == 1 else Alternation(tuple(options))
 
     def _rules(self, schema: Any, where: str) -> dict[str, Any]:
         """The keywords of a schema that say what is valid, each of the form it must have."""
@@ -630,23 +630,23 @@ class _Reader:
             listed = [value for value in listed if validator.is_valid(value)]
         if not listed:
             raise SchemaError(f"{where} allows nothing")
-        return Choice(tuple(dict.fromkeys(_dumps(value) for value in listed)))
+        return Alternation(tuple(dict.fromkeys(_dumps(value) for value in listed)))
 
     def _open_object(self) -> Pattern:
         """Any object, whose values are nested at most two deep."""
-        string = Sequence((_Spelled('"'), _Inside(0, None), _Spelled('"')))
-        name = Sequence((_Spelled('"'), _Inside(1, None), _Spelled('":')))
+        string = Concat((_Spelled('"'), _Inside(0, None), _Spelled('"')))
+        name = Concat((_Spelled('"'), _Inside(1, None), _Spelled('":')))
         words = (_Spelled("true"), _Spelled("false"), _Spelled("null"))
-        value: Pattern = Choice((string, self._any_number(), *words))
+        value: Pattern = Alternation((string, self._any_number(), *words))
 
         def several(item: Pattern, opening: str, closing: str) -> Pattern:
-            more = Repeat(Sequence((_Spelled(","), item)), 0, None)
-            inside = Choice((Sequence((item, more)), _Spelled("")))
-            return Sequence((_Spelled(opening), inside, _Spelled(closing)))
+            more = Repeat(Concat((_Spelled(","), item)), 0, None)
+            inside = Alternation((Concat((item, more)), _Spelled("")))
+            return Concat((_Spelled(opening), inside, _Spelled(closing)))
 
         for _ in range(2):
-            found = several(Sequence((name, value)), "{", "}")
-            value = Choice((value, found, several(value, "[", "]")))
+            found = several(Concat((name, value)), "{", "}")
+            value = Alternation((value, found, several(value, "[", "]")))
         return found
 
     def _object(self, rules: dict[str, Any], where: str, kind: str) -> Pattern:
@@ -661,7 +661,7 @@ class _Reader:
             missed = _shown(missing[0])
             raise SchemaError(f"{where}: required {missed} is not among the properties")
         members = {
-            name: Sequence(
+            name: Concat(
                 (
                     _Spelled(_dumps(name).text + ":"),
                     self.value(schema, f"{where}/properties/{_shown(name)}"),
@@ -679,16 +679,16 @@ class _Reader:
         self._count(len(firsts) * len(names))
         later: list[Pattern] = []
         for name in names:
-            member = Sequence((_Spelled(","), members[name]))
-            later.append(member if name in required else Choice((member, Sequence(()))))
+            member = Concat((_Spelled(","), members[name]))
+            later.append(member if name in required else Alternation((member, Concat(()))))
         bodies: list[Pattern] = [
-            Sequence((members[names[i]], *later[i + 1 :], _Spelled("}"))) for i in firsts
+            Concat((members[names[i]], *later[i + 1 :], _Spelled("}"))) for i in firsts
         ]
         if not required & set(names):
             bodies.append(_Spelled("}"))
         if len(bodies) == 1:
-            return Sequence((_Spelled("{"), bodies[0]))
-        return Sequence((_Spelled("{"), Choice(tuple(bodies))))
+            return Concat((_Spelled("{"), bodies[0]))
+        return Concat((_Spelled("{"), Alternation(tuple(bodies))))
 
     def _array(self, rules: dict[str, Any], where: str, kind: str) -> Pattern:
         least = int(rules.get("minItems", 0))
@@ -702,17 +702,17 @@ class _Reader:
         if items is False and not least:
             return empty
         item = self.value(items, f"{where}/items")
-        more = Sequence((_Spelled(","), item))
+        more = Concat((_Spelled(","), item))
         repeat = Repeat(more, max(least - 1, 0), None if most is None else most - 1)
-        filled = Sequence((_Spelled("["), item, repeat, _Spelled("]")))
-        return filled if least else Choice((empty, filled))
+        filled = Concat((_Spelled("["), item, repeat, _Spelled("]")))
+        return filled if least else Alternation((empty, filled))
 
     def _string(self, rules: dict[str, Any], where: str, kind: str) -> Pattern:
         least = int(rules.get("minLength", 0))
         most = None if rules.get("maxLength") is None else int(rules["maxLength"])
         if most is not None and most < least:
             raise SchemaError(f"{where} allows nothing")
-        return Sequence((_Spelled('"'), _Inside(least, most), _Spelled('"')))
+        return Concat((_Spelled('"'), _Inside(least, most), _Spelled('"')))
 
     def _number(self, rules: dict[str, Any], where: str, kind: str) -> Pattern:
         low, high = _bound(rules, "minimum"), _bound(rules, "maximum")
@@ -736,26 +736,26 @@ class _Reader:
                 options += self._between(floor, ceiling, places)
         if not options:
             raise SchemaError(f"{where} allows nothing")
-        return Choice(tuple(options))
+        return Alternation(tuple(options))
 
     def _any_number(self) -> Pattern:
         digit = _OneOf("0123456789")
-        whole = Choice(
+        whole = Alternation(
             (
                 _Spelled("0"),
-                Sequence((_OneOf("123456789"), Repeat(digit, 0, MOST_DIGITS - 1))),
+                Concat((_OneOf("123456789"), Repeat(digit, 0, MOST_DIGITS - 1))),
             )
         )
-        sign = Choice((Sequence(()), _Spelled("-")))
-        decimals = Sequence((_Spelled("."), digit, Repeat(digit, 0, MOST_DECIMALS - 1)))
-        return Sequence((sign, whole, Choice((Sequence(()), decimals))))
+        sign = Alternation((Concat(()), _Spelled("-")))
+        decimals = Concat((_Spelled("."), digit, Repeat(digit, 0, MOST_DECIMALS - 1)))
+        return Concat((sign, whole, Alternation((Concat(()), decimals))))
 
     def _between(self, low: int, high: int, places: int) -> list[Pattern]:
         """The numbers low..high, in units of 10 ** -places, with just as many decimals."""
         options: list[Pattern] = []
         if low < 0:
             negative = self._digits(max(1, -high), -low, places)
-            options += [Sequence((_Spelled("-"), part)) for part in negative]
+            options += [Concat((_Spelled("-"), part)) for part in negative]
         if high >= 0:
             options += self._digits(max(0, low), high, places)
         return options
@@ -768,7 +768,7 @@ class _Reader:
                 if places and i == len(classes) - places:
                     parts.append(_Spelled("."))
                 parts.append(_Spelled(digits) if len(digits) == 1 else _OneOf(digits))
-            yield Sequence(tuple(parts))
+            yield Concat(tuple(parts))
 
 
 def _bound(rules: dict[str, Any], name: str) -> Decimal | None:

@@ -173,7 +173,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_shown
         )
-        self.concat = _joined  # type: ignore[method-assign]
+        self.concat = _merged  # type: ignore[method-assign]
         del self.globals["lipsum"]
         known: dict[str, Any] = self.filters
         self.filters = {name: _guarded(name, known[name]) for name in FILTERS}
@@ -318,7 +318,7 @@ def _concatenated(context: Context, parts: list[Any]) -> str:
     return cast(str, budget.made(text))
 
 
-def _joined(parts: Iterable[str]) -> str:
+def _merged(parts: Iterable[str]) -> str:
     """Pieces of output, of the template or of a macro, as one string."""
     budget = _budget.get()
     if isinstance(parts, list):  # of a macro

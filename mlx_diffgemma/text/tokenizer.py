@@ -196,7 +196,7 @@ class Tokenizer:
         found = (self._backend.token_to_id(name) for name in names)
         return frozenset(i for i in found if i is not None)
 
-    def render_chat(
+    def apply_chat_template(
         self,
         messages: Sequence[Message],
         *,

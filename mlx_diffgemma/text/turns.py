@@ -278,7 +278,7 @@ def _separator(text: str, at: int, end: str) -> int:
     raise CallError(f"a comma or {end} is missing at character {at}")
 
 
-class Stopper:
+class StopStrings:
     """Text up to the first of some stop strings; what may become one waits."""
 
     def __init__(self, stop: Sequence[str]):

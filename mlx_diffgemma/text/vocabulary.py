@@ -3,7 +3,7 @@
 from collections import defaultdict
 from functools import cached_property
 
-from ..diffusion.automaton import Choice, Literal, Pattern, Repeat, Sequence, Text, Tokens
+from ..diffusion.automaton import Alternation, Characters, Concat, Exactly, Pattern, Repeat, Tokens
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from .tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Vocabulary:
         self._without: dict[str, Tokens] = {}
         self._plain = {i: t for i, t in tokenizer.plain.items() if i < self.size and i not in ends}
 
-    def literal(self, text: str) -> Literal:
+    def literal(self, text: str) -> Exactly:
         """This text, in the tokens that the tokenizer makes of it.
 
         Raises:
@@ -48,7 +48,7 @@ class Vocabulary:
         if self.tokenizer.decode(ids) != text:
             shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
             raise VocabularyError(f"this tokenizer cannot spell {shown!r}")
-        return Literal(tuple(ids))
+        return Exactly(tuple(ids))
 
     @cached_property
     def anything(self) -> Tokens:
@@ -97,7 +97,7 @@ class Vocabulary:
         if most is not None and most > COUNTED and least <= most // LONGEST_TOKEN:
             # So long a string is bounded by its tokens, which needs fewer states than characters.
             return Repeat(self._json_any, least, most // LONGEST_TOKEN)
-        return Text(self._json_by_length, least, most)
+        return Characters(self._json_by_length, least, most)
 
     @cached_property
     def _json_any(self) -> Tokens:
@@ -115,7 +115,7 @@ class Vocabulary:
     def digits(self, first: str, count: int) -> Pattern:
         """`count` digits, the first one of `first`."""
         rest = self.character("0123456789")
-        return Sequence((self.character(first), *[rest] * (count - 1)))
+        return Concat((self.character(first), *[rest] * (count - 1)))
 
     def ending(self, room: int) -> list[int]:
         """The end token and the fill behind it, `room` tokens in all."""
@@ -123,7 +123,7 @@ class Vocabulary:
 
     def answer(self, pattern: Pattern) -> Pattern:
         """The pattern, then the end token and the fill behind it."""
-        return Sequence((pattern, Literal((self.end,)), Repeat(Tokens((self.fill,)))))
+        return Concat((pattern, Exactly((self.end,)), Repeat(Tokens((self.fill,)))))
 
 
 def integer(vocabulary: Vocabulary, tokens: int) -> Pattern:
@@ -132,4 +132,4 @@ def integer(vocabulary: Vocabulary, tokens: int) -> Pattern:
         return vocabulary.digits("0123456789", 1)
     positive = vocabulary.digits("123456789", tokens)
     minus = vocabulary.character("-")
-    return Choice((positive, Sequence((minus, vocabulary.digits("123456789", tokens - 1)))))
+    return Alternation((positive, Concat((minus, vocabulary.digits("123456789", tokens - 1)))))
