@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .arguments import SettingError as SettingError
-        from .checkpoint.load import load as load
+    from .checkpoint.load import load as load
     from .diffusion.draws import Draws as Draws
     from .diffusion.draws import SeededDraws as SeededDraws
     from .diffusion.guards import Guards as Guards

@@ -1,4 +1,4 @@
-"""Imports point one way: what the rooms may know of each other, and that nothing goes in circles."""
+"""Imports point one way: what the rooms may know of each other; nothing goes in circles."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -2,8 +2,8 @@
 
 A pattern (`Tokens`, `Characters`, `Exactly`, `Concat`, `Alternation`, `Repeat`) describes token
 sequences as a regular expression describes strings. `compile_pattern` makes an automaton of it;
-`Machine.plan` lays the automaton over a canvas; `Plans` is what the denoising loop asks. This module
-knows ids, not text.
+`Machine.plan` lays the automaton over a canvas; `Plans` is what the denoising loop asks. This
+module knows ids, not text.
 
 The best allowed canvas under a step's logits is a shortest path through (position, state), found by
 dynamic programming (Viterbi, 1967). Added Gumbel noise makes it a sample (perturb and MAP:
