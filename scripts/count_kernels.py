@@ -721,6 +721,7 @@ def run_ours(directory: str, recorder: Recorder) -> Cost:
     """The third step of mlx-diffgemma."""
     recorder.install()
     from mlx_diffgemma import PromptCache, load
+    from mlx_diffgemma.diffusion.decoding import drive
     from mlx_diffgemma.diffusion.denoise import denoise
     from mlx_diffgemma.diffusion.draws import SeededDraws
 
@@ -732,7 +733,7 @@ def run_ours(directory: str, recorder: Recorder) -> Cost:
     draws = SeededDraws(0, model.config.vocab_size)
     config = model.generation.override(max_denoising_steps=4)
     recorder.start(model.config.vocab_size, model.config.canvas_length)
-    for snapshot in denoise(model, prompt_cache.cache, config, draws):
+    for snapshot in drive(model, denoise(model, prompt_cache.cache, config, draws)):
         recorder.mark()
         if snapshot.step == 3:
             break

@@ -16,6 +16,7 @@ from small_checkpoint import write_small
 
 from mlx_diffgemma import PromptCache
 from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
 
@@ -41,7 +42,12 @@ def main() -> None:
         mx.reset_peak_memory()
         # Not the last step: what the next one needs is computed, too.
         config = model.generation.override(max_denoising_steps=3)
-        next(denoise(model, prompt_cache.cache, config, SeededDraws(0, model.config.vocab_size)))
+        next(
+            drive(
+                model,
+                denoise(model, prompt_cache.cache, config, SeededDraws(0, model.config.vocab_size)),
+            )
+        )
         above = mx.get_peak_memory() - weights
         print(f"weights {weights / 1e9:.3f} GB, peak of a step above them {above / 1e9:.3f} GB")
 

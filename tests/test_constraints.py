@@ -11,6 +11,7 @@ from test_automaton import PAD, PATTERNS, VOCAB, padded
 
 from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
 from mlx_diffgemma.diffusion.automaton import Pattern, PatternError, Plans, compile_pattern
+from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import Start, denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
@@ -54,7 +55,7 @@ def test_pins_and_patterns_hold_at_every_step(
     prefill(model, [2, 3], cache)
     config = model.generation.override(max_denoising_steps=5, sampler=sampler)
     held = np.array(pinned)
-    for state in denoise(model, cache, config, draws, start):
+    for state in drive(model, denoise(model, cache, config, draws, start)):
         canvas, argmax = np.array(state.canvas), np.array(state.argmax)
         assert (canvas[held] == np.array(allowed)[held]).all()
         assert (argmax[held] == np.array(allowed)[held]).all()
@@ -75,7 +76,7 @@ def test_rows_that_have_converged_no_longer_change() -> None:
     cache = MODEL.make_cache()
     prefill(MODEL, [2, 3], cache)
     config = MODEL.generation.override(max_denoising_steps=6)
-    run = list(denoise(MODEL, cache, config, draws, start))
+    run = list(drive(MODEL, denoise(MODEL, cache, config, draws, start)))
     assert [s.converged[0].item() for s in run] == [False] + [True] * 5
     assert not run[-1].converged[1].item()
     assert len({str(s.canvas[0].tolist()) for s in run[1:]}) == 1

@@ -16,6 +16,7 @@ from random_model import untrained
 from mlx_diffgemma import Tokenizer, load
 from mlx_diffgemma.arguments import SettingError
 from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
@@ -84,7 +85,7 @@ def test_what_is_not_accepted_goes_back_to_the_users_text() -> None:
     assert start.first_step == 1 + round(0.6 * 47)
     cache = model.make_cache()
     prefill(model, encode_prompt(tokenizer, f"Fix: {text}"), cache)
-    for state in denoise(model, cache, model.generation, draws, start):
+    for state in drive(model, denoise(model, cache, model.generation, draws, start)):
         free = ~state.accepted[0, : len(ids)]
         assert (mx.where(free, state.canvas[0, : len(ids)], own) == own).all().item()
 

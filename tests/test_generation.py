@@ -30,6 +30,7 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
+from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import Start, denoise
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.cache import LayerCache
@@ -157,7 +158,7 @@ def test_several_canvases_follow_each_other(loaded: tuple[DiffusionGemma, Tokeni
     for block in committed:  # the slow way: encode everything from scratch before each canvas
         cache = model.make_cache()
         prefill(model, prompt + text, cache)
-        *_, last = denoise(model, cache, config, draws)
+        *_, last = drive(model, denoise(model, cache, config, draws))
         text += last.argmax[0].tolist()
         assert text[-48:][: len(block.tokens)] == list(block.tokens)
 
@@ -178,7 +179,7 @@ def test_what_ends_a_canvas(settings: dict[str, Any], sure: int, unsure: int) ->
         model.begin(line)
         config = replace(model.generation, **settings)
         cache = model.make_cache()
-        assert len(list(denoise(model, cache, config, SeededDraws(0, 768)))) == steps
+        assert len(list(drive(model, denoise(model, cache, config, SeededDraws(0, 768))))) == steps
 
 
 def test_speeds_change_only_sampler_settings(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
@@ -218,7 +219,10 @@ def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, 
     start += tokenizer.encode("<turn|>") * (48 - len(start))
     given, pinned = mx.array([start]), mx.array([[i % 3 > 0 for i in range(48)]])
     snapshots = list(
-        denoise(model, cache, model.generation, SeededDraws(2, 128), Start(given, pinned))
+        drive(
+            model,
+            denoise(model, cache, model.generation, SeededDraws(2, 128), Start(given, pinned)),
+        )
     )
     for state in snapshots:
         kept = np.array(pinned)
@@ -230,7 +234,7 @@ def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, 
 
     all_pinned = mx.ones((1, 48), dtype=mx.bool_)
     begun = Start(given, all_pinned)
-    run = denoise(model, cache, model.generation, SeededDraws(2, 128), begun)
+    run = drive(model, denoise(model, cache, model.generation, SeededDraws(2, 128), begun))
     assert [s.argmax[0].tolist() for s in run] == [start, start]  # stable after two steps
 
 
@@ -242,7 +246,7 @@ def test_unaccepted_positions_go_back_to_the_background(
     cache = model.make_cache()
     prefill(model, list(range(20, 60)), cache)
     text = Start(mx.array([tokenizer.encode("12" * 24)]), background=mx.full((1, 48), 7))
-    for state in denoise(model, cache, model.generation, SeededDraws(2, 128), text):
+    for state in drive(model, denoise(model, cache, model.generation, SeededDraws(2, 128), text)):
         free = ~np.array(state.accepted)
         assert (np.array(state.canvas)[free] == 7).all()
 
@@ -275,7 +279,7 @@ def test_confidence_sampler_never_takes_back(loaded: tuple[DiffusionGemma, Token
         config = model.generation.override(sampler=ConfidenceThreshold(0.7))
         held = np.zeros((1, 48), dtype=bool)
         before = np.zeros((1, 48))
-        for state in denoise(model, cache, config, SeededDraws(0, 128)):
+        for state in drive(model, denoise(model, cache, config, SeededDraws(0, 128))):
             accepted, canvas = np.array(state.accepted), np.array(state.canvas)
             assert (accepted | ~held).all(), "a held position was given up"
             assert (canvas[held] == before[held]).all(), "a held token was changed"
@@ -329,7 +333,12 @@ def test_starts_that_are_no_canvas_are_refused(loaded: tuple[DiffusionGemma, Tok
     cache = model.make_cache()
     prefill(model, [20], cache)
     canvas, pinned = mx.full((1, 48), 20), mx.zeros((1, 48), dtype=mx.bool_)
-    assert list(denoise(model, cache, model.generation, SeededDraws(0, 128), Start(canvas, pinned)))
+    assert list(
+        drive(
+            model,
+            denoise(model, cache, model.generation, SeededDraws(0, 128), Start(canvas, pinned)),
+        )
+    )
     wrong: list[Any] = [
         Start(mx.full((1, 48), 128)),
         Start(mx.full((1, 48), -1)),
@@ -350,7 +359,7 @@ def test_starts_that_are_no_canvas_are_refused(loaded: tuple[DiffusionGemma, Tok
     ]
     for start in wrong:
         with pytest.raises(SettingError):
-            next(denoise(model, cache, model.generation, SeededDraws(0, 128), start))
+            next(drive(model, denoise(model, cache, model.generation, SeededDraws(0, 128), start)))
         with pytest.raises(SettingError):
             list(stream_generate(*loaded, "x", start=start))
     with pytest.raises(SettingError, match="draws of 129 ids"):  # noise beyond the table

@@ -5,7 +5,6 @@ the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden st
 """
 
 from collections import deque
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,9 +16,9 @@ from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig
 from . import sampler as rules
 from .constraints import ANYTHING, Constraint
-from .decoding import Decoding, drive
+from .decoding import Decoding
 from .draws import Draws, SeededDraws
-from .head import log_probability, read_out
+from .head import Readout, log_probability, read_out
 
 
 @dataclass(frozen=True)
@@ -91,38 +90,18 @@ def denoise(
     config: GenerationConfig,
     draws: Draws,
     start: Start | None = None,
-) -> Generator[DenoisingState, None, None]:
-    """Refine canvases that follow the cached context, a state a step, computed on demand.
+) -> Decoding[DenoisingState, DenoisingState]:
+    """Refine canvases that follow the cached context: a state a step, the last one as the result.
 
     The cache is only read; a context of one row serves all canvases. The last state has
     `converged` set in all rows, or its step is `config.max_denoising_steps`.
-    """
-    return drive(model, refine(model, cache, config, draws, start))
-
-
-def refine(
-    model: DiffusionGemma,
-    cache: list[LayerCache],
-    config: GenerationConfig,
-    draws: Draws,
-    start: Start | None = None,
-) -> Decoding[DenoisingState, DenoisingState]:
-    """As `denoise`, but somebody else decodes; returns the last state.
 
     Raises:
         SettingError: the start or the draws are not of this model's ids, see `check_start`.
     """
-    if isinstance(draws, SeededDraws) and draws.vocab_size > model.config.vocab_size:
-        raise SettingError(
-            f"draws of {draws.vocab_size} ids are not of this model's {model.config.vocab_size}"
-        )
-    steps = config.max_denoising_steps
-    if start is not None:
-        check_start(start, model.config.vocab_size, steps)
-    else:
-        start = Start(draws.tokens((1, model.config.canvas_length)))
-    canvas, pinned, constraint = start.canvas, start.pinned, start.constraint
-    fixed = pinned
+    start = _checked(model, config, draws, start)
+    canvas, constraint, steps = start.canvas, start.constraint, config.max_denoising_steps
+    fixed = start.pinned
     history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
     self_conditioning: mx.array | None = None
     last: DenoisingState | None = None
@@ -134,33 +113,16 @@ def refine(
             model, hidden, temperature, constraint, draws, self_conditioning=step < steps
         )
         argmax = constraint.choose(seen.choices, fixed, canvas)
-        if seen.perturbed is not None:
-            sampled = constraint.choose(seen.perturbed, fixed, canvas)
-        else:
-            assert seen.sampled is not None
-            sampled = seen.sampled if fixed is None else mx.where(fixed, canvas, seen.sampled)
-        entropy, self_conditioning = seen.entropy, seen.self_conditioning
+        sampled = _sampled(constraint, seen, fixed, canvas)
         confidence = mx.exp(log_probability(model, hidden, sampled, temperature, seen))
-        if fixed is not None:
-            # A pinned position is certain, for self-conditioning too.
-            entropy = mx.where(fixed, 0.0, entropy)
-            confidence = mx.where(fixed, 1.0, confidence)
-            if self_conditioning is not None:
-                self_conditioning = mx.where(
-                    fixed[..., None], model.embed(canvas), self_conditioning
-                )
+        entropy, confidence, self_conditioning = _certain(model, canvas, fixed, seen, confidence)
         accepted = rules.accept(config.sampler, entropy, confidence, fixed)
         was_fixed = fixed
         noise = start.background
         if noise is None:
             noise = constraint.noise(draws.tokens(canvas.shape))
         canvas = rules.renoise(accepted, sampled, noise)
-        stop = rules.is_stable(argmax, history, config.stability_threshold)
-        stop = stop & rules.is_confident(entropy, config.confidence_threshold, pinned)
-        if config.plateau is not None:
-            stop = stop | rules.is_stable(argmax, history, config.plateau)
-        if step < config.min_steps:
-            stop = mx.zeros_like(stop)
+        stop = rules.stops(config, step, argmax, history, entropy, start.pinned)
         if config.sampler.keeps:
             # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted
@@ -178,6 +140,49 @@ def refine(
             break
     assert last is not None  # first_step is not behind the last
     return last
+
+
+def _checked(
+    model: DiffusionGemma, config: GenerationConfig, draws: Draws, start: Start | None
+) -> Start:
+    """The start, or one of uniform noise.
+
+    Raises:
+        SettingError: start or draws are not of this model's ids.
+    """
+    vocab_size = model.config.vocab_size
+    if isinstance(draws, SeededDraws) and draws.vocab_size > vocab_size:
+        raise SettingError(f"draws of {draws.vocab_size} ids are not of this model's {vocab_size}")
+    if start is None:
+        return Start(draws.tokens((1, model.config.canvas_length)))
+    check_start(start, vocab_size, config.max_denoising_steps)
+    return start
+
+
+def _sampled(
+    constraint: Constraint, seen: Readout, fixed: mx.array | None, canvas: mx.array
+) -> mx.array:
+    """(B, L) ids drawn, but those of the canvas where they are fixed."""
+    if seen.perturbed is not None:
+        return constraint.choose(seen.perturbed, fixed, canvas)
+    assert seen.sampled is not None
+    return seen.sampled if fixed is None else mx.where(fixed, canvas, seen.sampled)
+
+
+def _certain(
+    model: DiffusionGemma,
+    canvas: mx.array,
+    fixed: mx.array | None,
+    seen: Readout,
+    confidence: mx.array,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Entropy, confidence and self-conditioning, in which a fixed position is certain."""
+    conditioning = seen.self_conditioning
+    if fixed is None:
+        return seen.entropy, confidence, conditioning
+    if conditioning is not None:
+        conditioning = mx.where(fixed[..., None], model.embed(canvas), conditioning)
+    return mx.where(fixed, 0.0, seen.entropy), mx.where(fixed, 1.0, confidence), conditioning
 
 
 def _hold(last: DenoisingState, now: DenoisingState) -> DenoisingState:

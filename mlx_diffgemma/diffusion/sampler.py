@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..model.settings import EntropyBound, Sampler
+from ..model.settings import EntropyBound, GenerationConfig, Sampler
 from .constraints import fold
 
 
@@ -76,3 +76,25 @@ def is_confident(entropies: mx.array, threshold: float, pinned: mx.array | None)
         return entropies.mean(axis=-1) < threshold
     free = ~pinned
     return (entropies * free).sum(axis=-1) < threshold * mx.maximum(free.sum(axis=-1), 1)
+
+
+def stops(
+    config: GenerationConfig,
+    step: int,
+    argmax: mx.array,
+    history: Sequence[mx.array],
+    entropies: mx.array,
+    pinned: mx.array | None,
+) -> mx.array:
+    """(B,) whether a canvas is finished: its best tokens stable and, in the mean, certain.
+
+    Or stable for so long that they are taken however uncertain they are; never before
+    `config.min_steps`.
+    """
+    if step < config.min_steps:
+        return mx.zeros((argmax.shape[0],), dtype=mx.bool_)
+    stable = is_stable(argmax, history, config.stability_threshold)
+    stop = stable & is_confident(entropies, config.confidence_threshold, pinned)
+    if config.plateau is not None:
+        stop = stop | is_stable(argmax, history, config.plateau)
+    return stop

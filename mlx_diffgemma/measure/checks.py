@@ -14,6 +14,7 @@ from rich.filesize import decimal
 
 from ..checkpoint.fit import free_memory
 from ..checkpoint.load import DType
+from ..diffusion.decoding import drive
 from ..diffusion.denoise import Start, denoise
 from ..diffusion.draws import SeededDraws
 from ..diffusion.head import log_probability, read_out
@@ -484,7 +485,9 @@ class Checks:
             prompt_cache.read(ids)
             config = model.generation.override(max_denoising_steps=steps)
             taken, started = [], time.perf_counter()
-            for now in denoise(model, prompt_cache.cache, config, tape, start(tape.rewind())):
+            for now in drive(
+                model, denoise(model, prompt_cache.cache, config, tape, start(tape.rewind()))
+            ):
                 both = np.concatenate([np.array(now.canvas), np.array(now.argmax)])
                 taken.append((both, time.perf_counter() - started))
                 started = time.perf_counter()

@@ -15,7 +15,7 @@ import numpy as np
 from ..arguments import SettingError
 from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
 from ..diffusion.decoding import Decoding, relay
-from ..diffusion.denoise import Start, refine
+from ..diffusion.denoise import Start, denoise
 from ..diffusion.draws import Draws
 from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
@@ -177,7 +177,7 @@ class Revision:
         behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
         start = edit_start(self.model, self.vocabulary, body, behind, self.strength, config, draws)
         state = yield from relay(
-            refine(self.model, prompt_cache.cache, config, draws, start),
+            denoise(self.model, prompt_cache.cache, config, draws, start),
             lambda state: [draft_of(tokenizer, state, number, config)],
         )
         tokens: list[int] = np.array(state.argmax[0]).tolist()

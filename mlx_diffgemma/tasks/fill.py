@@ -23,7 +23,7 @@ import numpy as np
 
 from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
 from ..diffusion.decoding import Decoding, relay, rows_at_once
-from ..diffusion.denoise import refine
+from ..diffusion.denoise import denoise
 from ..diffusion.draws import Draws
 from ..diffusion.head import log_probability, read_out
 from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, remaining_context
@@ -479,7 +479,7 @@ def _try(
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
         start = planned_start(plans, vocabulary, draws)
         state = yield from relay(
-            refine(model, cache, config, draws, start),
+            denoise(model, cache, config, draws, start),
             lambda state: [draft_of(vocabulary.tokenizer, state, window, config)],
         )
         passes += state.step

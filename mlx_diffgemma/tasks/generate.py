@@ -11,7 +11,7 @@ import numpy as np
 from ..arguments import SettingError, token_ids, whole_number
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Clock, Decoding, drive, relay
-from ..diffusion.denoise import DenoisingState, Start, refine
+from ..diffusion.denoise import DenoisingState, Start, denoise
 from ..diffusion.draws import Draws
 from ..diffusion.guards import (
     OFF,
@@ -126,7 +126,7 @@ def decode_tokens(
             if forbidden is not None:
                 begun = begun or Start(draws.tokens((1, length)))
                 begun = replace(begun, constraint=forbidden)
-            state = yield from refine(model, prompt_cache.cache, config, draws, begun)
+            state = yield from denoise(model, prompt_cache.cache, config, draws, begun)
             attempts.append(_candidate(state, config, budget))
             verdict = judge(generated, attempts)
             if isinstance(verdict, Commit):
