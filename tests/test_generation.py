@@ -184,9 +184,9 @@ def test_what_ends_a_canvas(settings: dict[str, Any], sure: int, unsure: int) ->
 
 def test_speeds_change_only_sampler_settings(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     faithful = loaded[0].generation
-    assert faithful.at("faithful") == faithful
+    assert faithful.with_speed("faithful") == faithful
     for speed in ("balanced", "fast"):
-        at = faithful.at(speed)  # type: ignore[arg-type]
+        at = faithful.with_speed(speed)  # type: ignore[arg-type]
         assert at != faithful
         assert (at.max_new_tokens, at.eos_token_ids) == (48, faithful.eos_token_ids)
 

@@ -49,7 +49,7 @@ class PatternTimeout(PatternError):
 class Deadline:
     """When to give up: `at` on the monotonic clock, `seconds` after the work began.
 
-    `also` is called at each look at the clock, and may raise: nobody may be waiting any more.
+    `also` is called at each look at the clock, and may raise, as when a client has left.
     """
 
     seconds: float
@@ -300,7 +300,7 @@ def compile_pattern(pattern: Pattern, deadline: Deadline | None = None) -> "Mach
 
 
 def _leaving(sources: list[int], states: int) -> tuple[list[int], list[int]]:
-    """Where each state's edges begin and end in a list of edges sorted by source, and that list."""
+    """Sort edges by source; give where each state's edges begin and end, and the list."""
     column = np.array(sources, dtype=np.int64)
     order = np.argsort(column, kind="stable")
     begins = np.searchsorted(column[order], np.arange(states + 1))
@@ -382,7 +382,7 @@ class Machine:
         return frozenset(np.flatnonzero(reached).tolist())
 
     def accepts(self, tokens: Sequence[int]) -> bool:
-        """Whether the pattern allows exactly these tokens."""
+        """Tell whether the pattern allows exactly these tokens."""
         return bool(self.advance(frozenset([self.first]), tokens) & self.accepting)
 
     def plan(self, length: int, remaining: int, states: frozenset[int] | None = None) -> "Plan":

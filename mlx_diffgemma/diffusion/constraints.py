@@ -59,7 +59,7 @@ def highest(scores: Sequence[mx.array]) -> mx.array:
 
 @mx.compile
 def _of_best(scores: Sequence[mx.array], things: Sequence[mx.array]) -> mx.array:
-    """What the block with the best score has, the earlier at a tie."""
+    """Take what the block with the best score has, the earlier at a tie."""
 
     def better(
         one: tuple[mx.array, mx.array], other: tuple[mx.array, mx.array]
@@ -78,7 +78,7 @@ def _best_id(scores: Sequence[mx.array], at: Sequence[mx.array], firsts: list[in
 
 
 class Constraint(Protocol):
-    """What tokens a canvas may hold: each for itself (`allowed`), and together (`choose`).
+    """Says which tokens a canvas may hold: each for itself (`allowed`), and together (`choose`).
 
     `joint` says whether the tokens depend on one another.
     """

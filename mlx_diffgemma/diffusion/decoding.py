@@ -1,7 +1,7 @@
-"""The protocol of those who ask for passes: one runs alone, or many decode together.
+"""Runs coroutines that ask for passes: one alone, or many whose passes are decoded together.
 
-A `Decoding` is a generator that yields items, which are for whoever runs it, and passes, each of
-which is answered with its hidden states. So nobody who asks needs to know who else does.
+A `Decoding` is a generator. It yields items, which its runner takes, and passes, each of which is
+answered with its hidden states. So it need not know which others are decoded beside it.
 """
 
 from collections.abc import Callable, Generator, Iterable
@@ -32,7 +32,7 @@ SLICE = 8
 
 
 def rows_at_once(model: DiffusionGemma) -> int:
-    """How many canvases may go through one pass, at least one."""
+    """Count the canvases that may go through one pass, at least one."""
     return max(1, POSITIONS_AT_ONCE // model.config.canvas_length)
 
 
@@ -61,7 +61,7 @@ def relay(
     tell: Callable[[Any], Iterable[Other]],
     clock: Clock | None = None,
 ) -> Decoding[Other, Result]:
-    """Pass another's passes on, and tell each of its items in other words."""
+    """Hand on the passes of another decoding, and replace each item by what `tell` makes of it."""
     answer: mx.array | None = None
     clock = clock or Clock()
     with closing(decoding):
@@ -79,7 +79,7 @@ def relay(
 
 @dataclass
 class _Asked:
-    """A pass, and the hidden states of those of its canvases that have been decoded."""
+    """Holds a pass, and the hidden states of its canvases that have been decoded."""
 
     work: Pass
     hidden: list[mx.array] = field(default_factory=list)
@@ -102,7 +102,7 @@ class _Asked:
 
 
 class Batch(Generic[Item]):
-    """Runs on their way. `step` moves all of them on by one pass.
+    """Holds decodings that run side by side; `step` moves each on by one pass.
 
     For one thread, the one that loaded the model.
     """
@@ -118,7 +118,7 @@ class Batch(Generic[Item]):
         return len(self._runs)
 
     def add(self, run: Decoding[Item, None]) -> int:
-        """Let a run in; gives its number."""
+        """Let a run in, and give its number."""
         key = self._count
         self._runs[key] = run
         self._count += 1
@@ -139,17 +139,17 @@ class Batch(Generic[Item]):
             self.remove(key)
 
     def step(self) -> Generator[tuple[int, Item | Exception | None], None, None]:
-        """What all runs yield until each has asked for a pass, or read a chunk of a long prompt.
+        """Yield the items of all runs, until each has asked for a pass or read a chunk of a prompt.
 
-        With their numbers. The last of a run is None, or what it has raised: the others go on.
-        Stopping in the middle loses items. A pass of many canvases may take several steps, in
-        which those of one canvas go on.
+        Items come with their run's number; the last of a run is None, or what it has raised, and
+        the others go on. Stopping in the middle loses items. A pass of many canvases may take
+        several steps, in which those of one canvas go on.
         """
         for key, run in list(self._runs.items()):
             if key in self._asked:
                 continue
             answer = self._hidden.pop(key, None)
-            while key in self._runs:  # whoever takes an item may remove its run
+            while key in self._runs:  # who takes an item may remove its run
                 try:
                     item = run.send(answer)
                 except StopIteration:
@@ -170,21 +170,21 @@ class Batch(Generic[Item]):
         self._decode(self._due())
 
     def _due(self) -> dict[int, Pass]:
-        """What is decoded now: each pass of one canvas, and of larger ones a slice.
+        """Choose what is decoded now: each pass of one canvas, and of larger ones a slice.
 
         A slice has as many canvases as go at once, or fewer where others wait; the oldest pass is
         first.
         """
         due = {key: each.work for key, each in self._asked.items() if each.rows == 1}
-        room = SLICE if due else rows_at_once(self._model)
+        free = SLICE if due else rows_at_once(self._model)
         for key, each in self._asked.items():
-            if key not in due and room:
-                due[key] = each.slice(room)
-                room -= len(due[key].canvas)
+            if key not in due and free:
+                due[key] = each.slice(free)
+                free -= len(due[key].canvas)
         return due
 
     def _decode(self, passes: dict[int, Pass]) -> None:
-        """Hidden states of all passes; canvases of one length go through the model together."""
+        """Decode the passes; canvases of one length go through the model together."""
         lengths = {asked.canvas.shape[1] for asked in passes.values()}
         for length in lengths:
             keys = [key for key, asked in passes.items() if asked.canvas.shape[1] == length]

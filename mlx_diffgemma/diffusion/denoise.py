@@ -46,7 +46,7 @@ class DenoisingState:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a canvas starts, if not from uniform noise; arrays are (B, L).
+    """Says where a canvas starts, if not from uniform noise; arrays are (B, L).
 
     Attributes:
         canvas: the starting ids.
@@ -66,7 +66,7 @@ class Start:
 
 
 def check_start(start: Start, vocab_size: int, steps: int) -> None:
-    """Whether a canvas can start so; once a canvas, as its arrays have to be computed for it.
+    """Check, once a canvas, that it can start so; its arrays are computed for that.
 
     Raises:
         SettingError: shapes differ, an id is not in the vocabulary, or no step is left.

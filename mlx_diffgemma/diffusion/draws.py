@@ -1,4 +1,4 @@
-"""Where all randomness of a run comes from."""
+"""Draws all random numbers of a run."""
 
 from typing import Protocol
 
@@ -27,14 +27,14 @@ class Categorical(Protocol):
 
     @property
     def state(self) -> list[mx.array]:
-        """What is kept of the blocks so far, for the caller to evaluate."""
+        """Lists what is kept of the blocks so far, for the caller to evaluate."""
 
     def tokens(self) -> mx.array:
         """The ids drawn, (B, L)."""
 
 
 class Draws(Protocol):
-    """Where all randomness of a run comes from."""
+    """Gives all random numbers of a run."""
 
     def tokens(self, shape: tuple[int, ...]) -> mx.array:
         """Uniform token ids."""

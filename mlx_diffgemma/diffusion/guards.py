@@ -101,7 +101,7 @@ class Thinking:
         return found
 
     def open_after(self, tokens: Sequence[int]) -> bool:
-        """Whether the tokens end inside a thought."""
+        """Tell whether the tokens end inside a thought."""
         for token in reversed(tokens):
             if token in (self.opens, self.closes):
                 return token == self.opens
@@ -131,7 +131,7 @@ def judge_by(
         if guards.not_converged and not now.converged:
             if len(attempts) == 1:
                 return Retry("not_converged")
-            tokens = certain_part(min(attempts, key=doubt), sentences)
+            tokens = certain_part(min(attempts, key=mean_entropy), sentences)
             return Commit(tokens, "not_converged", "not_converged")
         if thinking is not None:
             cut = _thought_too_long(guards, generated, now.tokens, thinking, ends)
@@ -154,7 +154,7 @@ def _thought_too_long(
     thinking: Thinking,
     ends: frozenset[int],
 ) -> int | None:
-    """How many of the new tokens to keep before the thought is closed; None: it need not be."""
+    """Count the new tokens to keep before the thought is closed; None: it need not be."""
     everything = [*generated, *tokens]
     spent = thinking.spent(everything)
     budget = guards.thinking_budget
@@ -165,7 +165,7 @@ def _thought_too_long(
     return None
 
 
-def doubt(candidate: Candidate) -> float:
+def mean_entropy(candidate: Candidate) -> float:
     """Mean entropy of a canvas."""
     return sum(candidate.entropies) / max(len(candidate.entropies), 1)
 
@@ -184,7 +184,7 @@ def certain_part(
 
 
 def repeated_from(tokens: Sequence[int]) -> int | None:
-    """Where what follows only repeats what stands before it; None if nothing does.
+    """Find where what follows only repeats what stands before it; None if nothing does.
 
     A run counts when one part of at most `LONGEST_PERIOD` tokens comes `RUN_TIMES` times or more
     in it, over `RUN_TOKENS` or more. The answer keeps the part once.

@@ -1,4 +1,4 @@
-"""What a denoising step reads off the hidden states; the logits are never held as a whole.
+"""Reads off hidden states what a denoising step needs; the logits are never held as a whole.
 
 At 262,144 tokens and a canvas of 256, one float32 copy of the logits takes 268 MB. The vocabulary
 passes by in blocks instead, and a step keeps what the next one needs: ids, entropies and the

@@ -1,4 +1,4 @@
-"""What a model has read: tokens, their keys and values, and places to go back to."""
+"""Keeps what a model has read: tokens, their keys and values, and places to go back to."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class SessionError(Error):
 
 
 class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's prompt_cache."""
+    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     Raises:
         ContextError: the prompt is empty or leaves less.
     """
-    room = model.context - len(prompt)
+    remaining = model.context - len(prompt)
     length = model.config.canvas_length
     short = model.context < model.config.max_position_embeddings
     if not prompt:
         raise ContextError("the prompt is empty")
-    if room < length:
+    if remaining < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
             f"the context of {model.context}"
             + (", which is all that fits into memory" if short else "")
         )
-    return room
+    return remaining
 
 
 def prefill(
@@ -139,7 +139,7 @@ class PromptCache:
         self.cache = self._model.make_cache()
 
     def shared(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` would not have to be encoded."""
+        """Count the `tokens` that would not have to be encoded."""
         return self._reusable(_common(self._tokens, tokens))
 
     def read(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> int:
@@ -152,7 +152,7 @@ class PromptCache:
     def reading(
         self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
     ) -> Generator[Reading, None, None]:
-        """As `read`, with a pause after each chunk but the last.
+        """Read as `read` does, with a pause after each chunk but the last.
 
         Where the tokens depart from what was held a snapshot is left, if it saves enough: the next
         prompt may begin in the same way.
@@ -356,7 +356,7 @@ def _layers(
 
 
 class PrefixCache:
-    """What was read for earlier requests, the latest first, within a number of bytes."""
+    """Keeps what was read for earlier requests, the latest first, within a number of bytes."""
 
     def __init__(self, model: DiffusionGemma, most_bytes: int):
         self._model = model
@@ -385,7 +385,7 @@ class PrefixCache:
 
 
 def _as_json(path: Path, extra: object) -> str:
-    """What `load` will be able to read."""
+    """Write JSON that `load` will be able to read."""
     try:
         text = json.dumps(extra, ensure_ascii=False)
         parse_json(text)
@@ -395,7 +395,7 @@ def _as_json(path: Path, extra: object) -> str:
 
 
 def _check_ours(path: Path) -> None:
-    """Whether a file may take this name: none is there, an empty one, or one that was saved.
+    """Tell whether a file may take this name: none is there, an empty one, or one that was saved.
 
     Raises:
         SessionError: something else has the name.
@@ -427,7 +427,7 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Count the tokens that two sequences begin with alike."""
     count = min(len(first), len(second))
     differ = np.flatnonzero(np.array(first[:count]) != np.array(second[:count]))
     return int(differ[0]) if len(differ) else count

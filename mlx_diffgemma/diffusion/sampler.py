@@ -37,7 +37,7 @@ def accept_by_entropy(entropies: mx.array, bound: float) -> mx.array:
 def accept_by_confidence(
     confidence: mx.array, threshold: float, fixed: mx.array | None
 ) -> mx.array:
-    """What is fixed, tokens of probability >= threshold, or else the best that is not fixed."""
+    """Accept what is fixed, what has probability >= threshold, or else the best not fixed."""
     if fixed is None:
         fixed = mx.zeros(confidence.shape, dtype=mx.bool_)
     ranked = mx.where(fixed, -1.0, confidence)

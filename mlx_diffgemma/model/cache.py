@@ -30,8 +30,8 @@ class LayerCache:
     """Keys and values of one layer, one array (B, 2 x heads, T, head_dim): heads of keys first.
 
     `length` counts all tokens seen; a sliding layer keeps its last `window - 1`: a later token sees
-    no more. The buffer has room behind what is kept, where a canvas's keys and values stand while
-    it is denoised. A write makes a new array, in the old one's memory unless a mark or fork still
+    no more. The buffer has capacity behind what is kept, for a canvas's keys and values while it is
+    denoised. A write makes a new array, in the old one's memory unless a mark or fork still
     needs that.
     """
 
@@ -54,7 +54,7 @@ class LayerCache:
         self._buffer = state
 
     def read(self, new: mx.array) -> mx.array:
-        """What is kept followed by the new keys and values, which are not kept.
+        """Give what is kept, followed by new keys and values, which are not kept.
 
         A held batch of one serves any number of new rows.
         """
@@ -66,7 +66,7 @@ class LayerCache:
             kept = self._buffer[:, :, : self.size]
             return mx.concatenate([mx.broadcast_to(kept, (len(new), *kept.shape[1:])), new], axis=2)
         if self._buffer.shape[2] < end:
-            self._buffer = self._with_room(self._buffer[:, :, : self.size], end)
+            self._buffer = self._with_capacity(self._buffer[:, :, : self.size], end)
         own = copy(self._buffer)  # the object, not the numbers: a fork may hold it too
         own[:, :, self.size : end] = new
         self._buffer = own
@@ -77,15 +77,15 @@ class LayerCache:
         if self.window is None:
             self._capacity = max(self._capacity, self.size + count)
 
-    def _with_room(self, kept: mx.array, count: int) -> mx.array:
-        """A buffer that begins with what is kept and has room for `count` tokens at least."""
+    def _with_capacity(self, kept: mx.array, count: int) -> mx.array:
+        """Make a buffer that begins with what is kept and holds `count` tokens at least."""
         batch, heads, length, size = kept.shape
         buffer = mx.zeros((batch, heads, max(self._capacity, count), size), dtype=kept.dtype)
         buffer[:, :, :length] = kept
         return buffer
 
     def append(self, new: mx.array) -> mx.array:
-        """As `read`, and keep them for later calls."""
+        """Give what `read` gives, and keep the new ones for later calls."""
         count = new.shape[2]
         seen = self.read(new)
         self.length += count
@@ -94,12 +94,12 @@ class LayerCache:
             self.set_state(self.length, mx.contiguous(seen[:, :, drop:]))
             return seen
         if self._buffer is None:
-            self._buffer = self._with_room(seen, count)
+            self._buffer = self._with_capacity(seen, count)
         self.size += count
         return seen
 
     def snapshot(self) -> LayerSnapshot:
-        """Where the cache stands. A full layer holds all tokens, so its length says enough."""
+        """Remember where the cache stands; of a full layer, its length says enough."""
         if self.window is None:
             return LayerSnapshot(self.length)
         return LayerSnapshot(self.length, self.state)

@@ -127,7 +127,7 @@ def _size(values: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def _positive(values: dict[str, Any], key: str, default: float | None = None) -> float:
-    """As `_size`, of a number that float32 holds."""
+    """Read a positive number that float32 holds, as `_size` reads a whole one."""
     value = values[key] if default is None else values.get(key, default)
     if not is_number(value) or value < NUMBER_LIMITS[0]:
         raise ConfigError(f"{key} = {shown(value)} is not a positive number")
@@ -200,7 +200,7 @@ def _kinds(text: dict[str, Any]) -> list[str]:
 
 
 def _overrides(text: dict[str, Any], kinds: list[str]) -> dict[int, dict[str, Any]]:
-    """What single layers have in place of `head_dim` and `num_key_value_heads`."""
+    """Read what single layers have in place of `head_dim` and `num_key_value_heads`."""
     given = text.get("per_layer_config")
     if given is None:  # the dialect as shipped: full layers have other heads
         wide = {"head_dim": text.get("global_head_dim", 512)}

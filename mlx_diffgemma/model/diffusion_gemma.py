@@ -33,7 +33,7 @@ class Decoder(nn.Module):
 
 
 class LayerScalar(nn.Module):
-    """What the encoder has of its own in a layer."""
+    """Holds what the encoder has of its own in a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """What a denoising step wants decoded: canvases (B, L) behind one context.
+    """Asks for canvases (B, L) behind one prompt cache to be decoded.
 
     `self_conditioning` (B, L, hidden) is the embedding that the last step expects, or None.
     """
@@ -121,7 +121,7 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """Append (B, T) ids to the cache -> hidden states (B, T, hidden).
 
-        Nobody who only evaluates the cache pays for the last layer's attention and experts.
+        To evaluate only the cache does not compute the last layer's attention and experts.
 
         Args:
             tokens: ids.
@@ -199,7 +199,7 @@ class DiffusionGemma(nn.Module):
 
     @property
     def dequantizes(self) -> bool:
-        """Whether each step dequantizes the embedding table."""
+        """Tells whether each step dequantizes the embedding table."""
         quantized = isinstance(self.model.decoder.embed_tokens, nn.QuantizedEmbedding)
         return quantized and self._table is None
 
@@ -268,7 +268,7 @@ def parameter_name(tensor: str) -> str:
 
 
 def is_text(tensor: str) -> bool:
-    """Whether a checkpoint tensor is one of this model's (not vision, not a tied copy)."""
+    """Tell whether a checkpoint tensor is one of this model's (not vision, not a tied copy)."""
     if tensor.startswith("model.decoder."):
         return True
     return tensor.startswith("model.encoder.language_model.") and tensor.endswith(".layer_scalar")

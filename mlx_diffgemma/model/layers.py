@@ -22,7 +22,7 @@ SCORE_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class View:
-    """What the first `rows` rows not yet served attend to: their mask and what updates the cache.
+    """Says what the next `rows` rows attend to: their mask, and how they update the cache.
 
     Where attention is computed in blocks of queries, `evaluate` is called with each block before
     the next is begun, or several would be under way.
@@ -86,7 +86,7 @@ class Derived:
 
     @property
     def made(self) -> list[mx.array]:
-        """What is kept, if anything."""
+        """Lists the array that is kept, if any."""
         return [] if self._made is None else [self._made]
 
     def __call__(self, *own: mx.array) -> mx.array:
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
     @property
     def _parts(self) -> list[nn.Linear]:
-        """What projects to heads: of queries, keys and, where they have their own, values."""
+        """Lists the projections of queries, keys and, where they have their own, values."""
         return [self.q_proj, self.k_proj, *([] if self.layer.window is None else [self.v_proj])]
 
     def merge(self) -> None:
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
     @property
     def constants(self) -> list[mx.array]:
-        """What a forward pass needs beside the parameters."""
+        """Lists the arrays that a forward pass needs beside the parameters."""
         return [self._frequencies, self._still, *self._scales.made]
 
     def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
@@ -413,7 +413,7 @@ class Block(nn.Module):
 
     @property
     def constants(self) -> list[mx.array]:
-        """What a forward pass needs beside the parameters."""
+        """Lists the arrays that a forward pass needs beside the parameters."""
         return [*self.self_attn.constants, *self._scales.made]
 
     def __call__(

@@ -1,4 +1,4 @@
-"""What `generation_config.json` says: the one home of every number of the sampler."""
+"""Reads `generation_config.json`, the one home of every number of the sampler."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeGuard
@@ -138,7 +138,7 @@ _NUMBERS = ("t_min", "t_max", "confidence_threshold")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number of sensible size; true and 1.0 are not."""
+    """Tell whether it is a whole number of sensible size; true and 1.0 are not."""
     return type(value) is int and abs(value) <= SIZE_LIMIT
 
 

@@ -1,1 +1,1 @@
-"""What a user asks for: each task is one request, prepared once and run by one protocol."""
+"""Answers requests: each task is one frozen request, prepared once and run by one protocol."""

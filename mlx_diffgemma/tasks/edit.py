@@ -105,7 +105,7 @@ class EditRequest:
 
 
 def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
-    """What stands before, in and behind the lines, counted from 1, both included; None is all.
+    """Split a text before, in and behind the lines, counted from 1, both included; None is all.
 
     Line breaks at the end of the part stand behind it.
 
@@ -259,7 +259,7 @@ def stream_edit(
     sampler: Sampler | None = None,
     draws: Draws | None = None,
 ) -> Generator[Reading | Draft | EditResult, None, None]:
-    """As `edit`, lazily: a `Draft` a denoising step, then the result."""
+    """Rewrite as `edit` does, lazily: a `Draft` a denoising step, then the result."""
     request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
     return stream(model, tokenizer, request)
 

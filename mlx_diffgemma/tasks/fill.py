@@ -43,9 +43,9 @@ INTEGER_LENGTHS = (1, 2, 3, 4, 5, 6)
 # Enough to tell a length that fits from one that does not; the length kept gets all steps.
 TRIAL_STEPS = 8
 
-# A digit or choice that the model gives less than e ** -DOUBT, seeing all else of the canvas, is
-# doubted: the canvas is denoised again from other noise, and the least surprising one is kept.
-DOUBT = 0.7
+# Where the model, seeing all else, gives a digit or choice less than e ** -MOST_SURPRISE, the
+# canvas is denoised again from other noise, and the least surprising one is kept.
+MOST_SURPRISE = 0.7
 
 RETRIES = 2
 
@@ -226,9 +226,9 @@ class _Settled:
         """Over all tokens of some holes."""
         return sum(sum(self.surprises[name]) for name in names)
 
-    def doubtful(self, names: list[str]) -> bool:
-        """Whether the model finds a token in these holes unlikely itself, once it sees the rest."""
-        return any(max(self.surprises[name]) > DOUBT for name in names)
+    def surprising(self, names: list[str]) -> bool:
+        """Tell whether the model finds a token in these holes unlikely, once it sees the rest."""
+        return any(max(self.surprises[name]) > MOST_SURPRISE for name in names)
 
     @property
     def tokens(self) -> list[int]:
@@ -288,7 +288,7 @@ def _refuse_long(model: DiffusionGemma, tokenizer: Tokenizer, parts: list[str | 
 
 
 def _fits(model: DiffusionGemma, pieces: Iterable[_Piece]) -> bool:
-    """Whether a canvas has room for all of a template, before its holes' lengths are decided."""
+    """Tell whether a canvas holds all of a template, before its holes' lengths are decided."""
     lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, _Gap)}
     return _size(pieces, lengths) < model.config.canvas_length
 
@@ -373,10 +373,10 @@ class _Filling:
             settled = yield from self._try([_Layout(each, self._row(each)) for each in tried], name)
             self._lengths = settled.layout.lengths
         sure = [name for name in settled.layout.row.spans if gaps[name].hole.kind != "text"]
-        for _ in range(RETRIES if settled.doubtful(sure) else 0):
+        for _ in range(RETRIES if settled.surprising(sure) else 0):
             other = yield from self._try([settled.layout], None)
             settled = min(settled, other, key=lambda each: each.total(sure))
-            if not settled.doubtful(sure):
+            if not settled.surprising(sure):
                 break
         return settled
 
@@ -442,7 +442,7 @@ def stream_fill(
     sampler: Sampler | None = None,
     draws: Draws | None = None,
 ) -> Generator[Reading | Draft | FillResult, None, None]:
-    """As `fill`, lazily: a `Draft` a denoising step (of the first row tried), then the result.
+    """Fill as `fill` does, lazily: a `Draft` a denoising step, then the result.
 
     A text that is read in several chunks says so with a `Reading` after each but the last.
     """

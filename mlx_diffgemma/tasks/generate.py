@@ -68,7 +68,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Committed:
-    """What is final of a canvas, why it was the last, and the guard that changed it."""
+    """A canvas is final: its tokens, why it was the last, and the guard that changed it."""
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
@@ -108,10 +108,10 @@ def decode_tokens(
 ) -> Decoding[Reading | Encoded | DenoisingState | Retry | Committed, None]:
     """Canvas after canvas: a state a step, then what is committed.
 
-    `judge` says what becomes of a canvas; `ended`, once it is committed, whether whoever reads has
-    enough. The last canvas is not encoded: whoever goes on reads it with the next prompt.
+    `judge` says what becomes of a canvas; `ended`, once it is committed, whether the text is
+    complete. The last canvas is not encoded: a next prompt reads it.
     """
-    room = remaining_context(model, prompt)
+    remaining = remaining_context(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
     new = len(prompt) - prompt_cache.shared(prompt)
@@ -135,12 +135,12 @@ def decode_tokens(
             yield verdict
         tokens = verdict.tokens[:budget]
         budget -= len(tokens)
-        room -= len(tokens)
+        remaining -= len(tokens)
         reason = verdict.finish_reason
         if reason is None:
             if tokens[-1] in config.eos_token_ids:
                 reason = "stop"
-            elif not budget or room < length:
+            elif not budget or remaining < length:
                 reason = "length"
             if reason and not attempts[-1].converged:
                 reason = "not_converged"
@@ -259,7 +259,7 @@ class Request:
         prompt_tokens: int,
         check: Callable[[], None],
     ) -> tuple[CanvasStart, "Compiled | None"]:
-        """Where canvases start, and the schema that they follow."""
+        """Find where canvases start, and the schema that they follow."""
         length = model.config.canvas_length
         if self.schema is not None:
             from ..text.schema import Compiled, compiled
@@ -331,7 +331,7 @@ class _Teller:
         self.reason: FinishReason | None = None
 
     def tell(self, item: Reading | Encoded | DenoisingState | Retry | Committed) -> Iterator[Event]:
-        """What is to be said of an item."""
+        """Tell an item as events."""
         answer = self._answer
         match item:
             case Reading():

@@ -1,4 +1,8 @@
-"""What is asked of a model, and the events that answer it."""
+"""Says what all tasks have in common: how a request is prepared and run, and what answers it.
+
+A task is one frozen request. `prepare` finds every mistake in it and turns text into ids; it
+touches no arrays, so any thread may do it. What it gives is `run` on the thread that owns MLX.
+"""
 
 import os
 import sys
@@ -42,7 +46,7 @@ class Prepared(Protocol[Given]):
         """Ids that are read first; what a prompt cache holds of them is not encoded again."""
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Given, None]:
-        """What answers the request, item by item; for the thread that owns MLX."""
+        """Answer the request, item by item, on the thread that owns MLX."""
 
 
 class Task(Protocol[Given]):
@@ -83,7 +87,7 @@ def _run(
 
 
 class Settings(TypedDict, total=False):
-    """How answers are decoded, one after another; what is not given is the checkpoint's.
+    """Says how answers are decoded, one after another; what is not given is the checkpoint's.
 
     Attributes:
         max_tokens: budget over all canvases.
@@ -105,7 +109,7 @@ class Settings(TypedDict, total=False):
 
 
 class Options(Settings, total=False):
-    """What an answer is asked for with.
+    """Says all else that an answer is asked for with.
 
     Attributes:
         seed: makes the output repeatable; None draws one.

@@ -31,7 +31,7 @@ class Truncated:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a called function gave back, for the model to read."""
+    """Tells the model what a called function gave back."""
 
     name: str
     content: str
@@ -96,7 +96,7 @@ class ChatSession:
 
     @property
     def context(self) -> PromptCache:
-        """What the model has read."""
+        """Holds what the model has read."""
         return self._context
 
     @property
@@ -113,7 +113,7 @@ class ChatSession:
 
     @property
     def enable_thinking(self) -> bool:
-        """Whether thoughts are asked for."""
+        """Tell whether thoughts are asked for."""
         return self._thinking
 
     @enable_thinking.setter
@@ -256,7 +256,7 @@ class ChatSession:
         )
 
     def _fits(self, ids: list[int], free: float = 0) -> bool:
-        """Whether a prompt leaves room for a canvas, and this part of the context."""
+        """Tell whether a prompt leaves room for a canvas, and this part of the context."""
         room = self._model.context - len(ids)
         return room >= max(self._model.config.canvas_length, free * self._model.context)
 
@@ -356,7 +356,7 @@ def _conversation(path: Path, extra: object) -> tuple[list[Message], list[Declar
 
 
 def _is_message(message: object, index: int) -> bool:
-    """Whether a session writes such messages: templates take anything else for granted."""
+    """Tell whether a session writes such messages: templates take anything else for granted."""
     match message:
         case {"role": "system", "content": str(), **rest}:
             return not index and not rest

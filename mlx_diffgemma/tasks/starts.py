@@ -1,4 +1,4 @@
-"""Where a canvas starts: noise, an opening, text that is given, a document of a schema, arrays.
+"""Starts canvases from noise, an opening, text that is given, a document of a schema, arrays.
 
 Each is told what the earlier canvases hold, and gives a `Start`, or None for uniform noise over a
 whole canvas. What they know is text and ids; arrays are made where a canvas begins.
@@ -27,7 +27,7 @@ class CanvasError(Error):
 
 
 class CanvasStart(Protocol):
-    """Where the canvases of an answer start."""
+    """Says where the canvases of an answer start."""
 
     def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
         """The start of the canvas behind these tokens; None is noise."""
@@ -102,8 +102,8 @@ def document(
         SchemaError: the shortest document is over the budget.
     """
     length = model.config.canvas_length
-    room = (model.context - prompt_tokens) // length * length
-    budget = min(config.max_new_tokens, room)
+    remaining = (model.context - prompt_tokens) // length * length
+    budget = min(config.max_new_tokens, remaining)
     shortest = schema.machine.shortest
     if shortest > budget:
         raise SchemaError(
@@ -198,6 +198,6 @@ def clip_context(
     Raises:
         ContextError: the prompt alone does not fit.
     """
-    room = remaining_context(model, prompt) - model.config.canvas_length
-    dropped = max(len(given) - room, 0)
+    remaining = remaining_context(model, prompt) - model.config.canvas_length
+    dropped = max(len(given) - remaining, 0)
     return prompt + given[dropped:], dropped
