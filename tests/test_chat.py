@@ -351,7 +351,7 @@ def test_turns_are_left_out_with_their_calls() -> None:
     talk = ChatSession(model, tokenizer, tools=[declaration], overflow="truncate")
     list(talk.stream("How is it?"))
     list(talk.respond([ToolResult("weather", "wet")]))
-    model.context = len(talk.context) + 96
+    model.context = len(talk.prompt_cache) + 96
     (first, *_) = talk.stream("And in the other place?")
     assert first == Truncated(1)
     (*_, last) = talk.respond([ToolResult("weather", "dry")])

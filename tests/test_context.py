@@ -208,7 +208,7 @@ def test_contexts_of_earlier_prompts_are_kept_within_bounds(
     kept.give(two)
     assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 301
     assert len(kept.take([9])) == 0
-    monkeypatch.setattr(module, "MOST_CONTEXTS", 1)
+    monkeypatch.setattr(module, "MOST_CACHES", 1)
     kept.give(kept.take([9]))
     assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 0
     none = PrefixCache(MODEL, 0)

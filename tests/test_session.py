@@ -82,10 +82,10 @@ def test_a_cached_session_answers_as_one_encoded_from_scratch() -> None:
         prompt = TOKENIZER.encode(TOKENIZER.apply_chat_template(talk.messages))
         fresh = PromptCache(MODEL)
         fresh.read(prompt)
-        talk.context.read(prompt)
+        talk.prompt_cache.read(prompt)
         canvas = mx.array([[5] * 16])
         np.testing.assert_allclose(
-            np.array(MODEL(canvas, talk.context.cache)),
+            np.array(MODEL(canvas, talk.prompt_cache.cache)),
             np.array(MODEL(canvas, fresh.cache)),
             rtol=2e-4,
             atol=2e-4,
@@ -129,7 +129,7 @@ def test_retry_undo_and_reset() -> None:
     talk.system = "Be kind."
     assert talk.messages[0] == {"role": "system", "content": "Be kind."}
     talk.reset()
-    assert (len(talk.messages), len(talk.context)) == (1, 0)
+    assert (len(talk.messages), len(talk.prompt_cache)) == (1, 0)
     assert text_of(list(talk.stream("again"))) == "four"
     talk.system = None
     assert [m["role"] for m in talk.messages] == ["user", "assistant"]
@@ -160,12 +160,12 @@ def test_stopping_keeps_what_is_committed() -> None:
 def test_a_message_that_does_not_fit_changes_nothing() -> None:
     talk, model = speaking("fine", "fine")
     list(talk.stream("hello"))
-    before = talk.messages, talk.context.tokens
+    before = talk.messages, talk.prompt_cache.tokens
     with pytest.raises(ContextError, match="does not fit"):
         next(talk.stream("x " * 3000))
     with pytest.raises(ContextError, match="empty"):
         next(talk.stream("  "))
-    assert (talk.messages, talk.context.tokens) == before
+    assert (talk.messages, talk.prompt_cache.tokens) == before
     assert model._next == 1
 
 
@@ -173,13 +173,13 @@ def test_reading_a_long_prompt_can_be_stopped() -> None:
     """Stopping used to wait until all of it was read; what was read is not lost."""
     talk, _ = speaking("Fine.", "Fine.")
     events = stream_generate(
-        talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.context, prefill_chunk=500
+        talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.prompt_cache, prefill_chunk=500
     )
     assert [next(events), next(events)] == [Reading(500, 1800), Reading(1000, 1800)]
     events.close()
-    assert talk.context.tokens == (30,) * 1000
+    assert talk.prompt_cache.tokens == (30,) * 1000
     done = done_of(
-        list(stream_generate(talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.context))
+        list(stream_generate(talk._model, TOKENIZER, [30] * 1800, prompt_cache=talk.prompt_cache))
     )
     assert done.cached_tokens == 1000
 
@@ -191,7 +191,9 @@ def test_save_and_load_go_on_alike(tmp_path: Path) -> None:
     file = tmp_path / "talk"
     talk.save(file)
     again = ChatSession.load(file, MODEL, TOKENIZER)
-    again.guards, again.steps, again.max_tokens = OFF, 4, 40
+    with pytest.raises(AttributeError):  # settings stand together, and nowhere else
+        again.steps = 4  # type: ignore[attr-defined]
+    again.settings = {"guards": OFF, "steps": 4, "max_tokens": 40}
     assert again.messages == talk.messages
     for other in (talk, again):
         assert done_of(list(other.retry(seed=7))).cached_tokens > 60
@@ -214,7 +216,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer = {"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": [call]}
     told = {"role": "tool", "name": "weather", "tool_call_id": "call_0", "content": "3 C"}
     talk._messages = [*talk.messages[:2], answer, told]
-    talk.context.extend([30] * 9)
+    talk.prompt_cache.extend([30] * 9)
     file = tmp_path_factory.mktemp("saved") / "talk"
     talk.save(file)
     return file
@@ -286,9 +288,9 @@ def test_words_of_a_session_file_that_no_session_writes(
     file = tmp_path / "talk.safetensors"
     mx.save_safetensors(str(file), arrays, metadata)  # type: ignore[arg-type]
     talk = ChatSession.load(file, MODEL, TOKENIZER)
-    assert (len(talk.messages), len(talk.context)) == (4, 155)
+    assert (len(talk.messages), len(talk.prompt_cache)) == (4, 155)
     assert metadata["marks"] == "[114]"  # type: ignore[index]
-    before = talk.messages, talk.context.tokens
+    before = talk.messages, talk.prompt_cache.tokens
     for value in (*METADATA[part], None):
         changed = {name: text for name, text in metadata.items() if name != part}  # type: ignore[union-attr]
         changed |= {} if value is None else {part: value}
@@ -297,7 +299,7 @@ def test_words_of_a_session_file_that_no_session_writes(
             talk.restore(file)
         assert len(str(refused.value)) < 300
         assert "\n" not in str(refused.value)
-    assert (talk.messages, talk.context.tokens) == before
+    assert (talk.messages, talk.prompt_cache.tokens) == before
 
 
 ARRAYS: dict[str, Callable[[mx.array], mx.array | None]] = {
@@ -399,7 +401,7 @@ def test_thoughts_are_events_and_no_history() -> None:
     assert [type(e) for e in events if not isinstance(e, Draft)] == [Thought, Text, Done]
     assert talk.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning": "hm"}
     list(talk.stream("Why?"))
-    said = TOKENIZER.decode(talk.context.tokens)
+    said = TOKENIZER.decode(talk.prompt_cache.tokens)
     assert "Yes." in said
     assert "hm" not in said
     assert "<|think|>" in said
@@ -422,7 +424,7 @@ def test_tool_results_go_back_into_the_same_turn() -> None:
         Thought("cold"),
         Text("It is 3 degrees."),
     ]
-    said = TOKENIZER.decode(talk.context.tokens)
+    said = TOKENIZER.decode(talk.prompt_cache.tokens)
     assert said.count("model\n") == 1
     assert (
         'look\n<channel|><|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>'
@@ -460,4 +462,4 @@ def test_a_hundred_turns_leave_memory_flat() -> None:
         gc.collect()
         used.append(mx.get_active_memory() + mx.get_cache_memory())
     assert max(used[50:]) <= max(used[:10]) + 20_000  # a turn's keys and values are 48 kB
-    assert talk.context.nbytes < 200_000
+    assert talk.prompt_cache.nbytes < 200_000

@@ -315,14 +315,15 @@ class Chat:
             self._say("/load takes a file name.")
             return
         self.session.restore(given_path(rest))
-        held = len(self.session.context)
+        held = len(self.session.prompt_cache)
         self._say(f"{len(self.session.messages)} messages, {held} tokens in the cache.")
 
     def _image(self, rest: str) -> None:
         self._say("Images are not supported: this runtime reads text only.")
 
     def _stats(self, rest: str) -> None:
-        held = f"{len(self.session.context)} tokens, {self.session.context.nbytes / 1e6:.1f} MB"
+        cache = self.session.prompt_cache
+        held = f"{len(cache)} tokens, {cache.nbytes / 1e6:.1f} MB"
         self._say(summary(self._last) if self._last else "There is no answer yet.")
         self._say(f"context: {held}")
 

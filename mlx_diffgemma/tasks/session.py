@@ -62,6 +62,19 @@ class ChatSession:
             or a tool is no declaration.
     """
 
+    # A setting that is written beside `settings` is refused, not ignored.
+    __slots__ = (
+        "_messages",
+        "_model",
+        "_prompt_cache",
+        "_thinking",
+        "_tokenizer",
+        "_tools",
+        "_unanswered",
+        "overflow",
+        "settings",
+    )
+
     def __init__(
         self,
         model: DiffusionGemma,
@@ -75,7 +88,7 @@ class ChatSession:
     ):
         self._model = model
         self._tokenizer = tokenizer
-        self._context = PromptCache(model)
+        self._prompt_cache = PromptCache(model)
         self._messages: list[Message] = []
         self._unanswered: list[Message] | None = None
         self._tools = list(tools)
@@ -95,9 +108,9 @@ class ChatSession:
         return tuple(self._messages)
 
     @property
-    def context(self) -> PromptCache:
+    def prompt_cache(self) -> PromptCache:
         """Holds what the model has read."""
-        return self._context
+        return self._prompt_cache
 
     @property
     def system(self) -> str | None:
@@ -191,7 +204,7 @@ class ChatSession:
         """Forget the conversation, not the system message."""
         self._unanswered = None
         del self._messages[bool(self.system) :]
-        self._context.clear()
+        self._prompt_cache.clear()
 
     def save(self, path: Path) -> None:
         """Write messages and cache to one file, at once.
@@ -200,7 +213,7 @@ class ChatSession:
             SessionError: it cannot be written.
         """
         extra = {"messages": self._messages, "tools": self._tools, "thinking": self._thinking}
-        self._context.save(path, extra)
+        self._prompt_cache.save(path, extra)
 
     @classmethod
     def load(
@@ -234,7 +247,7 @@ class ChatSession:
         )
         self._tools, self._thinking = saved._tools, saved._thinking
         self._messages, self._unanswered = messages, None
-        self._context = context
+        self._prompt_cache = context
 
     def _last_question(self) -> int:
         for i in reversed(range(len(self._messages))):
@@ -291,7 +304,7 @@ class ChatSession:
             self._model,
             self._tokenizer,
             ids,
-            prompt_cache=self._context,
+            prompt_cache=self._prompt_cache,
             seed=seed,
             **self.settings,
         )
