@@ -8,6 +8,7 @@ prompt. The text behind the part is given but may shift, so that the part can gr
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -48,9 +49,29 @@ class EditResult:
     notes: tuple[str, ...]
 
 
+class EditOptions(TypedDict, total=False):
+    """Says all else that a rewriting is asked for with.
+
+    Attributes:
+        lines: first and last line of the part, counted from 1; None is the whole text.
+        strength: over 0 to 1: how much of the part is noised, and how much of the schedule is run.
+        steps: denoising steps of the whole schedule; None asks the checkpoint.
+        seed: makes the result repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
+        draws: takes the place of `seed`, to replay a run.
+    """
+
+    lines: tuple[int, int] | None
+    strength: float
+    steps: int | None
+    seed: int | None
+    sampler: Sampler | None
+    draws: Draws | None
+
+
 @dataclass(frozen=True)
 class EditRequest:
-    """A text that is to be rewritten, see `edit`."""
+    """Asks for a text to be rewritten; all but text and instruction stand in `EditOptions`."""
 
     text: str
     instruction: str
@@ -251,17 +272,10 @@ def stream_edit(
     tokenizer: Tokenizer,
     text: str,
     instruction: str,
-    *,
-    lines: tuple[int, int] | None = None,
-    strength: float = STRENGTH,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
+    **options: Unpack[EditOptions],
 ) -> Generator[Reading | Draft | EditResult, None, None]:
     """Rewrite as `edit` does, lazily: a `Draft` a denoising step, then the result."""
-    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
-    return stream(model, tokenizer, request)
+    return stream(model, tokenizer, EditRequest(text, instruction, **options))
 
 
 def edit(
@@ -269,13 +283,7 @@ def edit(
     tokenizer: Tokenizer,
     text: str,
     instruction: str,
-    *,
-    lines: tuple[int, int] | None = None,
-    strength: float = STRENGTH,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
+    **options: Unpack[EditOptions],
 ) -> EditResult:
     """Rewrite a text, or some of its lines, as an instruction says; the rest stays as it is.
 
@@ -283,22 +291,15 @@ def edit(
     canvas. A part longer than three quarters of a canvas is rewritten in pieces of whole lines.
 
     Args:
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
         text: the whole text.
         instruction: what to do; the prompt is this, a colon, and the part.
-        lines: first and last line of the part, counted from 1; None is the whole text.
-        strength: over 0 to 1: how much of the part is noised, and how much of the schedule is run.
-        steps: denoising steps of the whole schedule; None asks the checkpoint.
-        seed: makes the result repeatable; None draws one.
-        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
-        draws: takes the place of `seed`, to replay a run.
+        options: see `EditOptions`.
 
     Raises:
-        EditError: there are no such lines, or nothing in them.
-        CanvasError: a line is longer than three quarters of a canvas.
-        ContextError: the prompt, which holds the part, does not fit.
-        SettingError: strength is out of range.
+        Error: as `EditRequest.prepare`.
     """
-    request = EditRequest(text, instruction, lines, strength, steps, seed, sampler, draws)
-    *_, result = stream(model, tokenizer, request)
+    *_, result = stream(model, tokenizer, EditRequest(text, instruction, **options))
     assert isinstance(result, EditResult)
     return result

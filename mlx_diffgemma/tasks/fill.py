@@ -12,11 +12,10 @@ again from other noise; the least surprising one is kept.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable
-from collections.abc import Sequence as Sequence_
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Never
+from typing import Never, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -235,11 +234,29 @@ class _Settled:
         return np.array(self.canvas[0]).tolist()
 
 
+class FillOptions(TypedDict, total=False):
+    """Says all else that a filling is asked for with.
+
+    Attributes:
+        prompt: an instruction; None is "Fill: " and the template with its holes as dots.
+        steps: most denoising steps a canvas; None asks the checkpoint.
+        seed: makes the result repeatable; None draws one.
+        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
+        draws: takes the place of `seed`, to replay a run.
+    """
+
+    prompt: str | None
+    steps: int | None
+    seed: int | None
+    sampler: Sampler | None
+    draws: Draws | None
+
+
 @dataclass(frozen=True)
 class FillRequest:
-    """A template that is to be filled, see `fill`; parts are a template that has been parsed."""
+    """Asks for a template to be filled; all but the template stands in `FillOptions`."""
 
-    template: str | Sequence_[str | Hole]
+    template: str | Sequence[str | Hole]
     prompt: str | None = None
     steps: int | None = None
     seed: int | None = None
@@ -434,19 +451,14 @@ class _Filling:
 def stream_fill(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
-    template: str | Sequence_[str | Hole],
-    *,
-    prompt: str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
+    template: str | Sequence[str | Hole],
+    **options: Unpack[FillOptions],
 ) -> Generator[Reading | Draft | FillResult, None, None]:
     """Fill as `fill` does, lazily: a `Draft` a denoising step, then the result.
 
     A text that is read in several chunks says so with a `Reading` after each but the last.
     """
-    return stream(model, tokenizer, FillRequest(template, prompt, steps, seed, sampler, draws))
+    return stream(model, tokenizer, FillRequest(template, **options))
 
 
 def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
@@ -551,13 +563,8 @@ def surprisal(
 def fill(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
-    template: str | Sequence_[str | Hole],
-    *,
-    prompt: str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    sampler: Sampler | None = None,
-    draws: Draws | None = None,
+    template: str | Sequence[str | Hole],
+    **options: Unpack[FillOptions],
 ) -> FillResult:
     """Fill the holes of a template, see `parse_template`; text outside of them stays as it is.
 
@@ -566,18 +573,14 @@ def fill(
     wait for their canvas.
 
     Args:
-        template: text with holes.
-        prompt: an instruction; None is "Fill: " and the template with its holes as dots.
-        steps: most denoising steps a canvas; None asks the checkpoint.
-        seed: makes the result repeatable; None draws one.
-        sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
-        draws: takes the place of `seed`, to replay a run.
+        model: as `load` gives it.
+        tokenizer: the same checkpoint's.
+        template: text with holes, or what `parse_template` made of it.
+        options: see `FillOptions`.
 
     Raises:
-        TemplateError: no hole, or one that makes no sense or fits no canvas.
-        ContextError: prompt and text do not fit.
+        Error: as `FillRequest.prepare`.
     """
-    request = FillRequest(template, prompt, steps, seed, sampler, draws)
-    *_, result = stream(model, tokenizer, request)
+    *_, result = stream(model, tokenizer, FillRequest(template, **options))
     assert isinstance(result, FillResult)
     return result
