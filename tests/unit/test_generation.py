@@ -4,12 +4,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from paths import SUDOKU
 from random_model import scripted
 
 from mlx_diffgemma import (
@@ -38,7 +38,6 @@ from mlx_diffgemma.tasks.starts import CanvasError, First, forced_tokens
 from mlx_diffgemma.text.turns import StopStrings
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()]
 
 

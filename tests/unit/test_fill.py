@@ -5,11 +5,11 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT, SUDOKU
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
@@ -19,7 +19,6 @@ from mlx_diffgemma.tasks.fill import fill, stream_fill
 from mlx_diffgemma.tasks.request import Draft
 from mlx_diffgemma.text.template import Hole, TemplateError, parse_template
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 MODELS = [untrained(TOKENIZER.vocab_size, 24, context=200, seed=seed) for seed in range(4)]
 RANDOM = MODELS[0]
@@ -132,8 +131,8 @@ def test_the_trained_model_fills_a_record_whose_lengths_it_is_not_told(
 
 def test_clues_are_pinned_and_sudokus_are_solved() -> None:
     """scripts/sudoku_table.py --pinned compares all 400 puzzles with and without pinned clues."""
-    model, tokenizer = load(ROOT / "tests" / "data" / "sudoku6")
-    lines = (ROOT / "tests" / "data" / "sudoku6" / "puzzles.txt").read_text().splitlines()
+    model, tokenizer = load(SUDOKU)
+    lines = (SUDOKU / "puzzles.txt").read_text().splitlines()
     solved = 0
     for number, line in enumerate(lines[:12]):
         puzzle, solution = (

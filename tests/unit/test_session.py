@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gemma import gemma_tokenizer
+from paths import TESTS
 from random_model import Scripted, scripted, untrained
 
 from mlx_diffgemma import (
@@ -384,7 +385,7 @@ except Error as error:
         [sys.executable, "-c", code, str(file)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
     )
     assert done.stdout.startswith(f"{file} cannot be written: "), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["talk"]

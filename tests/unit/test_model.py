@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import SUDOKU
 from slow import soft_embedding
 
 from mlx_diffgemma import GenerationConfig
@@ -36,7 +36,6 @@ from mlx_diffgemma.model.layers import (
     scale_and_rotate,
 )
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 CONFIG = json.loads((SUDOKU / "config.json").read_text())
 PROMPT = random.Random(0).choices(range(128), k=90)
 CANVAS = mx.array([random.Random(1).choices(range(128), k=48)])

@@ -15,6 +15,7 @@ import huggingface_hub
 import mlx.core as mx
 import pytest
 from huggingface_hub import errors
+from paths import SUDOKU
 
 from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint.files import (
@@ -28,7 +29,6 @@ from mlx_diffgemma.checkpoint.files import (
 )
 from mlx_diffgemma.checkpoint.load import keep_in_memory, read_generation
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 NORM = "model.decoder.norm.weight"
 
 
