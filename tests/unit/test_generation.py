@@ -182,14 +182,16 @@ def test_what_ends_a_canvas(settings: dict[str, Any], sure: int, unsure: int) ->
 
 def test_speeds_change_only_sampler_settings(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     faithful = loaded[0].generation
-    assert faithful.at("faithful") == faithful
+    assert faithful.with_speed("faithful") == faithful
     for speed in ("balanced", "fast"):
-        at = faithful.at(speed)  # type: ignore[arg-type]
+        at = faithful.with_speed(speed)  # type: ignore[arg-type]
         assert at != faithful
         assert (at.max_new_tokens, at.eos_token_ids) == (48, faithful.eos_token_ids)
 
 
-def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+def test_finish_reasons(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = loaded
 
     def reason(config: Any, prompt: list[int]) -> Any:
@@ -201,8 +203,9 @@ def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     settled = replace(without_end(model), stability_threshold=0, confidence_threshold=100.0)
     assert reason(settled, list(range(20, 50))) == "length"
     # The context ends: room for one canvas of 48 and not for a second.
+    monkeypatch.setattr(model, "context", 200)
     full = replace(settled, max_new_tokens=1000)
-    assert reason(full, [20] * (4096 - 90)) == "length"
+    assert reason(full, [20] * (200 - 90)) == "length"
 
 
 def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

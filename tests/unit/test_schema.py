@@ -136,7 +136,7 @@ def test_a_thousand_random_schemas_allow_none_but_valid_documents(
     schema: Any, length: int, seed: int
 ) -> None:
     """Of canvases that random logits choose, within 64 tokens; no model is asked."""
-    machine = compile_schema(schema, VOCABULARY)
+    machine = compiled(schema, VOCABULARY).machine
     assume(machine.shortest <= 64)
     tokens: list[int] = []
     for key in mx.random.split(mx.random.key(seed), 64 // length):
@@ -154,7 +154,7 @@ def test_a_thousand_random_schemas_allow_none_but_valid_documents(
 def test_models_that_know_nothing_write_valid_documents(
     schema: Any, model: DiffusionGemma, seed: int
 ) -> None:
-    assume(compile_schema(schema, VOCABULARY).shortest <= model.generation.max_new_tokens)
+    assume(compiled(schema, VOCABULARY).machine.shortest <= model.generation.max_new_tokens)
     document = generate(model, TOKENIZER, "x", schema=schema, seed=seed, steps=2)
     jsonschema.Draft202012Validator(schema).validate(json.loads(document))
 
