@@ -107,9 +107,7 @@ def test_generation_config_reads_the_checkpoint_and_yields_to_flags() -> None:
         "t_min": 0.3,
     }
     config = GenerationConfig.from_dict(shipped)
-    assert config == GenerationConfig(
-        512, 30, 0.3, 0.9, 2, 0.01, EntropyBound(0.2), (1, 106, 50), 0
-    )
+    assert config == GenerationConfig(512, 30, 0.3, 0.9, 2, 0.01, EntropyBound(0.2), (1, 106, 50))
     assert config.override() == config
     assert config.override(max_denoising_steps=4).max_denoising_steps == 4
     assert config.override(sampler=ConfidenceThreshold()).sampler == ConfidenceThreshold(0.9)
