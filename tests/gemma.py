@@ -1,11 +1,11 @@
 """The small model's tokenizer with a template that knows thinking and tools."""
 
-from pathlib import Path
+from paths import DATA
 
 from mlx_diffgemma import Tokenizer
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 
-TEMPLATE = Path(__file__).parent / "data" / "gemma_chat_template.jinja"
+TEMPLATE = DATA / "gemma_chat_template.jinja"
 
 
 def gemma_tokenizer() -> Tokenizer:

@@ -48,7 +48,6 @@ class GenerationConfig:
     confidence_threshold: float = 0.005
     sampler: Sampler = field(default_factory=EntropyBound)
     eos_token_ids: tuple[int, ...] = (1,)
-    pad_token_id: int = 0
     plateau: int | None = None
     min_steps: int = 1
 
@@ -132,7 +131,7 @@ class GenerationConfig:
 
 
 # Keys of `generation_config.json`.
-_WHOLE = ("max_new_tokens", "max_denoising_steps", "stability_threshold", "pad_token_id")
+_WHOLE = ("max_new_tokens", "max_denoising_steps", "stability_threshold")
 
 _NUMBERS = ("t_min", "t_max", "confidence_threshold")
 

@@ -1,6 +1,7 @@
 """The model against slow, obviously right versions of itself, and what it refuses."""
 
 import copy
+import functools
 import json
 import math
 import random
@@ -8,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import SUDOKU
 from slow import soft_embedding
 
 from mlx_diffgemma import GenerationConfig
 from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.diffusion.prompt_cache import prefill
-from mlx_diffgemma.model import diffusion_gemma as model_module
+from mlx_diffgemma.model import layers
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.config import Config, ConfigError, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -36,19 +37,18 @@ from mlx_diffgemma.model.layers import (
     scale_and_rotate,
 )
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 CONFIG = json.loads((SUDOKU / "config.json").read_text())
 PROMPT = random.Random(0).choices(range(128), k=90)
 CANVAS = mx.array([random.Random(1).choices(range(128), k=48)])
+trained = functools.cache(lambda: load_model(SUDOKU, dtype="float32"))
 
 
 def windowed(window: int) -> DiffusionGemma:
     """The trained weights under a shorter window: any window must be exact, good or not."""
     config = copy.deepcopy(CONFIG)
     config["text_config"]["sliding_window"] = window
-    trained = load_model(SUDOKU, dtype="float32")
-    model = DiffusionGemma(Config.from_dict(config), trained.generation)
-    model.update(trained.parameters())
+    model = DiffusionGemma(Config.from_dict(config), trained().generation)
+    model.update(trained().parameters())
     return model
 
 
@@ -70,8 +70,8 @@ def test_attention_in_blocks_of_queries_changes_nothing(monkeypatch: pytest.Monk
     """All scores used to exist at once: at 128k tokens they would take 17 GB."""
     model = windowed(30)
     results = []
-    for scores in (model_module.SCORE_BYTES, 4 * 4 * 150 * 7):  # 7 queries or a few more
-        monkeypatch.setattr(model_module, "SCORE_BYTES", scores)
+    for scores in (layers.SCORE_BYTES, 4 * 4 * 150 * 7):  # 7 queries or a few more
+        monkeypatch.setattr(layers, "SCORE_BYTES", scores)
         cache = model.make_cache()
         prefill(model, PROMPT, cache, 50)
         results.append(model(CANVAS, cache))

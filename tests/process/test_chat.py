@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import paths
 import pexpect
 import pyte
 import pytest
@@ -24,8 +25,8 @@ from mlx_diffgemma import ChatSession, ContextError, Done, Text, ToolResult, Tru
 from mlx_diffgemma.cli.chat import Interrupts
 from mlx_diffgemma.diffusion.guards import OFF
 
-HERE = Path(__file__).parent
-SUDOKU = str(HERE / "data" / "sudoku6")
+HERE = paths.TESTS
+SUDOKU = str(paths.SUDOKU)
 TOOLS = """
 def weather(city: str, days: int = 1) -> str:
     '''Say how the weather is.

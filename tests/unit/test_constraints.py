@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_model import untrained
 from slow import best_canvas
-from test_automaton import PAD, PATTERNS, VOCAB, padded
+from unit.test_automaton import PAD, PATTERNS, VOCAB, padded
 
 from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
 from mlx_diffgemma.diffusion.automaton import Pattern, PatternError, Plans, compile_pattern

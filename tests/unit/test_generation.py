@@ -4,12 +4,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from paths import SUDOKU
 from random_model import scripted
 
 from mlx_diffgemma import (
@@ -39,7 +39,6 @@ from mlx_diffgemma.tasks.starts import CanvasError, First, forced_tokens
 from mlx_diffgemma.text.turns import StopStrings
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()]
 
 
@@ -191,7 +190,9 @@ def test_speeds_change_only_sampler_settings(loaded: tuple[DiffusionGemma, Token
         assert (at.max_new_tokens, at.eos_token_ids) == (48, faithful.eos_token_ids)
 
 
-def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+def test_finish_reasons(
+    loaded: tuple[DiffusionGemma, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = loaded
 
     def reason(config: Any, prompt: list[int]) -> Any:
@@ -203,8 +204,9 @@ def test_finish_reasons(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
     settled = replace(without_end(model), stability_threshold=0, confidence_threshold=100.0)
     assert reason(settled, list(range(20, 50))) == "length"
     # The context ends: room for one canvas of 48 and not for a second.
+    monkeypatch.setattr(model, "context", 200)
     full = replace(settled, max_new_tokens=1000)
-    assert reason(full, [20] * (4096 - 90)) == "length"
+    assert reason(full, [20] * (200 - 90)) == "length"
 
 
 def test_pinned_tokens_stay_and_count_for_nothing(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import TESTS
 
 from mlx_diffgemma.tasks.tools import MOST_RESULT, ToolError, by_name, read_tools
 
@@ -111,7 +112,7 @@ def test_a_chat_outlives_its_tools_and_long_numbers(tmp_path: Path) -> None:
     file.write_text("import sys\ndef leaves(n: int = 0):\n    sys.exit(5)\n")
     script = ["<|tool_call>call:leaves{n:1}<tool_call|>", "one"]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "scripted_cli.py"),
+        [sys.executable, str(TESTS / "scripted_cli.py"),
          *("chat", "--tools", str(file), "--yes")],
         input=f"/seed {'9' * 5000}\n/steps {'9' * 5000}\ncall it\n",
         capture_output=True,

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from paths import SUDOKU
 from reference import STEPS, Replay, Run, random_checkpoint, record
 from slow import soft_embedding
 from torch.distributions import Categorical
@@ -23,8 +24,6 @@ from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.tasks.generate import Committed, generate_tokens
 from mlx_diffgemma.text.tokenizer import Tokenizer
-
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import paths
 import pexpect
 import pytest
 
-SUDOKU = str(Path(__file__).parent / "data" / "sudoku6")
+SUDOKU = str(paths.SUDOKU)
 CELLS, SOLVED = (Path(SUDOKU) / "puzzles.txt").read_text().split()[2:4]
 PUZZLE, ANSWER = ("\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in (CELLS, SOLVED))
 COMMAND = [sys.executable, "-m", "mlx_diffgemma"]

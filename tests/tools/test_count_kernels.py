@@ -1,44 +1,62 @@
-"""The counts of scripts/count_kernels.py by hand; in processes of their own: it patches MLX."""
+"""The counts of scripts/count_kernels.py by hand; in a process of its own: it patches MLX."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from paths import ROOT
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-BEGIN = """
-import json
+SCRIPTS = ROOT / "scripts"
+# Runs what each line of its input holds, with a recorder that has counted nothing yet.
+WORKER = """
+import json, sys, traceback
 from count_kernels import Recorder
 recorder = Recorder()
 recorder.install()
 import mlx.core as mx
 import mlx.nn as nn
-x, w = mx.ones((4, 8)), mx.ones((640, 8))
-mx.eval(x, w)
-recorder.start(640, 4)
+for line in sys.stdin:
+    x, w = mx.ones((4, 8)), mx.ones((640, 8))
+    mx.eval(x, w)
+    recorder.__init__()
+    recorder.start(640, 4)
+    try:
+        exec(json.loads(line), {"mx": mx, "nn": nn, "recorder": recorder, "x": x, "w": w})
+        recorder.stop()
+        print(json.dumps([vars(step) for step in recorder.steps]), flush=True)
+    except Exception:
+        print(json.dumps(traceback.format_exc()), flush=True)
 """
-END = """
-recorder.stop()
-print(json.dumps([vars(step) for step in recorder.steps]))
-"""
+Count = Callable[[str], list[dict[str, Any]]]
 
 
-def count(code: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code + END],
-        capture_output=True,
+@pytest.fixture(scope="module")
+def count() -> Iterator[Count]:
+    """What the steps of a few lines of code cost."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": str(SCRIPTS)},
-    )
-    assert done.returncode == 0, done.stderr
-    steps: list[dict[str, Any]] = json.loads(done.stdout)
-    return steps
+    ) as process:
+
+        def ask(code: str) -> list[dict[str, Any]]:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(json.dumps(code) + "\n")
+            process.stdin.flush()
+            steps = json.loads(process.stdout.readline())
+            assert isinstance(steps, list), steps
+            return steps
+
+        yield ask
 
 
-def test_kernels_and_bytes_by_hand() -> None:
+def test_kernels_and_bytes_by_hand(count: Count) -> None:
     (step,) = count("logits = x @ w.T; mx.eval(mx.softmax(logits, axis=-1), mx.argmax(logits, -1))")
     assert step["kernels"] == {"Matmul": 1, "Softmax": 1, "ArgReduce": 1}
     copy = 4 * 4 * 640
@@ -48,13 +66,13 @@ def test_kernels_and_bytes_by_hand() -> None:
     assert step["vocabulary_arrays"] == 4
 
 
-def test_equal_nodes_count_each() -> None:
+def test_equal_nodes_count_each(count: Count) -> None:
     """MLX's own export merges them, which its evaluation does not."""
     (step,) = count("mx.eval(mx.exp(x) + mx.exp(x))")
     assert step["kernels"] == {"Exp": 2, "Add": 1}
 
 
-def test_what_is_left_over_counts_where_it_is_computed() -> None:
+def test_what_is_left_over_counts_where_it_is_computed(count: Count) -> None:
     """The export used to change the graph, so that the product was computed, and counted, again."""
     first, second = count(
         "y = x @ w.T; a = mx.exp(y) + mx.exp(y); b = mx.log(y); mx.eval(a); recorder.mark(); "
@@ -64,7 +82,7 @@ def test_what_is_left_over_counts_where_it_is_computed() -> None:
     assert second["kernels"] == {"Log": 1}
 
 
-def test_norms_and_compiled_chains_are_one_kernel() -> None:
+def test_norms_and_compiled_chains_are_one_kernel(count: Count) -> None:
     (step,) = count(
         "f = mx.compile(lambda a: mx.tanh(a * 2) * 3); n = mx.fast.rms_norm(x, None, 1e-6); "
         "mx.eval(f(n) + nn.gelu_approx(x))"
@@ -80,7 +98,7 @@ def test_norms_and_compiled_chains_are_one_kernel() -> None:
         ("mx.eval(mx.stack([x, x], axis=-1))", {"Concatenate": 1, "Copy": 1}),
     ],
 )
-def test_each_array_joined_is_a_copy(code: str, kernels: dict[str, int]) -> None:
+def test_each_array_joined_is_a_copy(count: Count, code: str, kernels: dict[str, int]) -> None:
     (step,) = count(code)
     assert step["kernels"] == kernels
 
@@ -104,7 +122,7 @@ def test_each_array_joined_is_a_copy(code: str, kernels: dict[str, int]) -> None
         ("y = x.T; mx.eval(y); recorder.mark(); mx.eval(y.reshape(-1))", {"Copy": 1}),
     ],
 )
-def test_views_that_cannot_be_are_copies(code: str, kernels: dict[str, int]) -> None:
+def test_views_that_cannot_be_are_copies(count: Count, code: str, kernels: dict[str, int]) -> None:
     assert count(code)[-1]["kernels"] == kernels
 
 
@@ -141,7 +159,7 @@ COPY = "from copy import copy; i = mx.array([1, 0]); y = mx.exp(x); z = copy(y);
     ],
 )
 def test_changing_a_part_copies_what_cannot_be_taken_over(
-    code: str, kernels: dict[str, int]
+    count: Count, code: str, kernels: dict[str, int]
 ) -> None:
     (step,) = count(COPY + code)
     assert step["kernels"] == kernels
@@ -174,12 +192,14 @@ recorder.start(640, 4); mx.eval(mx.quantized_matmul("""
         ),
     ],
 )
-def test_operands_that_are_not_in_rows_are_copied(code: str, kernels: dict[str, int]) -> None:
+def test_operands_that_are_not_in_rows_are_copied(
+    count: Count, code: str, kernels: dict[str, int]
+) -> None:
     (step,) = count(code)
     assert step["kernels"] == kernels
 
 
-def test_waiting_is_counted_and_starting_is_not() -> None:
+def test_waiting_is_counted_and_starting_is_not(count: Count) -> None:
     """Every `async_eval` used to count as a wait, 23 of them in a step that waits once."""
     first, second = count(
         "y = mx.exp(x); mx.async_eval(y); z = mx.log(y); mx.async_eval(z); z.tolist(); z.tolist(); "

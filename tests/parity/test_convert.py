@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from paths import ROOT, SUDOKU
 from reference import random_checkpoint
 from slow import soft_embedding
 
@@ -37,9 +38,8 @@ from mlx_diffgemma.convert.recipes import RecipeError
 from mlx_diffgemma.convert.staging import check_vacant, staged
 from mlx_diffgemma.model.diffusion_gemma import Pass
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
-REAL = Path(__file__).parents[2] / "shared" / "reference"
-MAKE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "make_checkpoint.py"))
+REAL = ROOT.parent / "shared" / "reference"
+MAKE = runpy.run_path(str(ROOT / "scripts" / "make_checkpoint.py"))
 # Of the published 4-bit conversion: its 1,647 lines "name type shape", and its 236 overrides.
 PUBLISHED = "18c423ed9955d05f"
 

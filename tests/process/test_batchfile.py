@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from gemma import gemma_tokenizer
+from paths import SUDOKU
 from random_model import Scripted, scripted
 
 from mlx_diffgemma import Request
@@ -17,7 +18,6 @@ from mlx_diffgemma.cli import batchfile
 from mlx_diffgemma.cli import main as cli
 from mlx_diffgemma.cli.batchfile import BatchError, read_requests, writing
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:]]
 COMMAND = [sys.executable, "-m", "mlx_diffgemma", "generate", "-m", str(SUDOKU)]
 

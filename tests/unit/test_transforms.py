@@ -9,13 +9,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from paths import SUDOKU
 
 from mlx_diffgemma import DiffusionGemma, GenerationConfig, generate, load
 from mlx_diffgemma.model.cache import LayerCache, Mask
 from mlx_diffgemma.model.config import Config, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import Pass
 
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 PROMPT, CANVAS = mx.array([[3, 14, 15, 9, 2, 6, 5, 35]]), mx.array([[8, 9, 7, 9, 3, 2]])
 
 

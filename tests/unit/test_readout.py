@@ -13,8 +13,7 @@ from random_model import untrained
 from slow import best_canvas, entropy, soft_embedding
 
 from mlx_diffgemma import DiffusionGemma
-from mlx_diffgemma.diffusion import head as readout
-from mlx_diffgemma.diffusion import sampler as rules
+from mlx_diffgemma.diffusion import constraints, draws, head
 from mlx_diffgemma.diffusion.automaton import Concat, Plans, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ANYTHING, NEVER, Constraint, ForbidFirst
 from mlx_diffgemma.diffusion.draws import SeededDraws
@@ -37,9 +36,9 @@ def plans(rows: int) -> Plans:
 
 def read_in_blocks(model: DiffusionGemma, hidden: mx.array, tokens: int, *given: Any) -> Readout:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readout, "_tokens_at_once", lambda model, positions: -(-tokens // 16) * 16)
-        patch.setattr(readout, "APART", 3)
-        patch.setattr(rules, "APART", 3)
+        patch.setattr(head, "_tokens_at_once", lambda model, positions: -(-tokens // 16) * 16)
+        patch.setattr(head, "APART", 3)
+        patch.setattr(draws, "APART", 3)
         return read_out(model, hidden, *given, self_conditioning=True)
 
 
@@ -178,7 +177,7 @@ def test_memory_of_a_step_does_not_grow_with_the_number_of_blocks() -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readout, "_tokens_at_once", lambda model, positions: 1 << 6)
+        patch.setattr(head, "_tokens_at_once", lambda model, positions: 1 << 6)
         seen = read_out(
             model, hidden, 0.5, ANYTHING, SeededDraws(3, 1 << 12), self_conditioning=True
         )
@@ -197,7 +196,7 @@ def test_memory_of_a_step_does_not_grow_with_the_vocabulary() -> None:
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(readout, "_tokens_at_once", lambda model, positions: 1 << 12)
+            patch.setattr(head, "_tokens_at_once", lambda model, positions: 1 << 12)
             seen = read_out(
                 model, hidden, 0.5, ANYTHING, SeededDraws(3, vocab_size), self_conditioning=True
             )
@@ -216,15 +215,15 @@ def test_blocks_are_joined_by_one_kernel() -> None:
         return [mx.random.uniform(0.1, 1, (2, LENGTH, *shape), key=k) for k in keys]
 
     peaks, masses, slopes, soft = some(0, 1), some(1, 1), some(2, 1), some(3, 32)
-    places, top, few = [m.astype(mx.uint32) for m in masses], some(4, 1)[0], slice(readout.JOINED)
+    places, top, few = [m.astype(mx.uint32) for m in masses], some(4, 1)[0], slice(head.JOINED)
     mx.eval(peaks, masses, slopes, soft, places, top)
     joins = {
-        "highest": rules.highest(peaks),
-        "_best_id": rules._best_id(peaks, places, [100 * i for i in blocks]),
-        "_of_best": rules._of_best(peaks, soft),
-        "_mass": readout._mass(top, peaks, masses),
-        "_slope": readout._slope(top, peaks[few], masses[few], slopes[few]),
-        "_mixed": readout._mixed(top, peaks, soft),
+        "highest": constraints.highest(peaks),
+        "_best_id": constraints._best_id(peaks, places, [100 * i for i in blocks]),
+        "_of_best": constraints._of_best(peaks, soft),
+        "_mass": head._mass(top, peaks, masses),
+        "_slope": head._slope(top, peaks[few], masses[few], slopes[few]),
+        "_mixed": head._mixed(top, peaks, soft),
     }
     for name, joined in joins.items():
         drawn = io.StringIO()

@@ -4,13 +4,13 @@ import json
 import random
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from mlx_diffgemma.measure.evaluate import HELD_OUT, read_cases
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts"))
 import tiny_data as data
 
 # Enough of the sources to run every generator without a download.

@@ -13,14 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_model import untrained
+from slow import best_canvas
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
 from mlx_diffgemma.checkpoint.load import EMBEDDED
-from mlx_diffgemma.diffusion.automaton import Repeat
+from mlx_diffgemma.diffusion.automaton import Plans, Repeat
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.tasks.generate import Committed, generate_tokens
 from mlx_diffgemma.tasks.request import Done
@@ -38,6 +40,7 @@ from mlx_diffgemma.text.vocabulary import Vocabulary
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 MODELS = [untrained(TOKENIZER.vocab_size, 64, seed=seed) for seed in range(4)]
 RANDOM = MODELS[0]
+VOCABULARY = Vocabulary(RANDOM, TOKENIZER)
 
 NAMES = st.sampled_from(["a", "b", "name", "größe", 'qu"ote', "z\n", "tag", "list", ""])
 VALUES = st.recursive(
@@ -124,13 +127,34 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=1000, **EXAMPLES)
+@given(SCHEMAS, st.sampled_from([16, 64]), st.integers(0, 2**31))
+def test_a_thousand_random_schemas_allow_none_but_valid_documents(
+    schema: Any, length: int, seed: int
+) -> None:
+    """Of canvases that random logits choose, within 64 tokens; no model is asked."""
+    machine = compiled(schema, VOCABULARY).machine
+    assume(machine.shortest <= 64)
+    tokens: list[int] = []
+    for key in mx.random.split(mx.random.key(seed), 64 // length):
+        states = machine.advance(frozenset([machine.first]), tokens)
+        plan = machine.plan(length, 64 - len(tokens), states)
+        logits = mx.random.normal((1, length, VOCABULARY.size), key=key)
+        tokens += best_canvas(Plans([plan], VOCABULARY.size), logits)[0].tolist()
+    end = min(tokens.index(token) for token in RANDOM.generation.eos_token_ids if token in tokens)
+    document = json.loads(TOKENIZER.decode(tokens[:end]))
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+@settings(max_examples=60, **EXAMPLES)
 @given(SCHEMAS, st.sampled_from(MODELS), st.integers(0, 2**31))
-def test_a_thousand_random_schemas_give_a_thousand_valid_documents(
+def test_models_that_know_nothing_write_valid_documents(
     schema: Any, model: DiffusionGemma, seed: int
 ) -> None:
-    shortest = compile_schema(schema, Vocabulary(RANDOM, TOKENIZER)).shortest
-    assume(shortest <= RANDOM.generation.max_new_tokens)
+    assume(compiled(schema, VOCABULARY).machine.shortest <= model.generation.max_new_tokens)
     document = generate(model, TOKENIZER, "x", schema=schema, seed=seed, steps=2)
     jsonschema.Draft202012Validator(schema).validate(json.loads(document))
 
@@ -401,7 +425,7 @@ def asked() -> Iterator[tuple[str, list[str]]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}/x", paths
         server.shutdown()
@@ -523,9 +547,9 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
     """A slow schema was compiled to its end, long after whoever sent it had left."""
     looks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(looks)))
-    monkeypatch.setattr("mlx_diffgemma.automaton.time", clock)
-    monkeypatch.setattr("mlx_diffgemma.automaton.COMPILE_SECONDS", 1e9)
-    monkeypatch.setattr("mlx_diffgemma.schema.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.time", clock)
+    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.text.schema.COMPILE_SECONDS", 1e9)
     vocabulary = Vocabulary(RANDOM, TOKENIZER)
     schema = {
         "properties": {
@@ -561,7 +585,7 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     for written, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
         with pytest.raises(SchemaError, match=message):
             slow.check(written)
-    monkeypatch.setattr("mlx_diffgemma.schema.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("mlx_diffgemma.text.schema.CHECK_SECONDS", 0.2)
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlx_diffgemma import ConfidenceThreshold, EntropyBound, GenerationConfig, SeededDraws
 from mlx_diffgemma.arguments import SettingError
 from mlx_diffgemma.diffusion import sampler as rules
+from mlx_diffgemma.diffusion.draws import sub_block
 
 
 def test_temperature_runs_from_t_max_to_one_step_above_t_min() -> None:
@@ -64,7 +65,7 @@ def test_confident_does_not_count_pinned_positions() -> None:
 def test_two_stage_draws_follow_the_weights_whatever_the_blocks(block: int) -> None:
     """Sub-blocks of four ids, the last of them cut short; ids beyond it are never drawn."""
     p = np.array([0.1, 0.0, 0.2, 0.05, 0.15, 0.1, 0.05, 0.05, 0.2, 0.1])
-    count, width = 20_000, rules.sub_block(len(p))
+    count, width = 20_000, sub_block(len(p))
     assert width == 4
     drawn = []
     for whole in (True, False):
@@ -106,9 +107,7 @@ def test_generation_config_reads_the_checkpoint_and_yields_to_flags() -> None:
         "t_min": 0.3,
     }
     config = GenerationConfig.from_dict(shipped)
-    assert config == GenerationConfig(
-        512, 30, 0.3, 0.9, 2, 0.01, EntropyBound(0.2), (1, 106, 50), 0
-    )
+    assert config == GenerationConfig(512, 30, 0.3, 0.9, 2, 0.01, EntropyBound(0.2), (1, 106, 50))
     assert config.override() == config
     assert config.override(max_denoising_steps=4).max_denoising_steps == 4
     assert config.override(sampler=ConfidenceThreshold()).sampler == ConfidenceThreshold(0.9)

@@ -8,6 +8,7 @@ import pytest
 from gemma import TEMPLATE
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from paths import SUDOKU
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
@@ -15,8 +16,6 @@ from mlx_diffgemma import Tokenizer, TokenizerError
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.text import templating
 from mlx_diffgemma.text.tokenizer import COUNTED_AT_ONCE, TooLong
-
-SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 
 
 def with_template(template: str | None) -> Tokenizer:

@@ -19,10 +19,11 @@ from typing import Any
 
 import httpx
 import openai
+import paths
 import pytest
 
-HERE = Path(__file__).parent
-SUDOKU = HERE / "data" / "sudoku6"
+HERE = paths.TESTS
+SUDOKU = paths.SUDOKU
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
 
 

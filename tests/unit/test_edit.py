@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from random_model import untrained
 
 from mlx_diffgemma import Tokenizer, load
@@ -25,7 +26,6 @@ from mlx_diffgemma.tasks.request import encode_prompt
 from mlx_diffgemma.tasks.starts import CanvasError
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 RANDOM = untrained(TOKENIZER.vocab_size, 32, context=400)
 

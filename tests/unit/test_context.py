@@ -70,19 +70,16 @@ def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
 
     Of three layers the last is not computed, as nobody asks for its output.
     """
-    model = untrained(20, 8, windows=(6, None, None), context=1 << 15)
-    above = []
-    for length in (1_000, 1_000, 16_000):  # the first compiles
+    model = untrained(20, 8, windows=(6, None, None))
+    for length in (500, 2_000):  # the first compiles
         prompt_cache = PromptCache(model)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        prompt_cache.read([i % 20 for i in range(length)], 64)
-        above.append(mx.get_peak_memory() - before - prompt_cache.nbytes)
-    scores = 2 * 64 * 16_000 * 4
-    assert above[2] - above[1] < 6 * scores  # attention's, which blocks of queries bound
-    assert prompt_cache.nbytes > 4e6
-    assert above[2] < prompt_cache.nbytes / 2 + 6 * scores
+        prompt_cache.read([i % 20 for i in range(length)], 4)
+    above = mx.get_peak_memory() - before - prompt_cache.nbytes
+    assert prompt_cache.nbytes > 5e5
+    assert above < prompt_cache.nbytes / 2  # one of the two full layers
 
 
 def test_marks_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ import pytest
 import uvicorn
 from fastapi.responses import JSONResponse, StreamingResponse
 from gemma import gemma_tokenizer
+from process.test_server import Server, serving, wait_until
 from random_model import scripted
 from starlette.types import ASGIApp, Receive, Scope, Send
-from test_server import Server, serving, wait_until
 
 from mlx_diffgemma import ChatSession, ContextError, TokenizerError, generate
 from mlx_diffgemma.server.access import SMALL_BODY, Gate, Limits

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 BIN = str(Path(sys.executable).parent)
 # These need a download, a checkpoint of the reader's, or minutes.
@@ -45,10 +46,9 @@ def test_the_file_tree_is_the_tree() -> None:
     tree = next(
         code for kind, code in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if not kind
     )
-    root = Path(__file__).parents[1]
     named = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
     for folder, pattern in (("mlx_diffgemma", "*.py"), ("convert", "*.py"), ("scripts", "*")):
-        there = {p.name for p in (root / folder).glob(pattern) if not p.name.startswith("_")}
+        there = {p.name for p in (ROOT / folder).glob(pattern) if not p.name.startswith("_")}
         assert there <= named, folder
     for name in named:
-        assert list(root.glob(f"*/{name}")), name
+        assert list(ROOT.glob(f"*/{name}")), name

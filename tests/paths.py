@@ -1,0 +1,8 @@
+"""Where the tests find what is no module."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+DATA = TESTS / "data"
+SUDOKU = DATA / "sudoku6"
