@@ -131,7 +131,7 @@ def test_the_trained_model_fills_a_record_whose_lengths_it_is_not_told(
 
 
 def test_clues_are_pinned_and_sudokus_are_solved() -> None:
-    """scripts/sudoku_table.py --pinned compares all 400 puzzles with and without pinned clues."""
+    """`eval --pinned` compares more puzzles, by steps and recipe."""
     model, tokenizer = load(ROOT / "tests" / "data" / "sudoku6")
     lines = (ROOT / "tests" / "data" / "sudoku6" / "puzzles.txt").read_text().splitlines()
     solved = 0

@@ -198,7 +198,7 @@ class Request:
             SchemaError: the schema is not supported, or no document is short enough.
             CanvasError: text pieces do not fit into a canvas.
         """
-        self._check_options()
+        self.check_options()
         config = model.generation.override(
             max_new_tokens=self.max_tokens,
             max_denoising_steps=self.steps,
@@ -233,7 +233,7 @@ class Request:
             stop=tuple(self.stop),
         )
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
