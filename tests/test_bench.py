@@ -1,12 +1,11 @@
 """The command as a user runs it, on the small model; no time is tested, only what all obey."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from command import Done
+from command import run as run_command
 
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.measure.bench import Run, middle, prompt_of
@@ -15,14 +14,8 @@ from mlx_diffgemma.text.tokenizer import Tokenizer
 SMALL = ["--prompt-tokens", "40", "--steps", "3", "--max-tokens", "64", "--repeats", "2"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "bench", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-        timeout=300,
-    )
+def bench(*arguments: str) -> Done:
+    return run_command("bench", *arguments, COLUMNS="120")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """Scores by hand, task files as users write them, and the command."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run
 
 from mlx_diffgemma.measure.evaluate import (
     HELD_OUT,
@@ -76,21 +75,8 @@ def test_command_with_own_tasks_and_recipes(tmp_path: Path) -> None:
     solved, open_ = "1234\n3412\n2143\n4321", "12.4\n.412\n2.43\n43.1"
     lines = [{"prompt": open_, "answer": solved}, {"prompt": open_, "regex": "^1234"}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_diffgemma",
-        "eval",
-        "--tasks",
-        str(path),
-        "--steps",
-        "2,6",
-    ]
-    done = subprocess.run(
-        [*command, "--seeds", "2", "--recipes", "none,8bit", "--json"],
-        capture_output=True,
-        text=True,
-    )
+    flags = ["--steps", "2,6", "--seeds", "2", "--recipes", "none,8bit", "--json"]
+    done = run("eval", "--tasks", path, *flags)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["recipe"], row["task"], row["steps"], row["runs"]) for row in rows] == [

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import untrained
@@ -153,12 +152,8 @@ def test_a_file_of_this_repository_through_stdin() -> None:
     """The text left of a hole is context, and it is said what the model could not see."""
     text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
     assert text.count("expected") == 1
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "fill", "--seed", "0", "--steps", "2"],
-        input=text.replace("expected", "{{word:2}}"),
-        capture_output=True,
-        text=True,
-    )
+    given = text.replace("expected", "{{word:2}}")
+    done = run("fill", "--seed", "0", "--steps", "2", stdin=given)
     assert done.returncode == 0, done.stderr
     left, right = text.split("expected")
     assert done.stdout.startswith(left)
