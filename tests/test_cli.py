@@ -6,14 +6,20 @@ import re
 import subprocess
 import sys
 import time
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
+import command
 import pexpect
 import pytest
 from command import at_a_terminal, run
 
+from mlx_diffgemma.cli import main as cli
+from mlx_diffgemma.cli.options import Load, with_options
+from mlx_diffgemma.tasks import fill
 from mlx_diffgemma.tasks.edit import STRENGTH
+from mlx_diffgemma.text import schema, template
 
 SUDOKU = str(Path(__file__).parent / "data" / "sudoku6")
 CELLS, SOLVED = (Path(SUDOKU) / "puzzles.txt").read_text().split()[2:4]
@@ -316,6 +322,83 @@ def test_mistakes_in_schemas_templates_and_labels_are_one_sentence(tmp_path: Pat
         assert done.returncode == 1, arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_loading_waits_until_cheap_mistakes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema beside a guard, or a --max-memory that is none, was refused by the loaded model."""
+    monkeypatch.setattr(command, "_load", lambda *given, **settings: pytest.fail("loaded"))
+    schema = str(Path(SUDOKU) / "config.json")  # refused too, but not before these
+    for arguments, message in (
+        (("generate", "--max-memory", "much", "x"), "much"),
+        (("fill", "{{a}}", "--max-memory", "much"), "much"),
+        (("serve", "--max-memory", "much"), "much"),
+        (("chat", "--threshold", "0.5"), "--sampler confidence"),
+        (("generate", "--schema", schema, "x"), "not supported"),
+        (("fill", "{{a:0}}"), "after the colon"),
+        (("edit", __file__, "-i", "x", "--lines", "2:1"), "no range"),
+    ):
+        done = run(*arguments)
+        assert done.returncode in (1, 2), arguments
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [("--shrink",), ("--guards", "all")])
+def test_a_schema_and_what_it_excludes_need_no_model(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_load", lambda *given, **settings: pytest.fail("loaded"))
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [1]}')
+    done = run("generate", "--schema", schema, *flags, "x")
+    assert done.stderr == f"error: a schema does not go with {flags[0].removeprefix('--')}\n"
+    assert done.returncode == 1
+
+
+def test_a_schema_and_a_template_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were parsed before the model was loaded, thrown away, and parsed again."""
+    parsed: list[str] = []
+    reader, parse = schema._Reader.pattern, template.parse_template
+
+    def pattern(self: schema._Reader) -> object:
+        parsed.append("schema")
+        return reader(self)
+
+    def parts(text: str) -> object:
+        parsed.append("template")
+        return parse(text)
+
+    monkeypatch.setattr(schema._Reader, "pattern", pattern)
+    monkeypatch.setattr(template, "parse_template", parts)
+    monkeypatch.setattr(fill, "parse_template", parts)
+    file = tmp_path / "schema.json"
+    file.write_text('{"$ref": "#/$defs/a", "$defs": {"a": {"enum": [1]}}}')
+    done = run("generate", "--schema", file, "-q", "--steps", "1", "x")
+    assert (done.stdout, parsed) == ("1\n", ["schema"])
+    done = run("fill", "{{a:yes|yes}}", "-q", "--steps", "1")
+    assert (done.stdout, parsed) == ("yes\n", ["schema", "template"])
+
+
+def test_a_group_of_options_stands_where_the_command_names_it() -> None:
+    seen: list[object] = []
+
+    @with_options
+    def command(first: str, *, load: Load, last: bool = False) -> None:
+        seen.append((first, load, last))
+
+    options = ["model", "revision", "dtype", "max_memory", "speed"]
+    assert list(signature(command).parameters) == ["first", *options, "last"]
+    values = dict.fromkeys(options[:4]) | {"model": "there", "speed": "fast"}
+    command(first="x", last=True, **values)
+    assert seen == [("x", Load(model="there", speed="fast"), True)]
+
+
+def test_every_file_of_commands_is_listed() -> None:
+    folder = Path(cli.__file__).parent
+    having = {path.stem for path in folder.glob("*.py") if "\napp = " in path.read_text()}
+    assert having == {*cli.FILES, "main"}
 
 
 def test_a_prompt_cache_is_read_and_kept(tmp_path: Path) -> None:

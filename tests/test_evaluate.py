@@ -13,6 +13,7 @@ from mlx_diffgemma.measure.evaluate import (
     Repair,
     TaskError,
     is_right,
+    pinned_sudokus,
     read_cases,
     repair,
     score,
@@ -68,6 +69,21 @@ def test_task_files_that_cannot_be_used(line: str, said: str, tmp_path: Path) ->
 def test_held_out_data_covers_every_task() -> None:
     tasks = {case.task for case in read_cases(HELD_OUT)}
     assert {"sudoku", "json", "json-pinned", "json-pinned-sum", "typo", "gap", "chat"} <= tasks
+
+
+def test_clues_of_sudokus_are_pinned() -> None:
+    solved, open_ = "1234\n3412\n2143\n4321", "12.4\n3412\n2143\n432."
+    puzzle, other = Case("mine", open_, answer=solved), Case("mine", "Fix: 1.", answer="1.")
+    [case] = pinned_sudokus([other, puzzle])
+    assert case.template == "12{{c2:1|2|3|4}}4\n3412\n2143\n432{{c18:1|2|3|4}}"
+    with pytest.raises(TaskError, match="no Sudoku"):
+        pinned_sudokus([other])
+    done = run("eval", "--pinned", "--limit", "2", "--steps", "4", "--seeds", "1", "--json")
+    [row] = map(json.loads, done.stdout.splitlines())
+    assert (row["task"], row["runs"], row["success"]) == ("sudoku", 2, 1.0)
+    assert row["steps_per_canvas"] <= 12  # what is doubted is tried twice more
+    done = run("eval", "--limit", "1", "--tasks", "none")
+    assert done.stderr.startswith("error: none cannot be read")
 
 
 def test_command_with_own_tasks_and_recipes(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ from .starts import (
 )
 
 if TYPE_CHECKING:
-    from ..text.schema import Compiled, Schema
+    from ..text.schema import Compiled, Parsed, Schema
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Request:
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     start: Start | Pieces | None = None
-    schema: "Schema | Compiled | None" = None
+    schema: "Schema | Parsed | Compiled | None" = None
     guards: Guards = OFF
     shrink: bool = False
     tools: Sequence[Declaration] = ()
