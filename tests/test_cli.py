@@ -141,7 +141,7 @@ def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
         ("generate", "--guards", hostile, "x"),
         (hostile,),
         ("generate", f"--{hostile}"),
-        ("generate", "--steps", hostile, "x"),
+        ("recipes", hostile),
     ):
         said = at_a_terminal(*arguments)
         assert not set(said) & set("\x1b\x07\x9b\u202e\x7f"), arguments

@@ -236,10 +236,7 @@ def compile_schema(
     """
 
     def compile_(limit: Deadline) -> Machine:
-        if isinstance(schema, Parsed):
-            read = schema.pattern
-        else:
-            read = _Reader(schema, limit).pattern()
+        read = schema.pattern if isinstance(schema, Parsed) else _Reader(schema, limit).pattern()
         pattern = _Encoder(vocabulary, limit).encoded(read)
         machine = compile_pattern(vocabulary.answer(pattern), limit)
         _ = machine.shortest  # kept by the machine, so that the thread of MLX need not compute it
