@@ -66,7 +66,7 @@ def test_answers_are_those_of_single_runs(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    file = prompts(tmp_path / "in.jsonl", 40)
+    file = prompts(tmp_path / "in.jsonl", 16)
     process = subprocess.Popen(
         [*COMMAND, "--batch", str(file), "--output", str(out), "--seed", "0"],
         stderr=subprocess.DEVNULL,
@@ -76,13 +76,13 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     with out.open("a") as half:
-        half.write('{"index": 39, "te')
+        half.write('{"index": 15, "te')
     before = out.read_text().splitlines()[:-1]
-    assert 3 <= len(before) < 40
+    assert 3 <= len(before) < 16
     done = run("--batch", file, "--output", out, "--seed", "0")
-    assert f"{len(before)} of 40 are answered already" in done.stderr
+    assert f"{len(before)} of 16 are answered already" in done.stderr
     assert out.read_text().splitlines()[: len(before)] == before
-    assert sorted(read(out)) == list(range(40))
+    assert sorted(read(out)) == list(range(16))
     again = run("--batch", file, "--output", out)
     assert "0 answered, 0 failed" in again.stderr
 
