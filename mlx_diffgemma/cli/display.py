@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from ..diffusion.guards import Guard
-from ..tasks.request import Done, Draft, Notice
-from .terminal import visible, write
+from ..tasks.request import Done, Draft, Item, Notice
+from ..text.tokenizer import Tokenizer
+from .terminal import say, visible, write
 
 if TYPE_CHECKING:
     from ..measure.bench import Report
@@ -184,6 +185,30 @@ class Screen:
         if text:
             write(text, self._out)
             self._open = not text.endswith("\n")
+
+
+def watch(
+    events: Iterator[Item], tokenizer: Tokenizer, *, live: bool, lines: bool
+) -> Iterator[Item]:
+    """Pass events on while showing drafts on stderr.
+
+    `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts
+    are passed on after they are shown, all else when no canvas is on the screen.
+    """
+    console = Console(stderr=True, highlight=False)
+    drawing = live and can_draw(console)
+    frame = Frame(console)
+    try:
+        for event in events:
+            if not isinstance(event, Draft):
+                frame.erase()
+            elif drawing:
+                frame.draw(draw(event, tokenizer.pieces(event.tokens)))
+            elif lines:
+                say(f"{progress(event)} | {event.text!r}")
+            yield event
+    finally:
+        frame.erase()
 
 
 def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> Styled:

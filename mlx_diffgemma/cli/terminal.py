@@ -1,11 +1,12 @@
 """Where text of others meets a terminal: none of it may move the cursor or write the clipboard.
 
-What goes to a file or a pipe stays as it is.
+What goes to a file or a pipe stays as it is. Answers go to stdout, everything else to stderr.
 """
 
 import json
 import re
-from typing import TextIO
+import sys
+from typing import NoReturn, TextIO
 
 # Control characters but newline and tab, what turns the direction of writing around, and halves of
 # characters, which no terminal can be sent.
@@ -30,6 +31,22 @@ def write(text: str, stream: TextIO) -> None:
     """Text to a stream at once: as it is, or visible where the stream is a terminal."""
     stream.write(visible(text) if stream.isatty() else text)
     stream.flush()
+
+
+def put(text: str, end: str = "\n") -> None:
+    """Write part of the answer, to stdout."""
+    write(text + end, sys.stdout)
+
+
+def say(*lines: str) -> None:
+    """Write lines to stderr."""
+    write("\n".join(lines) + "\n", sys.stderr)
+
+
+def fail(sentence: str, code: int = 1) -> NoReturn:
+    """End with an expected failure: one sentence, no traceback."""
+    say(f"error: {sentence}")
+    raise SystemExit(code)
 
 
 def _escaped(character: str) -> str:

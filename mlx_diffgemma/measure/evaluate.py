@@ -4,7 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -14,12 +14,16 @@ from ..errors import Error
 from ..files import read_text
 from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.edit import STRENGTH, edit_start
+from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
-from ..tasks.request import Done, Event
+from ..tasks.request import Done, Draft, Event
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
+
+# Rows of clues and dots.
+_SUDOKU = re.compile(r"[\d.]+(?:\n[\d.]+)+")
 
 HELD_OUT = Path(__file__).parent.parent / "data" / "heldout.jsonl"
 
@@ -32,7 +36,8 @@ class TaskError(Error):
 class Case:
     """A prompt and what is right: `answer` exactly, or a match of the regular expression `regex`.
 
-    `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired.
+    `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired;
+    `template` is a text whose holes are filled, see `text/template.py`.
     """
 
     task: str
@@ -42,6 +47,7 @@ class Case:
     regex: str | None = None
     pieces: tuple[tuple[str, bool], ...] | None = None
     start: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,36 @@ def read_cases(path: Path) -> list[Case]:
     return cases
 
 
+def at_most(limit: int, cases: Iterable[Case]) -> list[Case]:
+    """The first cases of each task, at most `limit` of one."""
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case.task].append(case)
+    return [case for task in sorted(groups) for case in groups[task][:limit]]
+
+
+def pinned_sudokus(cases: Iterable[Case]) -> list[Case]:
+    """Those cases whose prompt is a Sudoku, as templates: its clues are given, dots are holes.
+
+    Raises:
+        TaskError: there are none.
+    """
+    found = [
+        replace(case, template=_sudoku_template(case.prompt))
+        for case in cases
+        if _SUDOKU.fullmatch(case.prompt)
+    ]
+    if not found:
+        raise TaskError("there is no Sudoku among the tasks")
+    return found
+
+
+def _sudoku_template(puzzle: str) -> str:
+    """A puzzle with a hole for a digit in the place of each dot."""
+    digits = "|".join(map(str, range(1, len(puzzle.split("\n")) + 1)))
+    return "".join(f"{{{{c{i}:{digits}}}}}" if c == "." else c for i, c in enumerate(puzzle))
+
+
 def events_of(
     model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
 ) -> Iterator[Event]:
@@ -125,6 +161,8 @@ def run_case(
     model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
 ) -> Outcome:
     """Answer one case to the end."""
+    if case.template is not None:
+        return _fill(model, tokenizer, case, case.template, steps, seed)
     text = ""
     for event in events_of(model, tokenizer, case, steps, seed):
         if isinstance(event, Text):
@@ -132,6 +170,26 @@ def run_case(
         elif isinstance(event, Done):
             done = event
     return Outcome(text, done.denoising_steps, done.canvases, done.tokens_per_forward)
+
+
+def _fill(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    case: Case,
+    template: str,
+    steps: int | None,
+    seed: int,
+) -> Outcome:
+    canvases = 0
+    for event in stream_fill(
+        model, tokenizer, template, prompt=case.prompt, steps=steps, seed=seed
+    ):
+        if isinstance(event, Draft):
+            canvases = event.canvas + 1
+        elif isinstance(event, FillResult):
+            result = event
+    written = sum(map(len, result.probabilities.values()))
+    return Outcome(result.text, result.steps, canvases, written / result.steps)
 
 
 def is_right(case: Case, text: str) -> bool:

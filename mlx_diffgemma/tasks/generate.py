@@ -56,7 +56,7 @@ from .starts import (
 )
 
 if TYPE_CHECKING:
-    from ..text.schema import Compiled, Schema
+    from ..text.schema import Compiled, Parsed, Schema
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Request:
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     start: Start | Pieces | None = None
-    schema: "Schema | Compiled | None" = None
+    schema: "Schema | Parsed | Compiled | None" = None
     guards: Guards = OFF
     shrink: bool = False
     tools: Sequence[Declaration] = ()
@@ -198,7 +198,7 @@ class Request:
             SchemaError: the schema is not supported, or no document is short enough.
             CanvasError: text pieces do not fit into a canvas.
         """
-        self._check_options()
+        self.check_options()
         config = model.generation.override(
             max_new_tokens=self.max_tokens,
             max_denoising_steps=self.steps,
@@ -233,7 +233,7 @@ class Request:
             stop=tuple(self.stop),
         )
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)

@@ -27,7 +27,7 @@ from ..text.vocabulary import Vocabulary
 from .starts import Pieces
 
 if TYPE_CHECKING:
-    from ..text.schema import Compiled, Schema
+    from ..text.schema import Compiled, Parsed, Schema
 
 
 Item = TypeVar("Item")
@@ -116,8 +116,8 @@ class Options(Settings, total=False):
         draws: takes the place of `seed`, to replay a run.
         enable_thinking: ask for thoughts before the answer.
         start: what the first canvas starts from, arrays or text; None is noise.
-        schema: a JSON Schema that the answer follows, see `schema.py`, or one that is `compiled`;
-            not together with `start`, `opening` or `shrink`.
+        schema: a JSON Schema that the answer follows, see `schema.py`, or one that is parsed or
+            `compiled`; not together with `start`, `opening` or `shrink`.
         tools: function declarations in JSON Schema, for templates that know them.
         stop: strings before which the text ends.
         opening: what the answer begins with, as text, in which special tokens are recognised, or
@@ -128,7 +128,7 @@ class Options(Settings, total=False):
     draws: Draws | None
     enable_thinking: bool
     start: Start | Pieces | None
-    schema: "Schema | Compiled | None"
+    schema: "Schema | Parsed | Compiled | None"
     tools: Sequence[Declaration]
     stop: Sequence[str]
     opening: str | Sequence[int]

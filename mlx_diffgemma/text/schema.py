@@ -184,15 +184,31 @@ def read_schema(path: Path) -> Schema:
         raise SchemaError(f"{path} is nested too deeply") from None
 
 
-def read_supported(path: Path) -> Schema:
+@dataclass(frozen=True, eq=False)
+class Parsed:
+    """A schema in which nothing is unsupported, and what its documents look like.
+
+    `schema` has only what this module reads, with references replaced by what they name.
+    """
+
+    schema: Schema
+    pattern: Pattern
+
+
+def read_supported(path: Path) -> Parsed:
     """A schema from a JSON file; what is not supported is said before a model is loaded.
 
     Raises:
         SchemaError: as `read_schema` and `parse_schema`.
     """
     schema = read_schema(path)
-    parse_schema(schema)
-    return schema
+
+    def parse(limit: Deadline) -> Parsed:
+        reader = _Reader(schema, limit)
+        pattern = reader.pattern()
+        return Parsed(reader.resolved(), pattern)
+
+    return _guarded(parse, math.inf)
 
 
 def parse_schema(schema: Schema, deadline: float = math.inf) -> Pattern:
@@ -208,7 +224,7 @@ def parse_schema(schema: Schema, deadline: float = math.inf) -> Pattern:
 
 
 def compile_schema(
-    schema: Schema,
+    schema: Schema | Parsed,
     vocabulary: Vocabulary,
     deadline: float = math.inf,
     check: Callable[[], None] | None = None,
@@ -220,7 +236,7 @@ def compile_schema(
     """
 
     def compile_(limit: Deadline) -> Machine:
-        read = _Reader(schema, limit).pattern()
+        read = schema.pattern if isinstance(schema, Parsed) else _Reader(schema, limit).pattern()
         pattern = _Encoder(vocabulary, limit).encoded(read)
         machine = compile_pattern(vocabulary.answer(pattern), limit)
         _ = machine.shortest  # kept by the machine, so that the thread of MLX need not compute it
@@ -258,7 +274,7 @@ class Compiled:
 
 
 def compiled(
-    schema: Schema,
+    schema: Schema | Parsed,
     vocabulary: Vocabulary,
     deadline: float = math.inf,
     check: Callable[[], None] | None = None,
@@ -270,6 +286,8 @@ def compiled(
             then, and may raise something else.
     """
     machine = compile_schema(schema, vocabulary, deadline, check)
+    if isinstance(schema, Parsed):
+        return Compiled(schema.schema, vocabulary, machine)
     resolved = _guarded(lambda limit: _Reader(schema, limit).resolved(), deadline, check)
     return Compiled(resolved, vocabulary, machine)
 

@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from command import Done, run
 from paths import ROOT, SUDOKU
 from reference import random_checkpoint
 from slow import soft_embedding
@@ -140,7 +141,7 @@ def test_every_format_computes_in_what_is_asked_for(mode: str, tmp_path: Path) -
         found.append(model(canvas, cache, self_conditioning))
     assert mx.abs(found[0] - found[1]).max() < 1e-4
     half = load_model(tmp_path / "packed", dtype="float16")
-    half.keep_table()
+    half.keep_table(mx.eval)
     cache = half.make_cache()
     hidden = half.encode(canvas, cache)
     held = [layer.state.dtype for layer in cache if layer.state is not None]
@@ -346,14 +347,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["out"]
 
 
-def run_cli(*arguments: object, first: str = "pass") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, after the statements `first`."""
-    code = f"{first}; import sys; from mlx_diffgemma.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], said: str) -> None:
+def assert_refused(done: Done | subprocess.CompletedProcess[str], said: str) -> None:
     """Exit code 1 and one sentence."""
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: ")
@@ -368,7 +362,7 @@ def test_two_runs_into_one_directory(tmp_path: Path) -> None:
     events = stream_convert(SUDOKU, out)
     for _ in range(5):
         next(events)
-    assert_refused(run_cli("convert", SUDOKU, out), f"another conversion is writing {out}")
+    assert_refused(run("convert", SUDOKU, out), f"another conversion is writing {out}")
     with pytest.raises(ConvertError, match="another conversion is writing"):
         convert(SUDOKU, out)
     *_, report = events
@@ -492,8 +486,12 @@ class Mounted(type(Path())):  # type: ignore[misc]
 
 
 def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
-    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (500_000, 500_000))"
-    done = run_cli("convert", SUDOKU, tmp_path / "out", first=limit)
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000));"
+        "from mlx_diffgemma.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "convert", SUDOKU, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert_refused(done, f"writing {tmp_path / 'out'} failed: File too large")
     assert os.listdir(tmp_path) == []
 
@@ -514,7 +512,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, room: int) -> None:
     ):
         pytest.skip("only root on Linux can make a small disk")
     try:
-        done = run_cli("convert", SUDOKU, disk / "out")
+        done = run("convert", SUDOKU, disk / "out")
         left = os.listdir(disk)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -18,6 +18,7 @@ import paths
 import pexpect
 import pyte
 import pytest
+from command import run
 from gemma import gemma_tokenizer
 from random_model import scripted, untrained
 
@@ -407,12 +408,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         (["--thinking"], "knows no thinking"),
         (["--session", str(broken)], "damaged, or no saved context"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_diffgemma", "chat", *arguments],
-            input="hello\n",
-            capture_output=True,
-            text=True,
-        )
+        done = run("chat", *arguments, stdin="hello\n")
         assert done.returncode in (1, 2), arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -1,15 +1,26 @@
-"""The command line as a user types it: real processes, pipes and a pseudo-terminal."""
+"""The command line as a user types it. What a process does beside printing has a real one."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 
+import command
 import paths
 import pexpect
 import pytest
+from command import at_a_terminal, run
+
+from mlx_diffgemma.cli import main as cli
+from mlx_diffgemma.cli.options import Load, with_options
+from mlx_diffgemma.tasks import fill
+from mlx_diffgemma.tasks.edit import STRENGTH
+from mlx_diffgemma.text import schema, template
 
 SUDOKU = str(paths.SUDOKU)
 CELLS, SOLVED = (Path(SUDOKU) / "puzzles.txt").read_text().split()[2:4]
@@ -17,15 +28,9 @@ PUZZLE, ANSWER = ("\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells
 COMMAND = [sys.executable, "-m", "mlx_diffgemma"]
 
 
-def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
-    return subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, env=env, timeout=120
-    )
-
-
 def test_answer_on_stdout_everything_else_on_stderr() -> None:
-    done = run("generate", "--model", SUDOKU, "--seed", "0", PUZZLE)
+    arguments = ["generate", "--model", SUDOKU, "--seed", "0", PUZZLE]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == (ANSWER + "\n", 0)
     assert "tokens per forward pass" in done.stderr
     assert "finished: stop" in done.stderr
@@ -63,9 +68,10 @@ def test_demo_plays_three_scenes() -> None:
     for title in ("A Sudoku is solved", "A record is filled", "A sentence is repaired"):
         assert title in done.stdout
     assert '{"name":"' in done.stdout
-    drafts = [line for line in done.stderr.splitlines() if line.startswith("canvas 1, step ")]
-    assert sum("step 1/48" in line for line in drafts) == 2
-    assert any("step 48/48" in line or "step 29/48" in line for line in drafts)  # the repair
+    steps = [int(step) for step in re.findall(r"^canvas 1, step (\d+)/48,", done.stderr, re.M)]
+    begun = [step for before, step in pairwise([48, *steps]) if step != before + 1]
+    # A repair enters the schedule at the share that its strength says.
+    assert begun == [1, 1, 1 + round((1 - STRENGTH) * 47)]
 
 
 def test_json_and_flags() -> None:
@@ -110,7 +116,7 @@ def test_show_in_a_pipe_prints_a_line_a_step() -> None:
 def test_expected_failures_are_one_sentence(
     arguments: list[str], code: int, said: str, tmp_path: Path
 ) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == code
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -120,19 +126,10 @@ def test_expected_failures_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def at_a_terminal(*arguments: str) -> str:
-    """All that a command sends to a terminal, input echoed."""
-    child = pexpect.spawn(
-        COMMAND[0], [*COMMAND[1:], *arguments], encoding="utf-8", timeout=60, dimensions=(24, 200)
-    )
-    child.expect(pexpect.EOF)
-    child.close()
-    return str(child.before)
-
-
 def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
-    """A file used to write the clipboard (OSC 52), a name in an error to move the cursor."""
-    hostile, shown = "\x1b]52;c;eA==\x07\x9b2J\u202e\x7f", r"\x1b]52;c;eA==\x07\x9b2J\u202e\x7f"
+    """A file used to write the clipboard (OSC 52), a name in an error to move the cursor, also in
+    those of click, which quote the command line."""
+    hostile, shown = "\x1b]52;c;eHh4\x07\x9b2J\u202e\x7f", r"\x1b]52;c;eHh4\x07\x9b2J\u202e\x7f"
     file = tmp_path / "text"
     file.write_text(f"one {hostile}\ntwo\n")
     template = f"{hostile} {{{{a:yes|no}}}}"
@@ -143,6 +140,9 @@ def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path) -> None:
         (*editing, *changing),
         ("generate", "-m", f"{tmp_path}/{hostile}", "x"),
         ("generate", "--guards", hostile, "x"),
+        (hostile,),
+        ("generate", f"--{hostile}"),
+        ("recipes", hostile),
     ):
         said = at_a_terminal(*arguments)
         assert not set(said) & set("\x1b\x07\x9b\u202e\x7f"), arguments
@@ -286,13 +286,12 @@ def test_schema_fill_and_choose(tmp_path: Path) -> None:
     assert list(answer) == list(wanted)
     assert (answer["item"], answer["count"]) == ("pears", 12)
 
+    text = '{"item":"{{item:pears|books}}","count":12,"price":345,"to":"Anna"}'
     template = tmp_path / "template.txt"
-    template.write_text('{"item":"{{item:pears|books}}","count":{{n:int}},"price":345,"to":"Anna"}')
-    for given in (template.read_text(), str(template), "-"):
-        done = run(
-            "fill", given, "--prompt", prompt, "--seed", "0", "--json", stdin=template.read_text()
-        )
-        assert json.loads(done.stdout) == {"item": "pears", "n": 12}, done.stderr
+    template.write_text(text)
+    for given in (text, template, "-"):
+        done = run("fill", given, "--prompt", prompt, "--seed", "0", "--json", stdin=text)
+        assert json.loads(done.stdout) == {"item": "pears"}, done.stderr
 
     labels = ("--labels", "item=pears,books", "--labels", "to=Anna,Berta")
     shape = '{"item":"{item}","count":12,"price":345,"to":"{to}"}'
@@ -324,6 +323,83 @@ def test_mistakes_in_schemas_templates_and_labels_are_one_sentence(tmp_path: Pat
         assert done.returncode == 1, arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_loading_waits_until_cheap_mistakes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema beside a guard, or a --max-memory that is none, was refused by the loaded model."""
+    monkeypatch.setattr(command, "_load", lambda *given, **settings: pytest.fail("loaded"))
+    schema = str(Path(SUDOKU) / "config.json")  # refused too, but not before these
+    for arguments, message in (
+        (("generate", "--max-memory", "much", "x"), "much"),
+        (("fill", "{{a}}", "--max-memory", "much"), "much"),
+        (("serve", "--max-memory", "much"), "much"),
+        (("chat", "--threshold", "0.5"), "--sampler confidence"),
+        (("generate", "--schema", schema, "x"), "not supported"),
+        (("fill", "{{a:0}}"), "after the colon"),
+        (("edit", __file__, "-i", "x", "--lines", "2:1"), "no range"),
+    ):
+        done = run(*arguments)
+        assert done.returncode in (1, 2), arguments
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [("--shrink",), ("--guards", "all")])
+def test_a_schema_and_what_it_excludes_need_no_model(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_load", lambda *given, **settings: pytest.fail("loaded"))
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [1]}')
+    done = run("generate", "--schema", schema, *flags, "x")
+    assert done.stderr == f"error: a schema does not go with {flags[0].removeprefix('--')}\n"
+    assert done.returncode == 1
+
+
+def test_a_schema_and_a_template_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were parsed before the model was loaded, thrown away, and parsed again."""
+    parsed: list[str] = []
+    reader, parse = schema._Reader.pattern, template.parse_template
+
+    def pattern(self: schema._Reader) -> object:
+        parsed.append("schema")
+        return reader(self)
+
+    def parts(text: str) -> object:
+        parsed.append("template")
+        return parse(text)
+
+    monkeypatch.setattr(schema._Reader, "pattern", pattern)
+    monkeypatch.setattr(template, "parse_template", parts)
+    monkeypatch.setattr(fill, "parse_template", parts)
+    file = tmp_path / "schema.json"
+    file.write_text('{"$ref": "#/$defs/a", "$defs": {"a": {"enum": [1]}}}')
+    done = run("generate", "--schema", file, "-q", "--steps", "1", "x")
+    assert (done.stdout, parsed) == ("1\n", ["schema"])
+    done = run("fill", "{{a:yes|yes}}", "-q", "--steps", "1")
+    assert (done.stdout, parsed) == ("yes\n", ["schema", "template"])
+
+
+def test_a_group_of_options_stands_where_the_command_names_it() -> None:
+    seen: list[object] = []
+
+    @with_options
+    def command(first: str, *, load: Load, last: bool = False) -> None:
+        seen.append((first, load, last))
+
+    options = ["model", "revision", "dtype", "max_memory", "speed"]
+    assert list(signature(command).parameters) == ["first", *options, "last"]
+    values = dict.fromkeys(options[:4]) | {"model": "there", "speed": "fast"}
+    command(first="x", last=True, **values)
+    assert seen == [("x", Load(model="there", speed="fast"), True)]
+
+
+def test_every_file_of_commands_is_listed() -> None:
+    folder = Path(cli.__file__).parent
+    having = {path.stem for path in folder.glob("*.py") if "\napp = " in path.read_text()}
+    assert having == {*cli.FILES, "main"}
 
 
 def test_a_prompt_cache_is_read_and_kept(tmp_path: Path) -> None:

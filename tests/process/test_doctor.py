@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command
 import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
@@ -29,12 +28,7 @@ CPU = mx.Device(mx.cpu)
 
 def test_the_quick_run_passes_and_its_json_is_fit_to_paste() -> None:
     """All values are there, and nothing of who asked: no path, no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "doctor", "--quick", "--json", "-"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = command.run("doctor", "--quick", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(name))
     assert report["counts"]["passed"] == len(report["results"]) > 50

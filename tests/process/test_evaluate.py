@@ -1,11 +1,10 @@
 """Scores by hand, task files as users write them, and the command."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run
 
 from mlx_diffgemma.measure.evaluate import (
     HELD_OUT,
@@ -14,6 +13,7 @@ from mlx_diffgemma.measure.evaluate import (
     Repair,
     TaskError,
     is_right,
+    pinned_sudokus,
     read_cases,
     repair,
     score,
@@ -71,26 +71,28 @@ def test_held_out_data_covers_every_task() -> None:
     assert {"sudoku", "json", "json-pinned", "json-pinned-sum", "typo", "gap", "chat"} <= tasks
 
 
+def test_clues_of_sudokus_are_pinned() -> None:
+    solved, open_ = "1234\n3412\n2143\n4321", "12.4\n3412\n2143\n432."
+    puzzle, other = Case("mine", open_, answer=solved), Case("mine", "Fix: 1.", answer="1.")
+    [case] = pinned_sudokus([other, puzzle])
+    assert case.template == "12{{c2:1|2|3|4}}4\n3412\n2143\n432{{c18:1|2|3|4}}"
+    with pytest.raises(TaskError, match="no Sudoku"):
+        pinned_sudokus([other])
+    done = run("eval", "--pinned", "--limit", "2", "--steps", "4", "--seeds", "1", "--json")
+    [row] = map(json.loads, done.stdout.splitlines())
+    assert (row["task"], row["runs"], row["success"]) == ("sudoku", 2, 1.0)
+    assert row["steps_per_canvas"] <= 12  # what is doubted is tried twice more
+    done = run("eval", "--limit", "1", "--tasks", "none")
+    assert done.stderr.startswith("error: none cannot be read")
+
+
 def test_command_with_own_tasks_and_recipes(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     solved, open_ = "1234\n3412\n2143\n4321", "12.4\n.412\n2.43\n43.1"
     lines = [{"prompt": open_, "answer": solved}, {"prompt": open_, "regex": "^1234"}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_diffgemma",
-        "eval",
-        "--tasks",
-        str(path),
-        "--steps",
-        "2,6",
-    ]
-    done = subprocess.run(
-        [*command, "--seeds", "2", "--recipes", "none,8bit", "--json"],
-        capture_output=True,
-        text=True,
-    )
+    flags = ["--steps", "2,6", "--seeds", "2", "--recipes", "none,8bit", "--json"]
+    done = run("eval", "--tasks", path, *flags)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["recipe"], row["task"], row["steps"], row["runs"]) for row in rows] == [

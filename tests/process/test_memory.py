@@ -1,11 +1,11 @@
 """Too large a model is refused before it is loaded; a context is as long as memory allows."""
 
-import json
-import subprocess
-import sys
+import gc
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from command import run
 
 from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.checkpoint.fit import TooLarge, fit, read_size
@@ -73,26 +73,16 @@ def test_a_prompt_longer_than_memory_allows_is_refused() -> None:
 
 
 def test_the_estimate_is_what_loading_takes() -> None:
-    script = (
-        "import json, mlx.core as mx\n"
-        "from mlx_diffgemma import load\n"
-        "from mlx_diffgemma.checkpoint.info import inspect\n"
-        "from mlx_diffgemma.checkpoint.load import EMBEDDED\n"
-        "kept, bytes = load(), inspect(EMBEDDED, 'float32').loaded_bytes\n"
-        "print(json.dumps([mx.get_active_memory(), bytes]))"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    active, estimated = json.loads(out.stdout)
-    assert active == pytest.approx(estimated, rel=0.02)
+    gc.collect()
+    before = mx.get_active_memory()
+    kept = load(dtype="float32")
+    taken = mx.get_active_memory() - before
+    assert taken == pytest.approx(inspect(EMBEDDED, "float32").loaded_bytes, rel=0.02)
+    del kept
 
 
 def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
-    out = subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "generate", "hello", "--max-memory", "1MB"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    out = run("generate", "hello", "--max-memory", "1MB", cwd=tmp_path)
     assert out.returncode == 1
     assert out.stdout == ""
     assert "are free: " in out.stderr.splitlines()[-1]
@@ -102,11 +92,7 @@ def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", ["1MB", "9MB", "12MB"])
 def test_info_says_what_loading_would_decide(memory: str) -> None:
     """It used to speak of the stored type, and of a table kept where `load` did not keep it."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "info", str(EMBEDDED), "--max-memory", memory],
-        capture_output=True,
-        text=True,
-    )
+    shown = run("info", EMBEDDED, "--max-memory", memory)
     try:
         decided = f"a context of {load(max_memory=read_size(memory))[0].context:,} tokens"
     except TooLarge as error:

@@ -3,12 +3,11 @@
 import os
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from command import Done, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -110,13 +109,8 @@ def test_a_long_part_is_rewritten_in_pieces_and_a_long_line_is_refused() -> None
         edit(RANDOM, TOKENIZER, " \n", "x")
 
 
-def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "edit", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-    )
+def command(*arguments: str, stdin: str = "") -> Done:
+    return run("edit", *arguments, stdin=stdin)
 
 
 def test_a_file_of_this_repository_through_stdin() -> None:

@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 
 import pytest
+from command import run
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from paths import ROOT, SUDOKU
@@ -130,7 +129,7 @@ def test_the_trained_model_fills_a_record_whose_lengths_it_is_not_told(
 
 
 def test_clues_are_pinned_and_sudokus_are_solved() -> None:
-    """scripts/sudoku_table.py --pinned compares all 400 puzzles with and without pinned clues."""
+    """`eval --pinned` compares more puzzles, by steps and recipe."""
     model, tokenizer = load(SUDOKU)
     lines = (SUDOKU / "puzzles.txt").read_text().splitlines()
     solved = 0
@@ -152,12 +151,8 @@ def test_a_file_of_this_repository_through_stdin() -> None:
     """The text left of a hole is context, and it is said what the model could not see."""
     text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
     assert text.count("expected") == 1
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "fill", "--seed", "0", "--steps", "2"],
-        input=text.replace("expected", "{{word:2}}"),
-        capture_output=True,
-        text=True,
-    )
+    given = text.replace("expected", "{{word:2}}")
+    done = run("fill", "--seed", "0", "--steps", "2", stdin=given)
     assert done.returncode == 0, done.stderr
     left, right = text.split("expected")
     assert done.stdout.startswith(left)

@@ -1,0 +1,184 @@
+"""Commands about checkpoints: `convert`, `recipes`, `info`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .options import DType, DTypeName, MaxMemory, Revision, size, with_options
+from .terminal import fail, put, say
+
+if TYPE_CHECKING:
+    from ..checkpoint.info import Info
+    from ..convert import Recipe, Report
+
+app = typer.Typer()
+
+QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What becomes of the weights."""
+
+    recipe: Annotated[
+        str | None, typer.Option(help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]")
+    ] = None
+    quantize: Annotated[
+        bool, typer.Option("--quantize", "-q", help="Quantize uniformly, as --q-* say.")
+    ] = False
+    q_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None
+    q_group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None
+    q_mode: Annotated[QuantMode | None, typer.Option(help="Number format. [affine]")] = None
+    dtype: Annotated[DTypeName | None, typer.Option(help="Type of what is not quantized.")] = None
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", "-d", help="Unpack a quantized checkpoint.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None and self._uniform:
+            fail("--recipe and -q/--q-* exclude each other", code=2)
+        if self.dequantize and (self.recipe or self._uniform):
+            fail("--dequantize goes with neither --recipe nor -q/--q-*", code=2)
+
+    @property
+    def _uniform(self) -> bool:
+        return bool(self.quantize or self.q_bits or self.q_group_size or self.q_mode)
+
+    def chosen(self) -> "Recipe | None":
+        """The recipe that the options ask for; None is the default one."""
+        from ..convert import RECIPES, uniform
+
+        if self._uniform:
+            return uniform(self.q_bits, self.q_group_size, self.q_mode or "affine")
+        if self.recipe is None:
+            return None
+        if self.recipe not in RECIPES:
+            fail(f"there is no recipe {self.recipe}; there are {', '.join(RECIPES)}", code=2)
+        return RECIPES[self.recipe]
+
+
+@app.command()
+@with_options
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    *,
+    quantization: Quantization,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="Then upload to this hub repository.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Convert Hugging Face weights to quantized MLX weights."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..convert import Written, stream_convert, upload
+
+    events = stream_convert(
+        source,
+        destination,
+        recipe=quantization.chosen(),
+        dtype=quantization.dtype,
+        dequantize=quantization.dequantize,
+        revision=revision,
+    )
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("converting", total=None)
+        for event in events:
+            if isinstance(event, Written):
+                progress.update(task, completed=event.bytes_done, total=event.bytes_total)
+            else:
+                report = event
+    _tell_conversion(report)
+    if upload_repo:
+        say(f"uploaded to {upload(report.directory, upload_repo)}")
+    put(str(report.directory))
+
+
+def _tell_conversion(report: "Report") -> None:
+    from rich.filesize import decimal
+
+    say(
+        f"{decimal(report.source_bytes)} -> {decimal(report.bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, {report.shards} file"
+        f"{'s' if report.shards > 1 else ''}, {report.seconds:.1f} s"
+    )
+    if report.unpacked:
+        say(f"left as they are, no group size divides them: {', '.join(report.unpacked)}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that convert knows."""
+    from ..convert import DEFAULT_RECIPE, RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:<12}{recipe.description}{' (default)' if name == DEFAULT_RECIPE else ''}")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
+    *,
+    revision: Revision = None,
+    dtype: DType = None,
+    max_memory: MaxMemory = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is: size by part, quantization, memory it needs."""
+    from dataclasses import asdict
+
+    from ..checkpoint.files import resolve
+    from ..checkpoint.info import inspect
+    from ..checkpoint.load import computed_in
+
+    given = size(max_memory)
+    found = inspect(resolve(model, revision=revision), computed_in(dtype))
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    _tell_sizes(found)
+    _tell_fit(found, given)
+
+
+def _tell_sizes(found: "Info") -> None:
+    """What the checkpoint's files say, whatever machine this is."""
+    from rich.filesize import decimal
+
+    print(f"{found.parameters / 1e6:,.1f} M parameters, {decimal(found.bytes)}")
+    print(
+        f"{found.layers} layers, vocabulary {found.vocabulary:,}, canvas {found.canvas_length}, "
+        f"context {found.context:,}"
+    )
+    for part in found.parts:
+        put(
+            f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
+            f"{'; '.join(part.formats)}"
+        )
+    for context in sorted({min(4096, found.context), found.context}):
+        needed = decimal(found.memory_needed(context))
+        print(f"needs about {needed} with {context:,} tokens of context")
+
+
+def _tell_fit(found: "Info", given: int | None) -> None:
+    """What loading would decide, by the memory that is given or free now."""
+    from rich.filesize import decimal
+
+    from ..checkpoint.fit import TooLarge, fit
+
+    try:
+        here = fit(found, given)
+    except TooLarge as error:
+        put(f"here: {error}")
+        return
+    print(f"here: a context of {here.context:,} tokens")
+    if found.table_bytes:
+        table = "kept dequantized" if here.keep_table else "dequantized at each step"
+        print(f"here: embedding table {table} ({decimal(found.table_bytes)})")

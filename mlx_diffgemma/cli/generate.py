@@ -1,0 +1,87 @@
+"""`generate`: an answer to one prompt, or with --batch to those of a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Answering, Load, Quiet, Show, System, from_argument, with_options
+from .terminal import fail
+
+app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A file of prompts, where answers go, and how many are made side by side."""
+
+    batch: Annotated[
+        Path | None, typer.Option(help="Answer all prompts of this file, a JSON object a line.")
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option(help="With --batch: answers go here; run again to go on.")
+    ] = None
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="With --batch: prompts that are answered side by side.")
+    ] = 8
+
+
+@app.command()
+@with_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
+    *,
+    load: Load,
+    answering: Answering,
+    system: System = None,
+    show: Show = False,
+    schema: Annotated[
+        Path | None, typer.Option(help="JSON Schema that the answer must follow.")
+    ] = None,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Ask for thoughts first; they go to stderr.")
+    ] = False,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="Keep what was read in this file; the next run pays for the rest."),
+    ] = None,
+    many: Batch,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one prompt, or with --batch the prompts of a file."""
+    if many.batch is None:
+        messages = _messages(from_argument(prompt, "the prompt"), system)
+    elif prompt != "-" or prompt_cache is not None or show:
+        fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
+    from ..tasks.generate import Request
+    from ..text.schema import read_supported
+
+    request = Request(
+        messages if many.batch is None else "",
+        **answering.settings(),
+        seed=answering.seed,
+        schema=None if schema is None else read_supported(schema),
+        enable_thinking=thinking,
+    )
+    request.check_options()
+    if not quiet:
+        load.introduce()
+    if many.batch is not None:
+        from .batch import answer_many
+
+        answer_many(many.batch, many.output, many.max_batch, load, quiet, request, system)
+        return
+    from .answer import answer_one
+
+    answer_one(request, load, prompt_cache, show=show, as_json=as_json, quiet=quiet)
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    if not prompt.strip():
+        fail("the prompt is empty", code=2)
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": prompt}]

@@ -1,0 +1,261 @@
+"""Options that commands share, each declared once, and how a command gets them.
+
+A group is a frozen dataclass whose fields are options. A command that is decorated with
+`with_options` names groups among its parameters and is called with what they were made of.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..files import read_text
+from .terminal import fail, say
+
+if TYPE_CHECKING:
+    from ..diffusion.guards import Guards
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..model.settings import Sampler
+    from ..tasks.request import Settings
+    from ..text.tokenizer import Tokenizer
+
+Command = Callable[..., None]
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+SpeedName = Literal["faithful", "balanced", "fast"]
+
+SamplerName = Literal["entropy", "confidence"]
+
+GUARDS = ("empty", "not_converged", "repetition")
+
+_LISTED = ",".join(GUARDS)
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+
+DType = Annotated[
+    DTypeName | None, typer.Option(help="Compute in this type instead of the checkpoint's.")
+]
+
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory that the model may take with its context, e.g. 12GB. [what is free]"),
+]
+
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens to write. [checkpoint's setting]")
+]
+
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Most denoising steps a canvas. [checkpoint's setting]")
+]
+
+GuardNames = Annotated[
+    str, typer.Option(help=f"What to do about bad canvases: all, none, or of {_LISTED}.")
+]
+
+System = Annotated[str | None, typer.Option(help="System message.")]
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.")
+]
+
+Show = Annotated[bool, typer.Option("--show", help="Draw the canvas as it denoises.")]
+
+
+def with_options(command: Command) -> Command:
+    """Give a command the options of each group among its parameters, in the group's place.
+
+    Typer reads `__signature__`, which has a parameter for each option.
+    """
+    shown: list[Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for parameter in signature(command).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            shown.append(parameter)
+            continue
+        assert isinstance(group, type)
+        groups[parameter.name] = group
+        shown += [
+            Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(group)
+        ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    run.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    return run
+
+
+@dataclass(frozen=True)
+class LoadFaithful:
+    """Loads the checkpoint that the options name, once it is called.
+
+    Raises:
+        Error: --max-memory is no size.
+    """
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar="MLX_DIFFGEMMA_MODEL",
+            help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
+        ),
+    ] = None
+    revision: Revision = None
+    dtype: DType = None
+    max_memory: MaxMemory = None
+
+    def __post_init__(self) -> None:
+        size(self.max_memory)  # a mistake in it should not have to wait
+
+    def __call__(self) -> "tuple[DiffusionGemma, Tokenizer]":
+        """The model and its tokenizer.
+
+        Raises:
+            Error: as `checkpoint.load.load`.
+        """
+        return self._load("faithful")
+
+    def _load(self, speed: SpeedName) -> "tuple[DiffusionGemma, Tokenizer]":
+        from ..checkpoint.load import load
+
+        return load(
+            self.model,
+            revision=self.revision,
+            dtype=self.dtype,
+            max_memory=size(self.max_memory),
+            speed=speed,
+        )
+
+    def introduce(self) -> None:
+        """Tell those who named no model which one answers, and how to get the real one."""
+        if self.model is None:
+            say(
+                "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the "
+                "26 B one: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then "
+                "--model DIR"
+            )
+
+
+@dataclass(frozen=True)
+class Load(LoadFaithful):
+    """Loads as `LoadFaithful`, perhaps to run with fewer denoising steps."""
+
+    speed: Annotated[
+        SpeedName,
+        typer.Option(help="Fewer denoising steps for a loss that docs/performance.md states."),
+    ] = "faithful"
+
+    def __call__(self) -> "tuple[DiffusionGemma, Tokenizer]":
+        """The model and its tokenizer, see `LoadFaithful`."""
+        return self._load(self.speed)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How canvases are denoised; None leaves it to the checkpoint."""
+
+    steps: Steps = None
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes the answer repeatable.")] = None
+    sampler: Annotated[
+        SamplerName | None,
+        typer.Option(
+            help="entropy is the reference's; confidence keeps what it accepts. "
+            "[checkpoint's setting]",
+        ),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Probability that --sampler confidence accepts."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.sampler != "confidence":
+            fail("--threshold goes with --sampler confidence", code=2)
+
+    def rule(self) -> "Sampler | None":
+        """What decides which tokens are accepted."""
+        if self.sampler != "confidence":
+            return None  # a checkpoint's sampler is always the entropy bound
+        from ..model.settings import ConfidenceThreshold
+
+        return (
+            ConfidenceThreshold() if self.threshold is None else ConfidenceThreshold(self.threshold)
+        )
+
+
+@dataclass(frozen=True)
+class Answering(Sampling):
+    """How answers of several canvases are decoded."""
+
+    max_tokens: MaxTokens = None
+    thinking_budget: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of thought before the answer.")
+    ] = None
+    guards: GuardNames = "none"
+    shrink: Annotated[
+        bool,
+        typer.Option("--shrink", help="Canvases no longer than what is left of --max-tokens."),
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._named() - set(GUARDS):
+            fail(f"--guards takes all, none, or of {_LISTED}; not {self.guards}", code=2)
+
+    def settings(self) -> "Settings":
+        """The settings of all answers, see `tasks.request.Settings`."""
+        return {
+            "max_tokens": self.max_tokens,
+            "steps": self.steps,
+            "sampler": self.rule(),
+            "guards": self._guards(),
+            "shrink": self.shrink,
+        }
+
+    def _named(self) -> set[str]:
+        if self.guards in ("all", "none"):
+            return set(GUARDS) if self.guards == "all" else set()
+        return set(self.guards.split(","))
+
+    def _guards(self) -> "Guards":
+        from ..diffusion.guards import Guards
+
+        on = {name: name in self._named() for name in GUARDS}
+        return Guards(**on, thinking_budget=self.thinking_budget)
+
+
+def size(given: str | None) -> int | None:
+    """Bytes of --max-memory."""
+    if given is None:
+        return None
+    from ..checkpoint.fit import read_size
+
+    return read_size(given)
+
+
+def from_argument(given: str, what: str, *, holes: bool = False) -> str:
+    """An argument, or stdin for "-"; with `holes`, a name of a file stands for its text."""
+    if given == "-":
+        if sys.stdin.isatty():
+            say(f"Reading {what} from the terminal; end it with Ctrl-D.")
+        # A template is a file as it stands; a prompt loses the newline that echo adds.
+        return sys.stdin.read() if holes else sys.stdin.read().rstrip("\n")
+    if holes and "{{" not in given:
+        return read_text(Path(given))
+    return given

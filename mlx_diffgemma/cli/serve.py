@@ -1,0 +1,110 @@
+"""`serve`: the server as a command."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from .options import Load, with_options
+from .terminal import fail, say
+
+app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the server listens, and whom it answers."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MLX_DIFFGEMMA_API_KEY", help="Key that clients have to send."),
+    ] = None
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may ask. Can be given again.")
+    ] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Further name that the server answers to; * is any. Can be given again."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            fail("--api-key is empty", code=2)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can ask."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much the server takes on."""
+
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered side by side.")] = 4
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a request may take.")] = 600
+    cache_gb: Annotated[
+        float, typer.Option(min=0, help="Memory for what was read for earlier requests.")
+    ] = 1
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 4
+
+
+@app.command()
+@with_options
+def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
+    """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
+    try:
+        import uvicorn
+
+        from ..server.app import make_app
+        from ..server.connections import Connection
+    except ImportError as error:
+        fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
+    from ..server.worker import Worker
+
+    load.introduce()
+    worker = Worker(
+        load,
+        max_batch=bounds.max_batch,
+        max_queue=bounds.max_queue,
+        timeout=bounds.timeout,
+        cache_bytes=int(bounds.cache_gb * 1e9),
+    )
+    worker.start()
+    if not reach.loopback and reach.api_key is None:
+        say("Anybody who reaches this machine can ask; --api-key changes that.")
+    served = make_app(
+        worker,
+        name=load.model or "diffgemma-small",
+        api_key=reach.api_key,
+        cors=reach.cors or (),
+        loopback=reach.loopback,
+        allowed_hosts=reach.allowed_host or (),
+        most_bytes=int(bounds.max_body_mb * 1e6),
+    )
+    try:
+        uvicorn.run(
+            served,
+            host=reach.host,
+            port=reach.port,
+            log_config=_logging(),
+            timeout_graceful_shutdown=10,
+            http=Connection,
+            ws="none",
+        )
+    finally:
+        worker.stop()
+
+
+def _logging() -> dict[str, Any]:
+    """The configuration of uvicorn's log, with accesses on stderr too."""
+    from copy import deepcopy
+
+    import uvicorn
+
+    log = deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return log

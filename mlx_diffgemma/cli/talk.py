@@ -1,0 +1,76 @@
+"""`chat`: the command, of which chat.py is the conversation."""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .options import Answering, GuardNames, Load, System, with_options
+from .terminal import say
+
+app = typer.Typer()
+
+OverflowName = Literal["refuse", "truncate"]
+
+
+@dataclass(frozen=True)
+class Watched(Answering):
+    """How answers are decoded that somebody waits for: with all guards."""
+
+    guards: GuardNames = "all"
+
+
+@app.command()
+@with_options
+def chat(
+    *,
+    load: Load,
+    answering: Watched,
+    system: System = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Ask for thoughts before an answer."),
+    ] = None,
+    overflow: Annotated[
+        OverflowName, typer.Option(help="Beyond the context: refuse, or forget the oldest turns.")
+    ] = "refuse",
+    tools: Annotated[
+        Path | None, typer.Option(help="Functions in a .py, or declarations in a .json.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Call tools without asking.")] = False,
+    session: Annotated[
+        Path | None, typer.Option(help="Go on with this file if it exists, and save to it.")
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live/--no-live", help="Draw the canvas while it denoises.")
+    ] = True,
+) -> None:
+    """Talk with the model; /help lists what can be typed."""
+    from ..tasks.session import ChatSession
+    from ..tasks.tools import by_name, read_tools
+    from .chat import Chat
+
+    known = by_name(read_tools(tools)) if tools else {}
+    declared = [tool.declaration for tool in known.values()]
+    settings = answering.settings()
+    load.introduce()
+    model, tokenizer = load()
+    talk = ChatSession(model, tokenizer, tools=declared, overflow=overflow, **settings)
+    if session is not None and session.exists():
+        talk.restore(session)
+        say(f"Going on with {len(talk.messages)} messages of {session}.")
+    if system is not None:
+        talk.system = system
+    if thinking is not None:
+        talk.enable_thinking = thinking
+    try:
+        Chat(talk, tokenizer, seed=answering.seed, tools=known, yes=yes, live=live).run()
+    except KeyboardInterrupt:
+        # Whoever leaves by Ctrl-C may press it again: the session is saved all the same.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+    finally:
+        if session is not None:
+            talk.save(session)
