@@ -201,11 +201,10 @@ def constants(room: str) -> dict[str, set[float]]:
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
                 continue
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            (target,) = targets
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             pairs = [(target, node.value)]
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                pairs = list(zip(target.elts, node.value.elts, strict=True))
+                pairs = [*zip(target.elts, node.value.elts, strict=True)]
             for name, value in pairs:
                 number = _number(value)
                 if isinstance(name, ast.Name) and number is not None:
@@ -215,10 +214,13 @@ def constants(room: str) -> dict[str, set[float]]:
 
 def _number(node: ast.expr) -> float | None:
     """An expression of numbers alone, such as `1 << 16`."""
-    if any(isinstance(each, ast.Name | ast.Call | ast.Str) for each in ast.walk(node)):
-        return None
-    value = eval(compile(ast.Expression(node), "<constant>", "eval"))
-    return value if isinstance(value, int | float) else None
+    arithmetic = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    for each in ast.walk(node):
+        if not isinstance(each, arithmetic | ast.Constant):
+            return None
+        if isinstance(each, ast.Constant) and not isinstance(each.value, int | float):
+            return None
+    return float(eval(compile(ast.Expression(node), "<constant>", "eval")))
 
 
 def test_bounds_are_those_of_the_code() -> None:
