@@ -168,7 +168,9 @@ def test_what_is_not_run_uses_what_there_is() -> None:
     for line in re.findall(r"mlx-diffgemma (?!\[)([a-z].*)", code.replace("\\\n", " ")):
         name, *given = shlex.split(line, comments=True)
         known = {option for each in commands.commands[name].params for option in each.opts}
-        known |= {option for each in commands.commands[name].params for option in each.secondary_opts}
+        known |= {
+            option for each in commands.commands[name].params for option in each.secondary_opts
+        }
         assert {each for each in given if re.match("--?[a-z]", each)} <= known, line
 
 
