@@ -71,13 +71,13 @@ def run(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 def another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tested side is made ready, layer 2 gets a scalar that is off by a thousandth."""
-    join = DiffusionGemma.join
+    merge = DiffusionGemma.merge
 
     def wrong(model: DiffusionGemma) -> None:
-        join(model)
+        merge(model)
         model.model.decoder.layers[2].layer_scalar *= 1.001
 
-    monkeypatch.setattr(DiffusionGemma, "join", wrong)
+    monkeypatch.setattr(DiffusionGemma, "merge", wrong)
 
 
 def another_entropy(monkeypatch: pytest.MonkeyPatch) -> None:

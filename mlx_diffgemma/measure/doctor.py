@@ -178,7 +178,7 @@ def introduction(known: dict[str, Any]) -> list[str]:
         lines.append("There is no GPU here: what is tested is the CPU.")
     lines.append(
         f"The {known['tested'].upper()} as it is used, against plain float32 on the "
-        f"{known['reference'].upper()}: nothing compiled, joined, packed or in blocks."
+        f"{known['reference'].upper()}: nothing compiled, merged, packed or in blocks."
     )
     heads = ("check", "model", "type", "value", "tolerance", "tested", "plain", "peak")
     return [*lines, "", _columns(*heads)]

@@ -151,7 +151,7 @@ def pair(weights: Weights, reference: Side, tested: Side, keep: Sequence[str] = 
         mx.eval(plain.parameters())
     with tested.in_use():
         model = weights.build()
-        model.join()
+        model.merge()
         mx.eval(model.parameters())
     return Pair(plain, model)
 
