@@ -27,11 +27,12 @@ from mlx_diffgemma.tasks.request import Done
 from mlx_diffgemma.tasks.starts import document
 from mlx_diffgemma.text.schema import (
     SchemaError,
+    _ranges,
+    compile_schema,
     compiled,
     parse_schema,
     read_schema,
 )
-from mlx_diffgemma.text.schema_numbers import digit_ranges
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
@@ -128,7 +129,7 @@ SCHEMAS = st.recursive(
 def test_a_thousand_random_schemas_give_a_thousand_valid_documents(
     schema: Any, model: DiffusionGemma, seed: int
 ) -> None:
-    shortest = compiled(schema, Vocabulary(RANDOM, TOKENIZER)).machine.shortest
+    shortest = compile_schema(schema, Vocabulary(RANDOM, TOKENIZER)).shortest
     assume(shortest <= RANDOM.generation.max_new_tokens)
     document = generate(model, TOKENIZER, "x", schema=schema, seed=seed, steps=2)
     jsonschema.Draft202012Validator(schema).validate(json.loads(document))
@@ -176,14 +177,14 @@ def test_a_document_goes_on_over_several_canvases() -> None:
     assert len(tokens) <= 70
     assert tokens[-1] in config.eos_token_ids
     jsonschema.validate(json.loads(TOKENIZER.decode(tokens)), schema)
-    assert compiled(schema, Vocabulary(model, TOKENIZER)).machine.accepts(tokens)
+    assert compile_schema(schema, Vocabulary(model, TOKENIZER)).accepts(tokens)
 
 
 def test_digit_ranges_hold_just_the_numbers_between() -> None:
     from itertools import product
 
     for low, high, width in ((13, 257, 1), (0, 9, 1), (5, 5, 1), (0, 1000, 3), (999, 1001, 1)):
-        numbers = [int("".join(d)) for c in digit_ranges(low, high, width) for d in product(*c)]
+        numbers = [int("".join(d)) for c in _ranges(low, high, width) for d in product(*c)]
         assert sorted(numbers) == list(range(low, high + 1))
 
 
@@ -221,7 +222,7 @@ def test_references_annotations_and_types_in_lists() -> None:
         "properties": {"x": {"$ref": "#/$defs/axis"}, "y": {"$ref": "#/$defs/axis"}},
         "required": ["x", "y"],
     }
-    machine = compiled(schema, Vocabulary(RANDOM, TOKENIZER)).machine
+    machine = compile_schema(schema, Vocabulary(RANDOM, TOKENIZER))
     end = [TOKENIZER.token_id("<turn|>")]
     for text in ('{"x":8,"y":null}', '{"x":null,"y":9}'):
         assert machine.accepts(TOKENIZER.encode(text) + end), text
@@ -319,7 +320,7 @@ def test_a_schema_cannot_take_all_memory_or_time(schema: Any, message: str) -> N
     """Each took minutes, gigabytes, wrote what is no JSON, or ended with a traceback."""
     began = time.monotonic()
     with pytest.raises(SchemaError, match=message) as caught:
-        compiled(schema, Vocabulary(RANDOM, TOKENIZER))
+        compile_schema(schema, Vocabulary(RANDOM, TOKENIZER))
     assert time.monotonic() - began < 30
     assert len(str(caught.value)) < 200
 
@@ -334,7 +335,7 @@ def test_the_largest_schemas_still_compile() -> None:
         (doubling(12), 2**12),
         ({"properties": {f"p{i}": {"type": "null"} for i in range(40)}}, 41),
     ):
-        assert compiled(schema, vocabulary).machine.states > states
+        assert compile_schema(schema, vocabulary).states > states
     assert time.monotonic() - began < 60
 
 
@@ -369,7 +370,7 @@ def test_a_schema_beside_enum_reaches_no_regular_expression(
 
 def test_values_that_other_keywords_exclude_are_not_written() -> None:
     machines = {
-        json.dumps(schema): compiled(schema, Vocabulary(RANDOM, TOKENIZER)).machine
+        json.dumps(schema): compile_schema(schema, Vocabulary(RANDOM, TOKENIZER))
         for schema in (
             {"enum": ["a", 1, True, 2.5, None], "type": "integer"},
             {"enum": [0, 1, 2, "x"], "type": "number", "exclusiveMinimum": 0, "maximum": 1},
@@ -522,9 +523,9 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
     """A slow schema was compiled to its end, long after whoever sent it had left."""
     looks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(looks)))
-    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.time", clock)
-    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.COMPILE_SECONDS", 1e9)
-    monkeypatch.setattr("mlx_diffgemma.text.schema.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.automaton.time", clock)
+    monkeypatch.setattr("mlx_diffgemma.automaton.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.schema.COMPILE_SECONDS", 1e9)
     vocabulary = Vocabulary(RANDOM, TOKENIZER)
     schema = {
         "properties": {
@@ -533,13 +534,13 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
             "items": {"type": "array", "items": {"type": "number"}, "maxItems": 50},
         }
     }
-    compiled(schema, vocabulary)
+    compile_schema(schema, vocabulary)
     needed = next(looks)
     assert needed > 300
     for share in range(0, needed - 2, needed // 20):
         looks = itertools.count()
         with pytest.raises(SchemaError, match=f"compiling the schema took longer than {share} sec"):
-            compiled(schema, vocabulary, float(share))
+            compile_schema(schema, vocabulary, float(share))
         assert next(looks) <= share + 3
 
 
@@ -560,7 +561,7 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     for written, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
         with pytest.raises(SchemaError, match=message):
             slow.check(written)
-    monkeypatch.setattr("mlx_diffgemma.text.schema_check.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("mlx_diffgemma.schema.CHECK_SECONDS", 0.2)
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5

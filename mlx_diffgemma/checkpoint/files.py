@@ -233,6 +233,24 @@ def _check_filled(path: Path, tensors: dict[str, Tensor], start: int, size: int)
         raise CheckpointError(f"{path}: {size - at} bytes after the last tensor belong to none")
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What a checkpoint says of itself before its weights are read: `config.json` and tensors."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_headers(directory: Path) -> Headers:
+    """The config and the headers of a checkpoint directory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not hold what the index says.
+    """
+    return Headers(directory, read_json(directory, "config.json"), read_tensors(directory))
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint.
 

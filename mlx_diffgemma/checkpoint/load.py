@@ -17,16 +17,17 @@ from ..text.tokenizer import Tokenizer, TokenizerError
 from .files import (
     FLOATS,
     SHIPPED,
+    Headers,
     Tensor,
     check_type,
     quantization_of,
+    read_headers,
     read_json,
-    read_tensors,
     resolve,
     size_of_file,
 )
 from .fit import fit
-from .info import inspect
+from .info import info_of
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -68,8 +69,9 @@ def load(
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
-    decided = fit(inspect(directory, dtype), max_memory)
-    model = load_model(directory, dtype=dtype)
+    headers = read_headers(directory)
+    decided = fit(info_of(headers, dtype), max_memory)
+    model = model_of(headers, dtype)
     model.context = decided.context
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
@@ -138,12 +140,20 @@ def keep_in_memory() -> None:
 
 
 def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma:
-    """The model of a checkpoint directory; `dtype` None keeps the stored type."""
-    config = read_json(directory, "config.json")
-    tensors = {name: tensor for name, tensor in read_tensors(directory).items() if is_text(name)}
-    model = build_model(config, read_generation(directory, config), set(tensors))
-    check_tensors(model, tensors)
+    """The model of a checkpoint directory; `dtype` None keeps the stored type.
 
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return model_of(read_headers(directory), dtype)
+
+
+def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
+    """The model with its weights; arguments and errors as in `load_model`."""
+    tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
+    generation = read_generation(headers.directory, headers.config)
+    model = build_model(headers.config, generation, set(tensors))
+    check_tensors(model, tensors)
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
         try:
