@@ -27,12 +27,12 @@ from mlx_diffgemma.tasks.request import Done
 from mlx_diffgemma.tasks.starts import document
 from mlx_diffgemma.text.schema import (
     SchemaError,
-    _ranges,
     compile_schema,
     compiled,
     parse_schema,
     read_schema,
 )
+from mlx_diffgemma.text.schema_numbers import digit_ranges
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
@@ -184,7 +184,7 @@ def test_digit_ranges_hold_just_the_numbers_between() -> None:
     from itertools import product
 
     for low, high, width in ((13, 257, 1), (0, 9, 1), (5, 5, 1), (0, 1000, 3), (999, 1001, 1)):
-        numbers = [int("".join(d)) for c in _ranges(low, high, width) for d in product(*c)]
+        numbers = [int("".join(d)) for c in digit_ranges(low, high, width) for d in product(*c)]
         assert sorted(numbers) == list(range(low, high + 1))
 
 
@@ -523,9 +523,9 @@ def test_compiling_stops_at_its_deadline_wherever_it_is(monkeypatch: pytest.Monk
     """A slow schema was compiled to its end, long after whoever sent it had left."""
     looks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(looks)))
-    monkeypatch.setattr("mlx_diffgemma.automaton.time", clock)
-    monkeypatch.setattr("mlx_diffgemma.automaton.COMPILE_SECONDS", 1e9)
-    monkeypatch.setattr("mlx_diffgemma.schema.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.time", clock)
+    monkeypatch.setattr("mlx_diffgemma.diffusion.automaton.COMPILE_SECONDS", 1e9)
+    monkeypatch.setattr("mlx_diffgemma.text.schema.COMPILE_SECONDS", 1e9)
     vocabulary = Vocabulary(RANDOM, TOKENIZER)
     schema = {
         "properties": {
@@ -561,7 +561,7 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     for written, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
         with pytest.raises(SchemaError, match=message):
             slow.check(written)
-    monkeypatch.setattr("mlx_diffgemma.schema.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("mlx_diffgemma.text.schema_check.CHECK_SECONDS", 0.2)
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5

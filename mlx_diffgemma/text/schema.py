@@ -133,6 +133,16 @@ def compiled(
     return _bounded(compile_, deadline, check)
 
 
+def compile_schema(
+    schema: Schema,
+    vocabulary: Vocabulary,
+    deadline: float = math.inf,
+    check: Callable[[], None] | None = None,
+) -> Machine:
+    """The automaton alone; arguments and errors as in `compiled`."""
+    return compiled(schema, vocabulary, deadline, check).machine
+
+
 def _bounded(
     work: Callable[[Deadline], Made], latest: float, check: Callable[[], None] | None = None
 ) -> Made:
