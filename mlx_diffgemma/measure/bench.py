@@ -21,7 +21,7 @@ from ..text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """One answer, or the medians of several; rates and seconds are of computing.
 
     `first_draft_seconds` counts from the question; `step_seconds` is the median over steps. Memory
@@ -49,8 +49,8 @@ class Report:
     load_seconds: float
     load_peak_memory: int
     weights: int
-    median: Run
-    runs: tuple[Run, ...]
+    median: Measurement
+    runs: tuple[Measurement, ...]
 
 
 class Subject:
@@ -76,7 +76,7 @@ class Subject:
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before
-        self._runs: list[Run] = []
+        self._runs: list[Measurement] = []
 
     def warm_up(self, prompt_tokens: int) -> None:
         """Two steps that do not count: kernels are compiled and pages are read at first use."""
@@ -109,7 +109,7 @@ def measure(
     steps: int | None,
     max_tokens: int | None,
     seed: int,
-) -> Run:
+) -> Measurement:
     """Answer a prompt of so many tokens."""
     drafts: list[tuple[int, float]] = []
     prompt = prompt_of(tokenizer, prompt_tokens)
@@ -124,7 +124,7 @@ def measure(
     first = drafts[0][1] - started
     # A new canvas encodes the last one first: what lies between canvases is no step.
     seconds = [b - a for (canvas, a), (other, b) in pairwise(drafts) if canvas == other]
-    return Run(
+    return Measurement(
         prompt_tokens=done.prompt_tokens,
         generated_tokens=done.generated_tokens,
         canvases=done.canvases,
@@ -152,10 +152,10 @@ def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
 QUESTION = "Record: Anna Berg from Norway"
 
 
-def middle(runs: Sequence[Run]) -> Run:
+def middle(runs: Sequence[Measurement]) -> Measurement:
     """The median of each number; of an even count the lower one."""
-    names = [field.name for field in fields(Run)]
-    return Run(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
+    names = [field.name for field in fields(Measurement)]
+    return Measurement(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
 
 
 def bench(

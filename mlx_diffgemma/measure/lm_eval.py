@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a DiffusionGemma model (extra `lm-eval`).
 
-    python -m mlx_diffgemma.lm_eval_adapter --model mlx-diffgemma \
+    python -m mlx_diffgemma.measure.lm_eval --model mlx-diffgemma \
         --model_args path=DIR --tasks gsm8k
 
 Only generative tasks run: a model that denoises a canvas has no likelihood of a continuation.
