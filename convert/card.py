@@ -6,7 +6,7 @@ from .recipes import Recipe
 
 
 def model_card(directory: Path, source: str, name: str, recipe: Recipe) -> str:
-    """README.md: where it comes from, how it is quantized, how to run it."""
+    """Write README.md: where it comes from, how it is quantized, how to run it."""
     from huggingface_hub import ModelCardData, metadata_load
 
     readme = directory / "README.md"

@@ -132,7 +132,7 @@ def stream_convert(
 
 
 def _opened(source: str, revision: str | None, target: Path, dequantize: bool) -> Headers:
-    """The headers of a source that is complete, makes a model and is (not) to be unpacked."""
+    """Read the headers of a source, which has to be complete, make a model and be (un)packed."""
     directory = resolve(source, revision=revision)
     if directory.resolve().is_relative_to(room_of(target).resolve()):
         raise ConvertError(f"{source} is where a conversion to {target} is written")
@@ -157,13 +157,13 @@ def _check_free(directory: Path, needed: int) -> None:
 
 
 def _generation(directory: Path) -> dict[str, Any] | None:
-    """generation_config.json as it stands."""
+    """Read generation_config.json as it stands."""
     name = "generation_config.json"
     return read_json(directory, name) if (directory / name).exists() else None
 
 
 def _copy_files(source: Path, destination: Path) -> None:
-    """Tokenizer, template, generation and processor files, licences."""
+    """Copy tokenizer, template, generation and processor files, licences."""
     for pattern in NEEDED:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _NOT_COPIED:

@@ -41,7 +41,7 @@ class Job:
 def plan_jobs(
     tensors: dict[str, Tensor], config: dict[str, Any], recipe: Recipe, dtype: str | None
 ) -> tuple[list[Job], list[str]]:
-    """Every output tensor from headers alone, and the matrices that the recipe could not pack."""
+    """Plan every output tensor from headers alone; return the matrices that stay unpacked, too."""
     jobs, unpacked = [], []
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -68,7 +68,7 @@ def plan_jobs(
 
 
 def _packing(tensor: Tensor, path: str, wanted: Quantization, stored: str) -> Job:
-    """A matrix that becomes weights, scales and perhaps biases."""
+    """Plan a matrix that becomes weights, scales and perhaps biases."""
     *rows, columns = tensor.shape
     groups = (*rows, columns // wanted.group_size)
     parts = [(f"{path}.weight", "U32", (*rows, columns * wanted.bits // 32))]
@@ -82,7 +82,7 @@ def _packing(tensor: Tensor, path: str, wanted: Quantization, stored: str) -> Jo
 def _unpacking(
     tensors: dict[str, Tensor], config: dict[str, Any], module: str, dtype: str | None
 ) -> Job:
-    """Weights, scales and perhaps biases that become a matrix."""
+    """Plan weights, scales and perhaps biases that become a matrix."""
     packed = quantization_of(config, module)
     sources, shape = _packed(tensors, module, packed)
     scales = tensors[f"{module}.scales"]
@@ -96,7 +96,7 @@ def _unpacking(
 def _packed(
     tensors: dict[str, Tensor], module: str, packed: Quantization
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The tensors of a packed matrix, weight first, and its shape once it is unpacked."""
+    """Return the tensors of a packed matrix, weight first, and its shape once it is unpacked."""
     affine = packed.mode == "affine"
     names = [f"{module}.{leaf}" for leaf in ("weight", "scales", *(["biases"] if affine else []))]
     if missing := [name for name in names if name not in tensors]:
@@ -118,7 +118,7 @@ def _packed(
 
 
 def split(jobs: list[Job]) -> list[list[Job]]:
-    """Shards of at most SHARD_BYTES; a job is never split."""
+    """Divide jobs into shards of at most SHARD_BYTES; a job is never split."""
     shards: list[list[Job]] = [[]]
     filled = 0
     for job in jobs:
@@ -132,12 +132,12 @@ def split(jobs: list[Job]) -> list[list[Job]]:
 
 
 def size_of(part: Entry) -> int:
-    """Bytes of a tensor that is written."""
+    """Return the bytes of a tensor that is written."""
     return prod(part[2]) * ITEM_BYTES[part[1]]
 
 
 def parameters_of(job: Job) -> int:
-    """How many numbers the source of a job holds."""
+    """Return how many numbers the source of a job holds."""
     bits = job.packed.bits if job.packed else 32
     return prod(job.sources[0].shape) * 32 // bits
 
@@ -149,7 +149,7 @@ def config_of(
     recipe: Recipe,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """config.json as published MLX conversions write it.
+    """Return config.json as published MLX conversions write it.
 
     `config` is the source's, `generation` its generation_config.json if it has one.
     """

@@ -36,13 +36,13 @@ def check_vacant(target: Path) -> None:
 
 
 def room_of(target: Path) -> Path:
-    """Where a run that writes `target` works: beside it, on the same disk."""
+    """Return where a run that writes `target` works: beside it, on the same disk."""
     return target.with_name(f".{target.name}.incomplete")
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `target` at the end, and vanishes on a failure.
+    """Yield an empty directory that takes the place of `target` at the end.
 
     It lies in `room_of(target)` beside a file that is locked as long as somebody works there. The
     system drops the lock of a process that dies, so what a killed run left is known for dead and
@@ -98,7 +98,7 @@ def _take(room: Path, target: Path) -> int:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name."""
+    """Return whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -111,7 +111,7 @@ class Piece:
 
 
 def converted(job: Job) -> Iterator[Piece]:
-    """The parts of a job in slices of whole rows: packing works on rows."""
+    """Yield the parts of a job in slices of whole rows: packing works on rows."""
     weight = job.sources[0]
     rows = prod(weight.shape[:-1])
     step = max(1, SLICE_BYTES * rows // max(1, weight.end - weight.start))
@@ -131,7 +131,7 @@ def converted(job: Job) -> Iterator[Piece]:
 
 
 def _unpacked(arrays: list[mx.array], packed: Quantization) -> mx.array:
-    """Weight, scales and biases as float32: in the scales' own type it would be rounded twice."""
+    """Dequantize in float32: in the scales' own type numbers would be rounded twice."""
     weight, *others = arrays
     scales, *biases = (a if a.dtype == mx.uint8 else a.astype(mx.float32) for a in others)
     size, bits, mode = packed.group_size, packed.bits, packed.mode
@@ -141,13 +141,13 @@ def _unpacked(arrays: list[mx.array], packed: Quantization) -> mx.array:
 
 
 def _not_finite(name: str, numbers: mx.array) -> int:
-    """How many are NaN, or infinite where the name is not one of a bound."""
+    """Count numbers that are NaN, or infinite where the name is not one of a bound."""
     bad = mx.isnan(numbers) if name.endswith(_BOUNDS) else ~mx.isfinite(numbers)
     return int(bad.sum())
 
 
 def _not_packed(plain: mx.array, made: list[mx.array], wanted: Quantization) -> int:
-    """How many numbers a format could not hold: they came out infinite, or far too small."""
+    """Count the numbers that a format could not hold: they came out infinite, or far too small."""
     if wanted.mode == "affine":
         scales, biases = made[1:]
         return int((~mx.isfinite(scales + biases)).sum()) * wanted.group_size
@@ -170,7 +170,7 @@ def _check_finite(job: Job, damaged: int, lost: int) -> None:
 
 
 def _read(tensor: Tensor, start: int, stop: int) -> mx.array:
-    """Rows start..stop of a tensor seen as (rows, columns); a vector is one row."""
+    """Read rows start..stop of a tensor seen as (rows, columns); a vector is one row."""
     columns = tensor.shape[-1] if tensor.shape else 1
     width = columns * ITEM_BYTES[tensor.dtype]
     data = np.fromfile(

@@ -77,7 +77,7 @@ class Tensor:
 
 
 def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
+    """Find the directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
 
     Without a network the hub's cache serves alone. `weights` False leaves out the weights.
 
@@ -120,7 +120,7 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
 
 
 def size_of_file(path: Path) -> int:
-    """Bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Raises:
         CheckpointError: it is a directory, or a pipe, which would be waited for.
@@ -133,7 +133,7 @@ def size_of_file(path: Path) -> int:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON object out of a file of the checkpoint."""
+    """Read a JSON object from a file of the checkpoint."""
     path = directory / name
     try:
         if size_of_file(path) > JSON_LIMIT:
@@ -153,7 +153,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file.
+    """Read which tensors one safetensors file holds.
 
     Raises:
         CheckpointError: the file is missing, not safetensors or cut off, or its tensors do not
@@ -198,7 +198,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> Tensor:
-    """What a header says of one tensor, whose offsets count from byte `base`."""
+    """Read what a header says of one tensor, whose offsets count from byte `base`."""
     if not name or not name.isprintable() or len(name) > NAME_LIMIT:
         raise CheckpointError(f"{path}: {shown(name)} is not a name of a tensor")
     try:
@@ -243,7 +243,7 @@ class Headers:
 
 
 def read_headers(directory: Path) -> Headers:
-    """The config and the headers of a checkpoint directory.
+    """Read the config and the headers of a checkpoint directory.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the index says.
@@ -252,7 +252,7 @@ def read_headers(directory: Path) -> Headers:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint.
+    """Read which tensors a checkpoint holds.
 
     They are in the files that the index names, without one in `model.safetensors`, without that in
     all `model*.safetensors`.
@@ -287,7 +287,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _placed(directory: Path, name: str) -> dict[str, str]:
-    """Tensor -> name of the file that an index places it in, which is one of the directory."""
+    """Read the file name, within the directory, that an index gives for each tensor."""
     placed = read_json(directory, name).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
         raise CheckpointError(f"{directory / name} has no weight_map")
@@ -311,7 +311,7 @@ class Quantization:
 
 
 def quantization_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """MLX's quantization settings of a config, {} if it has none.
+    """Read MLX's quantization settings of a config, {} if it has none.
 
     Raises:
         CheckpointError: they are another tool's (fp8, bitsandbytes, awq, gptq, ...).
@@ -329,7 +329,7 @@ def quantization_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_of(config: dict[str, Any], module: str) -> Quantization:
-    """What the config says of a module that has `.scales`.
+    """Read what the config says of a module that has `.scales`.
 
     An override without a mode is affine, also where the default is another: published mxfp4, nvfp4
     and mxfp8 conversions rely on that.

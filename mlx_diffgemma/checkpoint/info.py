@@ -62,7 +62,7 @@ class Info:
         return sum(part.parameters for part in self.parts if part.name != "vision")
 
     def memory_needed(self, context: int) -> int:
-        """Bytes to run with so many tokens of context: weights, cache and one denoising step."""
+        """Return the bytes of weights, of so many tokens of context and of one denoising step."""
         cache = self.cache_bytes_per_token * context + self.cache_bytes_window
         return self.loaded_bytes + cache + self.step_bytes
 
@@ -87,7 +87,7 @@ def inspect(directory: Path, dtype: str | None = None) -> Info:
 
 
 def info_of(headers: Headers, dtype: str | None = None) -> Info:
-    """The same of headers that have been read.
+    """Compute the same from headers that have been read.
 
     Raises:
         CheckpointError: the config is not one of ours.
@@ -117,7 +117,7 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
 
 
 def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:
-    """What the tensors of one part take up."""
+    """Sum up the tensors of one part."""
     parameters, formats = 0, set[str]()
     for tensor in tensors:
         module, _, leaf = tensor.name.rpartition(".")
@@ -132,12 +132,12 @@ def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:
 
 
 def _loaded_bytes(tensor: Tensor, size: int) -> int:
-    """Bytes of a tensor where floating-point numbers take `size` bytes."""
+    """Return the bytes of a tensor where floating-point numbers take `size` bytes."""
     return prod(tensor.shape) * size if tensor.dtype in FLOATS else tensor.end - tensor.start
 
 
 def _cache_bytes(config: Config, size: int) -> tuple[int, int]:
-    """Bytes of the cache: those that each token adds, and those of all sliding windows."""
+    """Return the bytes of the cache that each token adds, and those of all sliding windows."""
     per_token = window = 0
     for layer in config.layers:
         entry = 2 * size * layer.num_key_value_heads * layer.head_dim

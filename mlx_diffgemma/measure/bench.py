@@ -79,7 +79,7 @@ class Subject:
         self._runs: list[Measurement] = []
 
     def warm_up(self, prompt_tokens: int) -> None:
-        """Two steps that do not count: kernels are compiled and pages are read at first use."""
+        """Take two steps that do not count: kernels are compiled, pages are read at first use."""
         measure(self._model, self._tokenizer, prompt_tokens, steps=2, max_tokens=1, seed=0)
 
     def run(self, prompt_tokens: int, steps: int | None, max_tokens: int | None) -> None:
@@ -91,7 +91,7 @@ class Subject:
         self._runs.append(replace(run, peak_memory=run.peak_memory - others))
 
     def report(self) -> Report:
-        """What is known by now."""
+        """Return what is known by now."""
         return Report(
             self.name,
             self._load_seconds,
@@ -141,7 +141,7 @@ def measure(
 
 
 def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
-    """A chat turn of exactly so many ids: a question, repeated; short ones lose its beginning."""
+    """Make a chat turn of exactly so many ids: a question, repeated or cut at the front."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     ids = tokenizer.encode(text)
     filler = tokenizer.encode(f"{QUESTION} ")
@@ -153,7 +153,7 @@ QUESTION = "Record: Anna Berg from Norway"
 
 
 def middle(runs: Sequence[Measurement]) -> Measurement:
-    """The median of each number; of an even count the lower one."""
+    """Return the median of each number; of an even count the lower one."""
     names = [field.name for field in fields(Measurement)]
     return Measurement(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
 
@@ -178,12 +178,12 @@ def bench(
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
-    """Everything, with what it was measured on."""
+    """Return everything as JSON, with what it was measured on."""
     return {**machine(), "models": [asdict(report) for report in reports]}
 
 
 def machine() -> dict[str, Any]:
-    """Versions and device."""
+    """Return versions and device."""
     try:
         own = version("mlx-diffgemma")
     except PackageNotFoundError:

@@ -42,7 +42,7 @@ class DiffusionGemmaLM(LM):
         self._seed = seed
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each cut at the first of the request's stop strings."""
+        """Answer all, each answer cut at the first of the request's stop strings."""
         answers = []
         for request in tqdm(requests, disable=disable_tqdm):
             context, flags = request.args

@@ -43,7 +43,7 @@ _CONSTANTS |= {"True": True, "False": False, "None": None}  # as templates print
 
 
 def parse_call(text: str) -> ToolCall:
-    """`call:NAME{key:value,...}`: strings between quote tokens, the rest much like JSON.
+    """Read `call:NAME{key:value,...}`: strings between quote tokens, the rest much like JSON.
 
     Raises:
         CallError: it is not of that form; the message says where.
@@ -64,7 +64,7 @@ def _space(text: str, at: int) -> int:
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """A value that begins at `at`, and where it ends."""
+    """Read a value that begins at `at`, and where it ends."""
     at = _space(text, at)
     if depth > MAX_DEPTH:
         raise CallError("its values are nested too deeply")
@@ -96,7 +96,7 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
 
 
 def _number(digits: str, at: int) -> int | float:
-    """An int, or a float that JSON can say."""
+    """Read an int, or a float that JSON can say."""
     if len(digits) > MAX_DIGITS:
         raise CallError(f"the number at character {at} is too long")
     if digits.lstrip("-").isdecimal():
@@ -137,7 +137,7 @@ def _key(text: str, at: int) -> tuple[str, int]:
 
 
 def _separator(text: str, at: int, end: str) -> int:
-    """Behind a comma, or at `end`."""
+    """Return the place behind a comma, or `end`'s."""
     at = _space(text, at)
     if text.startswith(",", at):
         return _space(text, at + 1)

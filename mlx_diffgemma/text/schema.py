@@ -54,7 +54,7 @@ Made = TypeVar("Made")
 
 
 def read_schema(path: Path) -> Schema:
-    """A schema from a JSON file.
+    """Read a schema from a JSON file.
 
     Raises:
         SchemaError: there is no such file, or it is not JSON.
@@ -68,7 +68,7 @@ def read_schema(path: Path) -> Schema:
 
 
 def read_supported(path: Path) -> Schema:
-    """A schema from a JSON file; what is not supported is said before a model is loaded.
+    """Read a schema from a JSON file; what is not supported is said before a model is loaded.
 
     Raises:
         SchemaError: as `read_schema` and `parse_schema`.
@@ -79,7 +79,7 @@ def read_supported(path: Path) -> Schema:
 
 
 def parse_schema(schema: Schema, deadline: float = math.inf) -> Pattern:
-    """The pattern of a schema's documents, in characters, not yet in tokens.
+    """Read the pattern of a schema's documents, in characters, not yet in tokens.
 
     `deadline`, on the monotonic clock, counts where it is sooner than `COMPILE_SECONDS` from now.
 
@@ -139,7 +139,7 @@ def compile_schema(
     deadline: float = math.inf,
     check: Callable[[], None] | None = None,
 ) -> Machine:
-    """The automaton alone; arguments and errors as in `compiled`."""
+    """Return the automaton alone; arguments and errors as in `compiled`."""
     return compiled(schema, vocabulary, deadline, check).machine
 
 
@@ -176,11 +176,11 @@ class _Reader:
         self._validator = validators(deadline)
 
     def pattern(self) -> Pattern:
-        """The pattern of the whole schema."""
+        """Return the pattern of the whole schema."""
         return self.value(self._root, "#")
 
     def resolved(self) -> Schema:
-        """The schema with references replaced and only keywords that the library is to check.
+        """Return the schema with references replaced and only the keywords that are checked.
 
         For a schema that `pattern` has read.
         """
@@ -234,7 +234,7 @@ class _Reader:
         return options[0] if len(options) == 1 else Alternation(tuple(options))
 
     def _rules(self, schema: Any, where: str) -> dict[str, Any]:
-        """The keywords of a schema that say what is valid, each of the form it must have."""
+        """Return the keywords of a schema that say what is valid, each of the form it must have."""
         if not isinstance(schema, dict):
             raise SchemaError(f"{where} must be a schema")
         for word, value in schema.items():
@@ -260,7 +260,7 @@ class _Reader:
         return self._known[target]
 
     def _found(self, target: str, where: str) -> Any:
-        """What a reference names, inside of this schema; nothing else is looked up."""
+        """Find what a reference names, inside of this schema; nothing else is looked up."""
         found: Any = self._root
         if target != "#" and not target.startswith("#/"):
             raise SchemaError(f"{where}: $ref to {shown(target)} is not supported")
@@ -293,7 +293,7 @@ class _Reader:
         return rules
 
     def _listed(self, rules: dict[str, Any], where: str) -> Pattern:
-        """Values by name, less those that the other keywords exclude."""
+        """Return values by name, less those that the other keywords exclude."""
         word = "const" if "const" in rules else "enum"
         listed = [rules[word]] if word == "const" else rules[word]
         beside = {name: value for name, value in rules.items() if name != word}
@@ -379,7 +379,7 @@ class _Reader:
 
 
 def _any_object() -> Pattern:
-    """Any object, whose values are nested at most two deep."""
+    """Return the pattern of any object whose values are nested at most two deep."""
     string = Concat((Spelled('"'), Inside(0, None), Spelled('"')))
     name = Concat((Spelled('"'), Inside(1, None), Spelled('":')))
     words = (Spelled("true"), Spelled("false"), Spelled("null"))

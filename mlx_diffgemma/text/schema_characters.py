@@ -58,7 +58,7 @@ class Encoder:
     _made: dict[int, tuple[Pattern, Pattern, int]] = field(default_factory=dict)
 
     def encoded(self, pattern: Pattern) -> Pattern:
-        """The same in tokens.
+        """Turn a pattern of characters into one of tokens.
 
         Raises:
             SchemaError: it is too large.
@@ -108,7 +108,7 @@ class Encoder:
 
 
 def _merged(parts: tuple[Pattern, ...]) -> list[Pattern]:
-    """The parts, with texts that follow each other as one."""
+    """Return the parts, with texts that follow each other as one."""
     joined: list[Pattern] = []
     texts: list[str] = []
     for part in (*_flat(parts), None):
@@ -132,7 +132,7 @@ def _flat(parts: tuple[Pattern, ...]) -> Iterator[Pattern]:
 
 
 def json_text(value: Any) -> Spelled:
-    """JSON as documents have it. What is no character by itself is escaped."""
+    """Write JSON as documents have it. What is no character by itself is escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if not text.isprintable():
         text = json.dumps(value, separators=(",", ":"))

@@ -13,7 +13,7 @@ CHECK_SECONDS = 0.5
 
 
 def validators(deadline: Deadline) -> Callable[[Schema], Any]:
-    """A function that makes the validator of a schema of only the keywords in `CHECKED`.
+    """Return a function that makes the validator of a schema of only the keywords in `CHECKED`.
 
     Each keyword looks at the clock first. Identifiers, references, patterns and formats mean
     nothing to these validators, and their registry cannot fetch.

@@ -167,7 +167,7 @@ def _check_value(value: Any) -> None:
 
 
 def shown(text: str) -> str:
-    """A text of a schema as errors repeat it: short, and such as every encoding can write."""
+    """Shorten a text of a schema for errors, to such as every encoding can write."""
     start = text[: SHOWN + 1]
     if not start.isprintable():
         start = start.encode("unicode_escape").decode()

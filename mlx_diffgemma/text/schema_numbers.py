@@ -16,7 +16,7 @@ MOST_DECIMALS = 6
 def within_bounds(
     rules: Mapping[str, Any], kind: str, count: Callable[[int], None]
 ) -> list[Pattern]:
-    """The numbers ("number" or "integer") within the bounds of `rules`; none where none fits.
+    """Return patterns of numbers ("number" or "integer") within the bounds of `rules`, if any fits.
 
     `count` is told how many parts a pattern has, before it is made, and may raise.
     """
@@ -43,7 +43,7 @@ def within_bounds(
 
 
 def any_number() -> Pattern:
-    """A number of at most `MOST_DIGITS` digits and `MOST_DECIMALS` decimals."""
+    """Return the pattern of numbers of `MOST_DIGITS` digits, `MOST_DECIMALS` decimals at most."""
     digit = OneOf("0123456789")
     more = Repeat(digit, 0, MOST_DIGITS - 1)
     whole = Alternation((Spelled("0"), Concat((OneOf("123456789"), more))))
@@ -53,7 +53,7 @@ def any_number() -> Pattern:
 
 
 def _between(low: int, high: int, places: int, count: Callable[[int], None]) -> list[Pattern]:
-    """The numbers low..high, in units of 10 ** -places, with just as many decimals."""
+    """Return patterns of low..high, in units of 10 ** -places, with just as many decimals."""
     options: list[Pattern] = []
     if low < 0:
         negative = _digits(max(1, -high), -low, places, count)
@@ -64,7 +64,7 @@ def _between(low: int, high: int, places: int, count: Callable[[int], None]) -> 
 
 
 def _digits(low: int, high: int, places: int, count: Callable[[int], None]) -> Iterator[Pattern]:
-    """The numbers low..high without a sign, as `_between` has them."""
+    """Yield patterns of the numbers low..high without a sign, as `_between` has them."""
     for classes in digit_ranges(low, high, places + 1):
         count(len(classes))
         parts: list[Pattern] = []
@@ -97,7 +97,7 @@ def _below(bound: Decimal | None, unit: Decimal) -> int:
 
 
 def digit_ranges(low: int, high: int, width: int) -> Iterator[list[str]]:
-    """low..high as lists of digit classes, of at least `width` digits: 13..99 -> 1[3-9], [2-9]x."""
+    """Yield low..high as classes of digits, at least `width` of them: 13..99 -> 1[3-9], [2-9]x."""
     for digits in range(max(width, len(str(low))), max(width, len(str(high))) + 1):
         first = max(low, 10 ** (digits - 1) if digits > width else 0)
         last = min(high, 10**digits - 1)
@@ -106,7 +106,7 @@ def digit_ranges(low: int, high: int, width: int) -> Iterator[list[str]]:
 
 
 def _same_width(low: str, high: str) -> Iterator[list[str]]:
-    """As `digit_ranges`, of two numbers written with as many digits."""
+    """Yield the same of two numbers that are written with as many digits."""
     if not low:
         yield []
         return

@@ -82,7 +82,7 @@ class TurnReader:
         return self._kind == "thought"
 
     def kinds(self, tokens: Sequence[int]) -> list[Kind]:
-        """What each of the tokens that come next would be; nothing is taken in."""
+        """Tell what each of the tokens that come next would be; nothing is taken in."""
         kind, found = self._kind, list[Kind]()
         for token in tokens:
             found.append("marker" if token in self._after else kind)
@@ -90,7 +90,7 @@ class TurnReader:
         return found
 
     def feed(self, tokens: Sequence[int], *, last: bool) -> list[Part]:
-        """The parts that tokens add. `last` says that the turn ends with them: nothing waits."""
+        """Return the parts that tokens add; with `last` the turn ends and nothing is held back."""
         parts: list[Part] = []
         kinds = self.kinds(tokens)
         for kind, run in groupby(zip(kinds, tokens, strict=True), key=lambda pair: pair[0]):
@@ -111,7 +111,7 @@ class TurnReader:
         return parts
 
     def _closed(self) -> list[Part]:
-        """What is still to be said of the kind that ends here."""
+        """Return what is still to be said of the kind that ends here."""
         if not self._calling:
             return self._grown(self._kind, last=True)
         self._calling = False

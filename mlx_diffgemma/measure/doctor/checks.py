@@ -48,7 +48,7 @@ REAL = "random, real width"
 
 
 def products(compare: Comparison) -> Iterator[Result]:
-    """Whether a float32 product is one: newer chips round its operands unless told not to."""
+    """Check whether a float32 product is one: newer chips round operands unless told not to."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
     found, seconds = compare.tested.run(lambda: mx.array(a) @ mx.array(b))
@@ -61,7 +61,7 @@ def products(compare: Comparison) -> Iterator[Result]:
 
 
 def draws(compare: Comparison) -> Iterator[Result]:
-    """The same key gives the same ids and noise."""
+    """Check that the same key gives the same ids and noise."""
 
     def drawn() -> tuple[mx.array, mx.array]:
         draws = SeededDraws(7, 262_144)
@@ -74,7 +74,7 @@ def draws(compare: Comparison) -> Iterator[Result]:
 
 
 def layers(compare: Comparison, on: Subject, prompt: int = 40) -> Iterator[Result]:
-    """Each layer of prefill and of a step by itself: given what the reference's was given."""
+    """Check each layer of prefill and of a step, given what the reference's was given."""
     tokens, canvas = _ids(on.pair.plain, 1, prompt), _ids(on.pair.plain, 2, _length(on))
     embedding = _expected_embedding(compare, on)
     plain, model = on.pair.plain, on.pair.tested
@@ -114,8 +114,7 @@ def layers(compare: Comparison, on: Subject, prompt: int = 40) -> Iterator[Resul
 def _decided(
     compare: Comparison, on: Subject, found: Sequence[mx.array], wanted: Sequence[mx.array]
 ) -> tuple[mx.array, mx.array]:
-    """A layer's output (rows, hidden) on both sides, of tokens that chose the same experts for
-    sure."""
+    """Return a layer's output (rows, hidden) on both sides, of decided tokens."""
     sure = np.array(wanted[2]).ravel() >= (0 if compare.strict(on) else UNDECIDED)
     rows = mx.array(np.flatnonzero(sure))
     with compare.reference.in_use():
@@ -125,7 +124,7 @@ def _decided(
 
 
 def readout(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """Tokens, entropy and expected embedding of the reference's hidden states."""
+    """Check tokens, entropy and expected embedding of the reference's hidden states."""
     plain, model = on.pair.plain, on.pair.tested
     canvas = _ids(plain, 2, _length(on))
     # Rounded for both.
@@ -177,13 +176,13 @@ def readout(compare: Comparison, on: Subject) -> Iterator[Result]:
 
 
 def kept_table(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """The same with the embedding table dequantized once, as `load` does where it fits."""
+    """Check the same with the table dequantized once, as `load` does where it fits."""
     compare.tested.run(lambda: on.pair.tested.keep_table(mx.eval))
     yield from readout(compare, replace(on, name=f"{on.name}, table kept"))
 
 
 def rows(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """Passes that are decoded together give what each gives alone."""
+    """Check that passes that are decoded together give what each gives alone."""
     plain, model = on.pair.plain, on.pair.tested
     embedding = _expected_embedding(compare, on)
     prompts = [_ids(plain, 10 + count, count) for count in (3, 40, 90)]
@@ -206,12 +205,12 @@ def rows(compare: Comparison, on: Subject) -> Iterator[Result]:
 
 
 def chunks(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """A prompt in chunks, of which the last is not full, leaves what it leaves in one piece."""
+    """Check that a prompt in chunks, the last not full, leaves what it leaves in one piece."""
     yield _chunked(compare, "prefill in chunks", on, 90, 16)
 
 
 def windows(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """The same of a prompt that is longer than the widest sliding window."""
+    """Check the same of a prompt that is longer than the widest sliding window."""
     windows = [layer.window or 0 for layer in on.pair.plain.config.layers]
     yield _chunked(compare, "beyond the sliding window", on, max(windows) + 150, 200)
 
@@ -236,14 +235,14 @@ def _chunked(compare: Comparison, check: str, on: Subject, count: int, chunk: in
 
 
 def _expected_embedding(compare: Comparison, on: Subject) -> mx.array:
-    """An expected embedding: halves of two tokens' (1, L, hidden), in float32."""
+    """Make an expected embedding: halves of two tokens' (1, L, hidden), in float32."""
     plain = on.pair.plain
     both = [_ids(plain, seed, _length(on)) for seed in (4, 5)]
     return compare.reference.run(lambda: (plain.embed(both[0]) + plain.embed(both[1])) / 2)[0]
 
 
 def real_width(compare: Comparison) -> Iterator[Result]:
-    """A sliding and a full layer and the readout at the real width and vocabulary, packed."""
+    """Check two kinds of layer and the readout at the real width and vocabulary, packed."""
     gpu = compare.device == "gpu"
     # What `load` computes in on each.
     dtype: DType = "bfloat16" if gpu else "float32"
@@ -261,7 +260,7 @@ def real_width(compare: Comparison) -> Iterator[Result]:
 
 
 def _real(positions: int, dtype: DType) -> Weights:
-    """Random weights of the 26 B model's widths, but for the experts: 8 of 128, to bound memory."""
+    """Make random weights of the 26 B model's widths, with 8 of 128 experts, to bound memory."""
     layers = (LayerConfig(256, 8, 1024, 1e4, 128), LayerConfig(512, 2, None, 1e6, 64))
     config = Config(262_144, 2816, 2112, 704, 16, 8, 2, 1e-6, 30.0, 4096, positions, layers)
     weights = random_weights(config, GenerationConfig(), RECIPES["4bit"])
@@ -269,13 +268,13 @@ def _real(positions: int, dtype: DType) -> Weights:
 
 
 def _conditioned(model: DiffusionGemma, canvas: mx.array) -> mx.array:
-    """What the first layer is given at a first step."""
+    """Return what the first layer is given at a first step."""
     given: mx.array = model.model.decoder.self_conditioning(model.embed(canvas))
     return given
 
 
 def _ids(model: DiffusionGemma, seed: int, count: int) -> mx.array:
-    """Random ids (1, count) that depend on no device."""
+    """Draw random ids (1, count) that depend on no device."""
     drawn = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, count))
     return mx.array(drawn.astype(np.int32))
 
@@ -285,5 +284,5 @@ def _length(on: Subject) -> int:
 
 
 def _as(model: DiffusionGemma, array: mx.array) -> mx.array:
-    """In the type that a model computes in."""
+    """Return an array in the type that a model computes in."""
     return array.astype(model.model.decoder.norm.weight.dtype)

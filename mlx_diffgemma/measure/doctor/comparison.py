@@ -42,7 +42,7 @@ class Comparison:
     def both(
         self, plain: Callable[[], Value], tested: Callable[[], Value]
     ) -> tuple[Value, Value, Cost]:
-        """What each side computes."""
+        """Return what each side computes, and the cost."""
         mx.reset_peak_memory()
         wanted, slow = self.reference.run(plain)
         found, fast = self.tested.run(tested)
@@ -58,7 +58,7 @@ class Comparison:
         detail: str = "",
         parts: Sequence[Difference] = (),
     ) -> Result:
-        """A number held against its tolerance."""
+        """Judge a number by its tolerance."""
         dtype: DType = on.dtype if on else "float32"
         rule = LIMITS[limit]
         column = "reduced" if dtype == "float32" and not self.exact else dtype
@@ -83,7 +83,7 @@ class Comparison:
         )
 
     def without(self, check: str, model: str, dtype: DType, status: Status, why: str) -> Result:
-        """A check that gave no number."""
+        """Make the result of a check that gave no number."""
         return Result(check, model, dtype, self.device, status, "", None, None, why, (), NO_COST)
 
     @property
@@ -92,13 +92,13 @@ class Comparison:
         return kind_of(self.tested.device)
 
     def strict(self, on: Subject) -> bool:
-        """Whether numbers are exact, so that every row is near and every router decided."""
+        """Return whether numbers are exact, so that every row is near and every router decided."""
         return on.dtype == "float32" and self.exact
 
     def difference(
         self, name: str, found: mx.array, wanted: mx.array, share: float = 1.0
     ) -> Difference:
-        """As `results.difference`, computed on the reference's device."""
+        """Do as `results.difference` does, computed on the reference's device."""
         with self.reference.in_use():
             return difference(name, found, wanted, share)
 
@@ -111,7 +111,7 @@ class Comparison:
         cost: Cost,
         every: bool = False,
     ) -> Result:
-        """Parts (what was found, what is right), judged by the worst of them and, where `every`
+        """Judge parts (what was found, what is right) by the worst of them and, where `every`
         row counts or numbers are exact, by its worst row."""
         share = 1.0 if every or self.strict(on) else QUANTILE
         parts = [self.difference(name, *both, share) for name, both in arrays.items()]
@@ -122,5 +122,5 @@ class Comparison:
 
 
 def kind_of(device: mx.Device) -> str:
-    """ "cpu" or "gpu"."""
+    """Return "cpu" or "gpu"."""
     return "cpu" if device == mx.Device(mx.cpu) else "gpu"

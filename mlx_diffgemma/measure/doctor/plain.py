@@ -29,11 +29,11 @@ class PlainReadout:
     inner: Any
 
     def nats_behind_best(self, ids: Any) -> float:
-        """Nats that the worst of ids (B, L) is behind the best token: 0, or more at a near tie."""
+        """Return the nats from the worst of ids (B, L) to the best token: 0 but for near ties."""
         return float((self.log_p.max(axis=-1) - _at(self.log_p, ids)).max())
 
     def nats_behind_drawn(self, ids: Any) -> float:
-        """As much of the draw, by perturbed scores: those of the sub-block and those inside it."""
+        """Return as much of the draw, by perturbed scores: of the sub-block, and inside it."""
         block, place = np.divmod(ids, self.inner.shape[-1])
         inside = np.take_along_axis(self.inner, block[..., None, None], axis=2)[..., 0, :]
         outer = self.outer.max(axis=-1) - _at(self.outer, block)
@@ -47,7 +47,7 @@ def _at(scores: Any, ids: Any) -> Any:
 def plain_readout(
     model: DiffusionGemma, hidden: mx.array, temperature: float, noise: mx.array
 ) -> PlainReadout:
-    """Definitions, in the order in which one would write them down.
+    """Follow the definitions, in the order in which one would write them down.
 
     `noise` is the draw's, (B, L, sub-blocks + ids of a sub-block).
     """
@@ -71,13 +71,13 @@ def plain_readout(
 
 
 def _rows(model: DiffusionGemma, first: int) -> mx.array:
-    """Rows of the embedding table, by their ids."""
+    """Return rows of the embedding table, by their ids."""
     last = min(first + ROWS, model.config.vocab_size)
     return model.embedding(mx.arange(first, last)).astype(mx.float32)
 
 
 def _perturbed(p: Any, noise: Any) -> tuple[Any, Any]:
-    """Scores of a draw in two stages, by Gumbel-max: of sub-blocks, and of ids in each."""
+    """Return scores of a draw in two stages, by Gumbel-max: of sub-blocks, and of ids in each."""
     width = sub_block(p.shape[-1])
     blocks = -(-p.shape[-1] // width)
     missing = blocks * width - p.shape[-1]

@@ -37,7 +37,7 @@ class Planned:
 
 
 def devices(tested: Literal["cpu", "gpu"] | None = None) -> tuple[mx.Device, mx.Device]:
-    """The reference's, which is the CPU, and the tested one; None is the GPU where there is one.
+    """Return the reference's, the CPU, and the tested one; None is the GPU where there is one.
 
     Raises:
         Error: there is no GPU.
@@ -71,7 +71,7 @@ def examine(
 
 
 def plan(compare: Comparison, quick: bool) -> Iterator[Planned]:
-    """All checks in the order in which they run: what all depend on comes first."""
+    """Yield all checks in the order in which they run: what all depend on comes first."""
     steps = FEW_STEPS if quick else None
     yield Planned("products", NOTHING, "float32", partial(checks.products, compare))
     yield Planned("draws", NOTHING, "float32", partial(checks.draws, compare))
@@ -117,7 +117,7 @@ def _planned(
 
 
 def _recipes(quick: bool) -> Iterator[tuple[Recipe, DType]]:
-    """Every format that MLX packs weights in, in the types it is used with."""
+    """Yield every format that MLX packs weights in, in the types it is used with."""
     for mode, (sizes, widths) in MODES.items():
         if quick:
             yield _uniform(widths[0], sizes[0], mode), "bfloat16"
@@ -137,7 +137,7 @@ def _uniform(bits: int, size: int, mode: str) -> Recipe:
 
 @lru_cache(maxsize=1)
 def _subject(compare: Comparison, name: str, dtype: DType, recipe: Recipe | None) -> Subject:
-    """A shipped model on both sides; the last one is kept, for the next check of it."""
+    """Load a shipped model on both sides; the last one is kept, for the next check of it."""
     directory = SHIPPED[name]
     source = compare.reference.run(lambda: weights_of(load_model(directory, dtype="float32")))[0]
     stored = compare.reference.run(lambda: packed(source, getattr(mx, dtype), recipe))[0]

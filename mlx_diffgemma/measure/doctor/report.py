@@ -15,13 +15,13 @@ from .results import LIMITS, Result
 
 
 def sentence(text: str) -> str:
-    """The first line of a message, without paths: reports are pasted into issues."""
+    """Return the first line of a message, without paths: reports are pasted into issues."""
     line = (text.strip().splitlines() or [""])[0]
     return re.sub(r"(?:~|\b[A-Za-z]:)?[/\\][^\s'\",:;)]*", "(path)", line)[:300]
 
 
 def about(reference: mx.Device, tested: mx.Device) -> dict[str, Any]:
-    """Versions, chip, memory and devices; nothing of who asks."""
+    """Return versions, chip, memory and devices; nothing of who asks."""
     known = {key: value for key, value in machine().items() if key != "device"}
     return {
         **known,
@@ -33,7 +33,7 @@ def about(reference: mx.Device, tested: mx.Device) -> dict[str, Any]:
 
 
 def introduction(known: dict[str, Any]) -> list[str]:
-    """Lines before the table."""
+    """Return lines before the table."""
     chip = known["device_info"].get("device_name", "unknown chip")
     lines = [
         f"mlx-diffgemma {known['mlx_diffgemma']}, MLX {known['mlx']}, Python {known['python']}",
@@ -56,7 +56,7 @@ def _columns(*cells: str) -> str:
 
 
 def line(found: Result) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     cost = found.cost
     row = _columns(
         found.check,
@@ -72,19 +72,19 @@ def line(found: Result) -> str:
 
 
 def conclusion(results: Sequence[Result], seconds: float) -> str:
-    """The last line."""
+    """Return the last line."""
     said = [f"{count} {status}" for status, count in counted(results).items() if count]
     return f"{', '.join(said)}, in {seconds:.0f} s"
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:
-    """How many results there are of each status."""
+    """Return how many results there are of each status."""
     states = ("passed", "failed", "skipped", "reported")
     return {state: sum(found.status == state for found in results) for state in states}
 
 
 def as_json(known: dict[str, Any], results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """Everything, tolerances and their reasons included."""
+    """Return everything as JSON, tolerances and their reasons included."""
     return {
         **known,
         "seconds": seconds,

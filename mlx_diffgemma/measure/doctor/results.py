@@ -64,7 +64,7 @@ class Difference:
 
 
 def difference(name: str, found: mx.array, wanted: mx.array, share: float = 1.0) -> Difference:
-    """`relative` is what this share of the rows stays within; 1 is the worst row."""
+    """Compare two arrays; `relative` is what this share of the rows stays within, 1 is all."""
     a, b = (np.array(each.astype(mx.float32), dtype=np.float64) for each in (found, wanted))
     if a.shape != b.shape:
         raise ValueError(f"{name} has shape {a.shape}, the reference's {b.shape}")
@@ -75,7 +75,7 @@ def difference(name: str, found: mx.array, wanted: mx.array, share: float = 1.0)
 
 
 def differing(found: mx.array, wanted: mx.array) -> float:
-    """Share of the entries that are not equal."""
+    """Return the share of the entries that are not equal."""
     return float(np.mean(np.array(found) != np.array(wanted)))
 
 

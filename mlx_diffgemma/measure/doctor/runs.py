@@ -32,12 +32,12 @@ SCHEMA = {
 def denoising(
     compare: Comparison, on: Subject, prompt: str = QUESTION, steps: int | None = None
 ) -> Iterator[Result]:
-    """The same draws give the same canvas at every step."""
+    """Check that the same draws give the same canvas at every step."""
     yield _canvases(compare, "denoising", on, prompt, steps, lambda draws: None)[0]
 
 
 def pins(compare: Comparison, on: Subject, steps: int | None = None) -> Iterator[Result]:
-    """The same with pinned positions, which stay at every step."""
+    """Check the same with pinned positions, which have to stay at every step."""
     assert on.tokenizer is not None
     case = next(scene.case for scene in SCENES if scene.case.pieces)
     words = Vocabulary(on.pair.plain, on.tokenizer)
@@ -63,7 +63,7 @@ def _canvases(
     steps: int | None,
     start: Callable[[SeededDraws], Start | None],
 ) -> tuple[Result, list[Any]]:
-    """A run on both sides, and the tested one's canvases and best tokens, step by step."""
+    """Run on both sides; return the tested one's canvases and best tokens, step by step, too."""
     assert on.tokenizer is not None
     turn = on.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     ids = on.tokenizer.encode(turn)
@@ -94,7 +94,7 @@ def _canvases(
 
 
 def schema(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """An answer under a schema follows it, which is checked where it ends."""
+    """Check that an answer under a schema follows it; a run ends with an error if it does not."""
     if find_spec("jsonschema") is None:
         why = "needs pip install 'mlx-diffgemma[schema]'"
         yield compare.without("schema", on.name, on.dtype, "skipped", why)

@@ -37,7 +37,7 @@ class Side:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Whatever is built in here is computed on this side. Sides do not nest."""
+        """Compute on this side whatever is built in here. Sides do not nest."""
         with mx.stream(self.device):
             if self.plain:
                 mx.disable_compile()
@@ -49,7 +49,7 @@ class Side:
                     mx.enable_compile()
 
     def run(self, compute: Callable[[], Value]) -> tuple[Value, float]:
-        """The result, with all arrays in it computed here, and the seconds that took."""
+        """Compute the result, with all arrays in it computed here, and the seconds that took."""
         with self.in_use():
             started = time.perf_counter()
             value = compute()
@@ -67,7 +67,7 @@ class Weights:
     formats: dict[str, Quantization]
 
     def build(self) -> DiffusionGemma:
-        """The model that computes with them as they are stored."""
+        """Build the model that computes with them as they are stored."""
         model = DiffusionGemma(self.config, self.generation)
 
         def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -80,12 +80,12 @@ class Weights:
 
 
 def weights_of(model: DiffusionGemma) -> Weights:
-    """Those of a model that is not quantized."""
+    """Take those of a model that is not quantized."""
     return Weights(model.config, model.generation, dict(tree_flatten(model.parameters())), {})
 
 
 def packed(weights: Weights, dtype: mx.Dtype, recipe: Recipe | None) -> Weights:
-    """The same in another type, and quantized as `convert` would."""
+    """Convert weights to another type, quantized as `convert` would."""
     arrays: dict[str, mx.array] = {}
     formats = dict(weights.formats)
     for name, array in weights.arrays.items():
@@ -106,7 +106,7 @@ def packed(weights: Weights, dtype: mx.Dtype, recipe: Recipe | None) -> Weights:
 
 
 def widened(weights: Weights, keep: Sequence[str] = ()) -> Weights:
-    """Everything in float32, dequantized but for the modules to `keep`."""
+    """Convert everything to float32, dequantized but for the modules to `keep`."""
     wide = {
         name: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
         for name, array in weights.arrays.items()
@@ -136,7 +136,7 @@ class Pair:
 
 
 def pair(weights: Weights, reference: Side, tested: Side, keep: Sequence[str] = ()) -> Pair:
-    """Each model is built, and all of it evaluated, on its own side."""
+    """Build each model, and evaluate all of it, on its own side."""
     with reference.in_use():
         plain = widened(weights, keep).build()
         mx.eval(plain.parameters())
@@ -148,7 +148,7 @@ def pair(weights: Weights, reference: Side, tested: Side, keep: Sequence[str] = 
 
 
 def random_weights(config: Config, generation: GenerationConfig, recipe: Recipe) -> Weights:
-    """Random numbers in float32, of a size that activations stay near one.
+    """Make random numbers in float32, of a size that activations stay near one.
 
     Matrices are made in their packed form (affine): unpacked they might not fit into memory.
     """

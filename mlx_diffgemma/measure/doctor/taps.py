@@ -79,7 +79,7 @@ class RouterTap:
 def tapped(
     model: DiffusionGemma, instead: Sequence[mx.array | None] | None = None
 ) -> Iterator[list[Tap]]:
-    """Every layer and its router with a tap, for as long as this lasts."""
+    """Put a tap on every layer and its router, for as long as this lasts."""
     decoder: Any = model.model.decoder
     blocks = decoder.layers
     routers = [block.router for block in blocks]
