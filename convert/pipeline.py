@@ -21,7 +21,7 @@ from mlx_diffgemma.model.diffusion_gemma import is_text
 from .card import model_card
 from .plan import DTYPES, config_of, parameters_of, plan_jobs, size_of, split
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe
-from .staging import ConvertError, check_vacant, room_of, staged
+from .staging import ConvertError, check_vacant, staged, workspace_of
 from .write import Written, write_json, write_shards
 
 # Written by us, or meaningless after a conversion.
@@ -134,7 +134,7 @@ def stream_convert(
 def _opened(source: str, revision: str | None, target: Path, dequantize: bool) -> Headers:
     """Read the headers of a source, which has to be complete, make a model and be (un)packed."""
     directory = resolve(source, revision=revision)
-    if directory.resolve().is_relative_to(room_of(target).resolve()):
+    if directory.resolve().is_relative_to(workspace_of(target).resolve()):
         raise ConvertError(f"{source} is where a conversion to {target} is written")
     quantization_settings(read_json(directory, "config.json"))  # refuses foreign formats by name
     headers = read_headers(directory)

@@ -8,7 +8,7 @@ from ..diffusion.automaton import Deadline, PatternTimeout
 from .schema_keywords import CHECKED, Schema, SchemaError, shown
 
 # Seconds to check a finished document. It is valid by construction: what is not checked by then
-# would only tell of a defect of the pattern, and others wait meanwhile.
+# would only tell of a defect of the pattern, and other requests wait for the same thread.
 CHECK_SECONDS = 0.5
 
 

@@ -1,4 +1,4 @@
-"""Chat templates come from strangers: they are rendered within bounds of time and of size.
+"""Chat templates come with checkpoints of unknown origin: they are rendered within bounds.
 
 Jinja's sandbox keeps a template from Python's internals, but not from the processor and the memory.
 Nothing can stop an operation that has begun (threads have no timers, macOS no limit of memory), so

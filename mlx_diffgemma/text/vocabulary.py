@@ -117,9 +117,9 @@ class Vocabulary:
         rest = self.character("0123456789")
         return Concat((self.character(first), *[rest] * (count - 1)))
 
-    def ending(self, room: int) -> list[int]:
-        """Return the end token and the fill behind it, `room` tokens in all."""
-        return [self.end, *[self.fill] * (room - 1)]
+    def ending(self, length: int) -> list[int]:
+        """Return the end token and the fill behind it, `length` tokens in all."""
+        return [self.end, *[self.fill] * (length - 1)]
 
     def answer(self, pattern: Pattern) -> Pattern:
         """Match the pattern, then the end token and the fill behind it."""

@@ -133,24 +133,11 @@ def readout(compare: Comparison, on: Subject) -> Iterator[Result]:
     )[0]
     read, temperature, tape = min(READ, _length(on)), 0.6, Tape(5, plain.config.vocab_size)
 
-    def tested_readout() -> list[mx.array]:
-        seen = read_out(model, hidden, temperature, draws=tape.rewind(), self_conditioning=True)
-        assert seen.sampled is not None
-        assert seen.self_conditioning is not None
-        best = seen.choices.tokens[..., 0]
-        log_best = log_probability(model, hidden, best, temperature, seen)
-        every = [
-            best,
-            seen.sampled,
-            seen.entropy,
-            log_best,
-            seen.self_conditioning.astype(mx.float32),
-        ]
-        return [each[:, :read] for each in every]
-
     # The tested side first: its noise serves both.
     mx.reset_peak_memory()
-    found, fast = compare.tested.run(tested_readout)
+    found, fast = compare.tested.run(
+        lambda: _tested_readout(model, hidden, read, temperature, tape.rewind())
+    )
     best, sampled, entropy, log_best, self_conditioning = map(np.array, found)
     noise = tape.rewind().gumbel(())  # the same again, whatever the shape
     right, slow = compare.reference.run(
@@ -173,6 +160,19 @@ def readout(compare: Comparison, on: Subject) -> Iterator[Result]:
     yield compare.worst(
         "readout: expected embedding", on, "self_conditioning", arrays, cost, every=True
     )
+
+
+def _tested_readout(
+    model: DiffusionGemma, hidden: mx.array, positions: int, temperature: float, draws: Tape
+) -> list[mx.array]:
+    """Return best and drawn tokens, entropy, log-probability of the best, expected embedding."""
+    seen = read_out(model, hidden, temperature, draws=draws, self_conditioning=True)
+    assert seen.sampled is not None
+    assert seen.self_conditioning is not None
+    best = seen.choices.tokens[..., 0]
+    log_best = log_probability(model, hidden, best, temperature, seen)
+    embedding = seen.self_conditioning.astype(mx.float32)
+    return [each[:, :positions] for each in (best, seen.sampled, seen.entropy, log_best, embedding)]
 
 
 def kept_table(compare: Comparison, on: Subject) -> Iterator[Result]:
