@@ -10,12 +10,12 @@ from typing import Any
 from mlx_diffgemma.checkpoint.files import (
     NEEDED,
     Headers,
-    quantization_settings,
     read_headers,
     read_json,
     resolve,
 )
 from mlx_diffgemma.checkpoint.load import build_model, check_tensors, read_generation
+from mlx_diffgemma.checkpoint.quantization import quantization_settings
 from mlx_diffgemma.model.diffusion_gemma import is_text
 
 from .card import model_card

@@ -7,11 +7,10 @@ from typing import Any
 from mlx_diffgemma.checkpoint.files import (
     FLOATS,
     ITEM_BYTES,
-    Quantization,
     Tensor,
     check_type,
-    quantization_of,
 )
+from mlx_diffgemma.checkpoint.quantization import Quantization, quantization_of
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.diffusion_gemma import parameter_name
 

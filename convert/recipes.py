@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_diffgemma.checkpoint.files import MODES, Quantization
+from mlx_diffgemma.checkpoint.quantization import MODES, Quantization
 from mlx_diffgemma.errors import Error
 
 DEFAULT_RECIPE = "mixed-4-8"

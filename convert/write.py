@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint.files import ITEM_BYTES, Quantization, Tensor
+from mlx_diffgemma.checkpoint.files import ITEM_BYTES, Tensor
+from mlx_diffgemma.checkpoint.quantization import Quantization
 from mlx_diffgemma.errors import CheckpointError
 
 from .plan import Job, parameters_of, size_of

@@ -20,14 +20,13 @@ from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import files
 from mlx_diffgemma.checkpoint.files import (
     SHIPPED,
-    Quantization,
-    quantization_of,
     read_header,
     read_json,
     read_tensors,
     resolve,
 )
 from mlx_diffgemma.checkpoint.load import keep_in_memory, read_generation
+from mlx_diffgemma.checkpoint.quantization import Quantization, quantization_of
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 NORM = "model.decoder.norm.weight"

@@ -21,8 +21,9 @@ from reference import random_checkpoint
 from slow import soft_embedding
 
 from mlx_diffgemma import CheckpointError, generate, load
-from mlx_diffgemma.checkpoint.files import MODES, Tensor, read_header, read_tensors
+from mlx_diffgemma.checkpoint.files import Tensor, read_header, read_tensors
 from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.quantization import MODES
 from mlx_diffgemma.convert import (
     RECIPES,
     ConvertError,

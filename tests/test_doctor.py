@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from mlx_diffgemma.checkpoint.files import Quantization
+from mlx_diffgemma.checkpoint.quantization import Quantization
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.convert.recipes import MODES, RECIPES
 from mlx_diffgemma.diffusion import head as readout

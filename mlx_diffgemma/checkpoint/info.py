@@ -5,7 +5,8 @@ from math import prod
 from pathlib import Path
 
 from ..model.config import Config
-from .files import FLOATS, ITEM_BYTES, Headers, Tensor, quantization_of, read_headers
+from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
+from .quantization import quantization_of
 
 # Part of the model by the name of the module that a tensor belongs to; the first that fits.
 _PARTS = (

@@ -20,7 +20,6 @@ from .files import (
     Headers,
     Tensor,
     check_type,
-    quantization_of,
     read_headers,
     read_json,
     resolve,
@@ -28,6 +27,7 @@ from .files import (
 )
 from .fit import fit
 from .info import info_of
+from .quantization import quantization_of
 
 DType = Literal["float32", "bfloat16", "float16"]
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ...checkpoint.files import MODES, SHIPPED
+from ...checkpoint.files import SHIPPED
 from ...checkpoint.load import DType, load_model
+from ...checkpoint.quantization import MODES
 from ...convert.recipes import Recipe, uniform
 from ...errors import Error
 from ...text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ...checkpoint.files import Quantization
+from ...checkpoint.quantization import Quantization
 from ...convert.recipes import Recipe, fitting
 from ...model.config import Config
 from ...model.diffusion_gemma import DiffusionGemma
