@@ -3,16 +3,17 @@
 This folder is installed as `mlx_diffgemma.convert`.
 """
 
-from .pipeline import Report, Written, convert, stream_convert, upload
+from .pipeline import Summary, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
 from .staging import ConvertError
+from .write import Written
 
 __all__ = [
     "DEFAULT_RECIPE",
     "RECIPES",
     "ConvertError",
     "Recipe",
-    "Report",
+    "Summary",
     "Written",
     "convert",
     "stream_convert",

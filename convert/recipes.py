@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_diffgemma.checkpoint.files import MODES, Quantization
+from mlx_diffgemma.checkpoint.quantization import MODES, Quantization
 from mlx_diffgemma.errors import Error
 
 DEFAULT_RECIPE = "mixed-4-8"
@@ -25,7 +25,7 @@ class Recipe:
     router: Quantization | None
 
     def rule(self, module: str) -> Quantization | None:
-        """The quantization of a module's matrix, by its path. The vision tower is never packed."""
+        """Return the quantization of a module's matrix, None for all of the vision tower."""
         if ".vision_tower." in module:
             return None
         if module.endswith(".router.proj"):
@@ -48,7 +48,7 @@ RECIPES = {
 
 
 def uniform(bits: int | None, group_size: int | None, mode: str) -> Recipe:
-    """One format for everything; the router, which is small and fragile, keeps 8 bits.
+    """Make a recipe of one format; the router, which is small and fragile, keeps 8 bits.
 
     None takes the mode's default.
 
@@ -70,7 +70,7 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 
 def fitting(wanted: Quantization, columns: int) -> Quantization | None:
-    """`wanted`, or for a matrix whose rows its group does not divide the nearest that fits.
+    """Return `wanted`, or for a matrix whose rows its group does not divide the nearest that fits.
 
     A smaller affine group of the same bits first, 8-bit affine for the other modes; None if no
     group fits.

@@ -35,50 +35,50 @@ def check_vacant(target: Path) -> None:
         raise ConvertError(f"{target} is where a disk is mounted: name a directory in it")
 
 
-def room_of(target: Path) -> Path:
-    """Where a run that writes `target` works: beside it, on the same disk."""
+def workspace_of(target: Path) -> Path:
+    """Return where a run that writes `target` works: beside it, on the same disk."""
     return target.with_name(f".{target.name}.incomplete")
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `target` at the end, and vanishes on a failure.
+    """Yield an empty directory that takes the place of `target`, or vanishes on a failure.
 
-    It lies in `room_of(target)` beside a file that is locked as long as somebody works there. The
-    system drops the lock of a process that dies, so what a killed run left is known for dead and
-    cleared by the next.
+    It lies in `workspace_of(target)` beside a file that is locked as long as a process works there.
+    The system drops the lock of a process that dies, so what a killed run left is known for dead
+    and cleared by the next.
 
     Raises:
         ConvertError: another run is at it, or `target` was written meanwhile.
         OSError: the disk refuses.
     """
-    room = room_of(target)
+    workspace = workspace_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _take(room, target)
-    fresh = room / "checkpoint"
+    lock = _take(workspace, target)
+    fresh = workspace / "checkpoint"
     try:
         check_vacant(target)  # another run may have finished since this one looked
-        _clear(room)
+        _clear(workspace)
         fresh.mkdir()
         yield fresh
         os.rename(fresh, target)  # an empty directory is replaced
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        # The file goes while its lock is held; whoever opened it before looks at its name again.
+        # The file goes while its lock is held; who opened it before looks at its name again.
         with suppress(OSError):
-            os.unlink(room / _LOCK)
-            os.rmdir(room)
+            os.unlink(workspace / _LOCK)
+            os.rmdir(workspace)
         os.close(lock)
 
 
-def _take(room: Path, target: Path) -> int:
+def _take(workspace: Path, target: Path) -> int:
     """Make the directory and lock it; returns the descriptor that holds the lock."""
-    path = room / _LOCK
+    path = workspace / _LOCK
     for _ in range(_ATTEMPTS):
         with suppress(FileExistsError):
-            room.mkdir()
-        if room.is_symlink() or (room.exists() and not room.is_dir()):
-            raise ConvertError(f"{room} is in the way")
+            workspace.mkdir()
+        if workspace.is_symlink() or (workspace.exists() and not workspace.is_dir()):
+            raise ConvertError(f"{workspace} is in the way")
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # its last holder has just removed the directory
@@ -98,16 +98,16 @@ def _take(room: Path, target: Path) -> int:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name."""
+    """Return whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _clear(room: Path) -> None:
+def _clear(workspace: Path) -> None:
     """Remove what a killed run left, all but the lock."""
-    for path in room.iterdir():
+    for path in workspace.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _LOCK:

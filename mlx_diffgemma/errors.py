@@ -1,4 +1,4 @@
-"""Failures that are nobody's bug."""
+"""The failures that users are told about in one sentence, as opposed to defects."""
 
 
 class Error(Exception):

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..arguments import is_size, shown
+from ..arguments import shown
 from ..errors import CheckpointError
 
 ITEM_BYTES = {
@@ -43,14 +43,6 @@ DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million fac
 
 NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
 
-# What `mlx.core.quantize` takes: mode -> (group sizes, bits). The first pair is the mode's default.
-MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "nvfp4": ((16,), (4,)),
-    "mxfp8": ((32,), (8,)),
-}
-
 # What is fetched from the hub. Pickles, code and other formats are not.
 NEEDED = ("*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 
@@ -77,7 +69,7 @@ class Tensor:
 
 
 def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
+    """Find the directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
 
     Without a network the hub's cache serves alone. `weights` False leaves out the weights.
 
@@ -120,7 +112,7 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
 
 
 def size_of_file(path: Path) -> int:
-    """Bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Raises:
         CheckpointError: it is a directory, or a pipe, which would be waited for.
@@ -133,7 +125,7 @@ def size_of_file(path: Path) -> int:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON object out of a file of the checkpoint."""
+    """Read a JSON object from a file of the checkpoint."""
     path = directory / name
     try:
         if size_of_file(path) > JSON_LIMIT:
@@ -153,7 +145,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file.
+    """Read which tensors one safetensors file holds.
 
     Raises:
         CheckpointError: the file is missing, not safetensors or cut off, or its tensors do not
@@ -198,7 +190,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> Tensor:
-    """What a header says of one tensor, whose offsets count from byte `base`."""
+    """Read what a header says of one tensor, whose offsets count from byte `base`."""
     if not name or not name.isprintable() or len(name) > NAME_LIMIT:
         raise CheckpointError(f"{path}: {shown(name)} is not a name of a tensor")
     try:
@@ -233,8 +225,26 @@ def _check_filled(path: Path, tensors: dict[str, Tensor], start: int, size: int)
         raise CheckpointError(f"{path}: {size - at} bytes after the last tensor belong to none")
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What a checkpoint says of itself before its weights are read: `config.json` and tensors."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_headers(directory: Path) -> Headers:
+    """Read the config and the headers of a checkpoint directory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not hold what the index says.
+    """
+    return Headers(directory, read_json(directory, "config.json"), read_tensors(directory))
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint.
+    """Read which tensors a checkpoint holds.
 
     They are in the files that the index names, without one in `model.safetensors`, without that in
     all `model*.safetensors`.
@@ -269,7 +279,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _placed(directory: Path, name: str) -> dict[str, str]:
-    """Tensor -> name of the file that an index places it in, which is one of the directory."""
+    """Read the file name, within the directory, that an index gives for each tensor."""
     placed = read_json(directory, name).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
         raise CheckpointError(f"{directory / name} has no weight_map")
@@ -281,57 +291,3 @@ def _placed(directory: Path, name: str) -> dict[str, str]:
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{directory / name} names {shown(file)}, no safetensors file")
     return placed
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a module's weights are packed; the names are those of `mlx.core.quantize`."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-
-def quantization_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """MLX's quantization settings of a config, {} if it has none.
-
-    Raises:
-        CheckpointError: they are another tool's (fp8, bitsandbytes, awq, gptq, ...).
-    """
-    given = [config.get(key) for key in ("quantization", "quantization_config")]
-    settings: Any = next((value for value in given if value not in (None, {})), {})
-    if not isinstance(settings, dict):
-        raise CheckpointError("config.json: quantization is not a JSON object")
-    # awq and gptq settings have `bits` and `group_size` too: the method tells them apart.
-    if "quant_method" in settings:
-        method = settings["quant_method"]
-        known = isinstance(method, str) and method.isidentifier() and len(method) <= NAME_LIMIT
-        raise CheckpointError(f"{method if known else shown(method)} quantization is not supported")
-    return settings
-
-
-def quantization_of(config: dict[str, Any], module: str) -> Quantization:
-    """What the config says of a module that has `.scales`.
-
-    An override without a mode is affine, also where the default is another: published mxfp4, nvfp4
-    and mxfp8 conversions rely on that.
-
-    Raises:
-        CheckpointError: the config says nothing of it, says that it is not quantized, or names a
-            format that is not MLX's.
-    """
-    settings = quantization_settings(config)
-    override = settings.get(module)
-    if override is False:
-        raise CheckpointError(f"config.json says {module} is not quantized, but it has scales")
-    chosen = override if isinstance(override, dict) else settings
-    size, bits, mode = chosen.get("group_size"), chosen.get("bits"), chosen.get("mode", "affine")
-    if not (is_size(size) and is_size(bits)):
-        raise CheckpointError(f"config.json does not say how {module} is quantized")
-    sizes, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
-    if size not in sizes or bits not in widths:
-        raise CheckpointError(
-            f"config.json: {module} is packed as {shown(mode)} of {bits} bits in groups of {size}, "
-            "which MLX has not"
-        )
-    return Quantization(size, bits, mode)

@@ -29,7 +29,7 @@ class Fit:
 
 
 def free_memory() -> int:
-    """Bytes that MLX can use without swapping: of the GPU's working set, or of the system."""
+    """Return how many bytes MLX can use without swapping: of the GPU's working set, or of all."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -70,7 +70,7 @@ def _advice(found: Info, memory: int) -> str:
 
 
 def read_size(text: str) -> int:
-    """Bytes of "12GB", "900 MB" or "16000000000".
+    """Read the bytes of "12GB", "900 MB" or "16000000000".
 
     Raises:
         Error: it is none of these.

@@ -5,7 +5,8 @@ from math import prod
 from pathlib import Path
 
 from ..model.config import Config
-from .files import ITEM_BYTES, Tensor, quantization_of, read_json, read_tensors
+from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
+from .quantization import quantization_of
 
 # Part of the model by the name of the module that a tensor belongs to; the first that fits.
 _PARTS = (
@@ -62,13 +63,13 @@ class Info:
         return sum(part.parameters for part in self.parts if part.name != "vision")
 
     def memory_needed(self, context: int) -> int:
-        """Bytes to run with so many tokens of context: weights, cache and one denoising step."""
+        """Return the bytes of weights, of so many tokens of context and of one denoising step."""
         cache = self.cache_bytes_per_token * context + self.cache_bytes_window
         return self.loaded_bytes + cache + self.step_bytes
 
 
-# Floating-point bytes of a number by what is computed in.
-_FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of a number by what is computed in.
+_FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # A step's arrays over blocks of the vocabulary, as measured (docs/performance.md), or for a small
 # vocabulary as many copies of its logits.
@@ -83,66 +84,66 @@ def inspect(directory: Path, dtype: str | None = None) -> Info:
     Raises:
         CheckpointError: a file is missing or damaged, or the config is not one of ours.
     """
-    raw = read_json(directory, "config.json")
-    config = Config.from_dict(raw)
-    tensors = read_tensors(directory)
+    return info_of(read_headers(directory), dtype)
+
+
+def info_of(headers: Headers, dtype: str | None = None) -> Info:
+    """Compute the same from headers that have been read.
+
+    Raises:
+        CheckpointError: the config is not one of ours.
+    """
+    config = Config.from_dict(headers.config)
     grouped: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in headers.tensors.items():
         part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
         grouped.setdefault(part, []).append(tensor)
-
-    def parameters(tensor: Tensor) -> int:
-        module, _, leaf = tensor.name.rpartition(".")
-        if f"{module}.scales" not in tensors:
-            return prod(tensor.shape)
-        bits = quantization_of(raw, module).bits
-        return prod(tensor.shape) * 32 // bits if leaf == "weight" else 0
-
-    def formats(part: list[Tensor]) -> tuple[str, ...]:
-        found = set()
-        for tensor in part:
-            module, _, leaf = tensor.name.rpartition(".")
-            if f"{module}.scales" not in tensors:
-                found.add(tensor.dtype)
-            elif leaf == "weight":
-                q = quantization_of(raw, module)
-                found.add(f"{q.bits}-bit {q.mode}, group {q.group_size}")
-        return tuple(sorted(found))
-
-    parts = tuple(
-        Part(
-            name,
-            sum(parameters(t) for t in grouped[name]),
-            sum(t.end - t.start for t in grouped[name]),
-            formats(grouped[name]),
-        )
-        for name, _ in _PARTS
-        if name in grouped
-    )
-
-    def loaded(tensor: Tensor) -> int:
-        floating = tensor.dtype in ("F32", "BF16", "F16")
-        return prod(tensor.shape) * size if floating else tensor.end - tensor.start
-
     text = [tensor for part, group in grouped.items() if part != "vision" for tensor in group]
-    stored = {ITEM_BYTES[tensor.dtype] for tensor in text if tensor.dtype in ("F32", "BF16", "F16")}
-    size = _FLOATS[dtype] if dtype else max(stored, default=2)
+    stored = {ITEM_BYTES[tensor.dtype] for tensor in text if tensor.dtype in FLOATS}
+    size = _FLOAT_BYTES[dtype] if dtype else max(stored, default=2)
     quantized = any(tensor.name.endswith("embed_tokens.scales") for tensor in text)
-    logits = 4 * config.canvas_length * config.vocab_size
-    per_layer = [
-        2 * size * layer.num_key_value_heads * layer.head_dim * (layer.window or 1)
-        for layer in config.layers
-    ]
-    sliding = [layer.window is not None for layer in config.layers]
+    per_token, window = _cache_bytes(config, size)
     return Info(
         layers=len(config.layers),
         canvas_length=config.canvas_length,
         context=config.max_position_embeddings,
         vocabulary=config.vocab_size,
-        parts=parts,
-        cache_bytes_per_token=sum(b for b, s in zip(per_layer, sliding, strict=True) if not s),
-        cache_bytes_window=sum(b for b, s in zip(per_layer, sliding, strict=True) if s),
-        loaded_bytes=sum(map(loaded, text)),
+        parts=tuple(_part(n, grouped[n], headers) for n, _ in _PARTS if n in grouped),
+        cache_bytes_per_token=per_token,
+        cache_bytes_window=window,
+        loaded_bytes=sum(_loaded_bytes(tensor, size) for tensor in text),
         table_bytes=size * config.vocab_size * config.hidden_size if quantized else 0,
-        step_bytes=min(STEP_BYTES, _COPIES * logits),
+        step_bytes=min(STEP_BYTES, _COPIES * 4 * config.canvas_length * config.vocab_size),
     )
+
+
+def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:
+    """Sum up the tensors of one part."""
+    parameters, formats = 0, set[str]()
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        if f"{module}.scales" not in headers.tensors:
+            parameters += prod(tensor.shape)
+            formats.add(tensor.dtype)
+        elif leaf == "weight":
+            q = quantization_of(headers.config, module)
+            parameters += prod(tensor.shape) * 32 // q.bits
+            formats.add(f"{q.bits}-bit {q.mode}, group {q.group_size}")
+    return Part(name, parameters, sum(t.end - t.start for t in tensors), tuple(sorted(formats)))
+
+
+def _loaded_bytes(tensor: Tensor, size: int) -> int:
+    """Return the bytes of a tensor where floating-point numbers take `size` bytes."""
+    return prod(tensor.shape) * size if tensor.dtype in FLOATS else tensor.end - tensor.start
+
+
+def _cache_bytes(config: Config, size: int) -> tuple[int, int]:
+    """Return the bytes of the cache that each token adds, and those of all sliding windows."""
+    per_token = window = 0
+    for layer in config.layers:
+        entry = 2 * size * layer.num_key_value_heads * layer.head_dim
+        if layer.window is None:
+            per_token += entry
+        else:
+            window += entry * layer.window
+    return per_token, window

@@ -17,16 +17,17 @@ from ..text.tokenizer import Tokenizer, TokenizerError
 from .files import (
     FLOATS,
     SHIPPED,
+    Headers,
     Tensor,
     check_type,
-    quantization_of,
+    read_headers,
     read_json,
-    read_tensors,
     resolve,
     size_of_file,
 )
 from .fit import fit
-from .info import inspect
+from .info import info_of
+from .quantization import quantization_of
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -68,8 +69,9 @@ def load(
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
-    decided = fit(inspect(directory, dtype), max_memory)
-    model = load_model(directory, dtype=dtype)
+    headers = read_headers(directory)
+    decided = fit(info_of(headers, dtype), max_memory)
+    model = model_of(headers, dtype)
     model.context = decided.context
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
@@ -80,7 +82,7 @@ def load(
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer and chat template of a checkpoint directory.
+    """Read the tokenizer and chat template of a checkpoint directory.
 
     Raises:
         CheckpointError: a file is missing, damaged, no file or not what belongs there.
@@ -121,13 +123,13 @@ def _check_special(settings: dict[str, Any]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What a library says, on one line and not longer than a few."""
+    """Put what a library says on one line, not longer than a few."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else "?" for c in words)[:SENTENCE_LIMIT]
 
 
 def computed_in(dtype: DType | None) -> DType | None:
-    """The type that `load` computes in where this one is asked for; None is the stored one."""
+    """Return the type that `load` computes in if this one is asked for; None is the stored one."""
     return "float32" if dtype is None and mx.default_device() == mx.Device(mx.cpu) else dtype
 
 
@@ -138,12 +140,20 @@ def keep_in_memory() -> None:
 
 
 def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma:
-    """The model of a checkpoint directory; `dtype` None keeps the stored type."""
-    config = read_json(directory, "config.json")
-    tensors = {name: tensor for name, tensor in read_tensors(directory).items() if is_text(name)}
-    model = build_model(config, read_generation(directory, config), set(tensors))
-    check_tensors(model, tensors)
+    """Load the model of a checkpoint directory; `dtype` None keeps the stored type.
 
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return model_of(read_headers(directory), dtype)
+
+
+def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
+    """Load a model by its headers; arguments and errors as in `load_model`."""
+    tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
+    generation = read_generation(headers.directory, headers.config)
+    model = build_model(headers.config, generation, set(tensors))
+    check_tensors(model, tensors)
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
         try:
@@ -167,7 +177,7 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
 
 
 def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
-    """`generation_config.json`, or what MLX conversions embed in the config in its place."""
+    """Read `generation_config.json`, or what MLX conversions embed in the config in its place."""
     values = config.get("generation_config")
     if os.path.lexists(directory / "generation_config.json"):
         values = read_json(directory, "generation_config.json")
@@ -189,7 +199,7 @@ def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig
 def build_model(
     config: dict[str, Any], generation: GenerationConfig, tensors: set[str]
 ) -> DiffusionGemma:
-    """The model without its weights, quantized where the tensors' names say so.
+    """Build the model without its weights, quantized where the tensors' names say so.
 
     Nothing is allocated: initial values are lazy and never computed.
     """

@@ -21,7 +21,7 @@ from ..text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """One answer, or the medians of several; rates and seconds are of computing.
 
     `first_draft_seconds` counts from the question; `step_seconds` is the median over steps. Memory
@@ -49,8 +49,8 @@ class Report:
     load_seconds: float
     load_peak_memory: int
     weights: int
-    median: Run
-    runs: tuple[Run, ...]
+    median: Measurement
+    runs: tuple[Measurement, ...]
 
 
 class Subject:
@@ -76,10 +76,10 @@ class Subject:
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before
-        self._runs: list[Run] = []
+        self._runs: list[Measurement] = []
 
     def warm_up(self, prompt_tokens: int) -> None:
-        """Two steps that do not count: kernels are compiled and pages are read at first use."""
+        """Take two steps that do not count: kernels are compiled, pages are read at first use."""
         measure(self._model, self._tokenizer, prompt_tokens, steps=2, max_tokens=1, seed=0)
 
     def run(self, prompt_tokens: int, steps: int | None, max_tokens: int | None) -> None:
@@ -91,7 +91,7 @@ class Subject:
         self._runs.append(replace(run, peak_memory=run.peak_memory - others))
 
     def report(self) -> Report:
-        """What is known by now."""
+        """Return what is known by now."""
         return Report(
             self.name,
             self._load_seconds,
@@ -109,7 +109,7 @@ def measure(
     steps: int | None,
     max_tokens: int | None,
     seed: int,
-) -> Run:
+) -> Measurement:
     """Answer a prompt of so many tokens."""
     drafts: list[tuple[int, float]] = []
     prompt = prompt_of(tokenizer, prompt_tokens)
@@ -124,7 +124,7 @@ def measure(
     first = drafts[0][1] - started
     # A new canvas encodes the last one first: what lies between canvases is no step.
     seconds = [b - a for (canvas, a), (other, b) in pairwise(drafts) if canvas == other]
-    return Run(
+    return Measurement(
         prompt_tokens=done.prompt_tokens,
         generated_tokens=done.generated_tokens,
         canvases=done.canvases,
@@ -141,7 +141,7 @@ def measure(
 
 
 def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
-    """A chat turn of exactly so many ids: a question, repeated; short ones lose its beginning."""
+    """Make a chat turn of exactly so many ids: a question, repeated or cut at the front."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     ids = tokenizer.encode(text)
     filler = tokenizer.encode(f"{QUESTION} ")
@@ -152,10 +152,10 @@ def prompt_of(tokenizer: Tokenizer, tokens: int) -> list[int]:
 QUESTION = "Record: Anna Berg from Norway"
 
 
-def middle(runs: Sequence[Run]) -> Run:
-    """The median of each number; of an even count the lower one."""
-    names = [field.name for field in fields(Run)]
-    return Run(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
+def middle(runs: Sequence[Measurement]) -> Measurement:
+    """Return the median of each number; of an even count the lower one."""
+    names = [field.name for field in fields(Measurement)]
+    return Measurement(**{name: median_low([getattr(run, name) for run in runs]) for name in names})
 
 
 def bench(
@@ -178,12 +178,12 @@ def bench(
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
-    """Everything, with what it was measured on."""
+    """Return everything as JSON, with what it was measured on."""
     return {**machine(), "models": [asdict(report) for report in reports]}
 
 
 def machine() -> dict[str, Any]:
-    """Versions and device."""
+    """Return versions and device."""
     try:
         own = version("mlx-diffgemma")
     except PackageNotFoundError:

@@ -84,7 +84,7 @@ SPECIALIST = {"sudoku": "tiny-puzzles"}
 
 
 def read_cases(path: Path) -> list[Case]:
-    """One JSON object a line, with the fields of `Case`; `task` may be missing.
+    """Read one JSON object a line, with the fields of `Case`; `task` may be missing.
 
     Raises:
         TaskError: naming the line that cannot be used.
@@ -193,7 +193,7 @@ def _fill(
 
 
 def is_right(case: Case, text: str) -> bool:
-    """Whether an answer counts."""
+    """Return whether an answer counts."""
     if case.regex is not None:
         return re.search(case.regex, text) is not None
     return text.strip() == (case.answer or "").strip()
@@ -244,7 +244,7 @@ def evaluate(
     steps: Sequence[int],
     seeds: int,
 ) -> Iterator[Score]:
-    """A score per step budget and task, as soon as it is known.
+    """Yield a score per step budget and task, as soon as it is known.
 
     Each run has a seed of its own: with one seed for all cases, all would start from one noise.
     """

@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a DiffusionGemma model (extra `lm-eval`).
 
-    python -m mlx_diffgemma.lm_eval_adapter --model mlx-diffgemma \
+    python -m mlx_diffgemma.measure.lm_eval --model mlx-diffgemma \
         --model_args path=DIR --tasks gsm8k
 
 Only generative tasks run: a model that denoises a canvas has no likelihood of a continuation.
@@ -42,7 +42,7 @@ class DiffusionGemmaLM(LM):
         self._seed = seed
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each cut at the first of the request's stop strings."""
+        """Answer all, each answer cut at the first of the request's stop strings."""
         answers = []
         for request in tqdm(requests, disable=disable_tqdm):
             context, flags = request.args

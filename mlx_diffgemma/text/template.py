@@ -35,7 +35,7 @@ class Hole:
 
 
 def parse_template(template: str) -> list[str | Hole]:
-    """Text and holes in turn. `{{}}`, `{{name}}`, `{{name:12}}` (tokens), `{{name:int}}`,
+    """Return texts and holes in turn. `{{}}`, `{{name}}`, `{{name:12}}` (tokens), `{{name:int}}`,
     `{{name:a|b|c}}` (one of these); `\\{{` is no hole.
 
     Raises:

@@ -1,51 +1,40 @@
-"""Chat templates come from strangers: they are rendered within bounds of time and of size.
+"""Chat templates come with checkpoints of unknown origin: they are rendered within bounds.
 
 Jinja's sandbox keeps a template from Python's internals, but not from the processor and the memory.
 Nothing can stop an operation that has begun (threads have no timers, macOS no limit of memory), so
 each one that may grow is measured before it runs, and steps between them are counted.
 """
 
+import json
 import re
 import string
-import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from functools import wraps
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, cast
 
 from jinja2 import nodes, pass_context
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.runtime import Context, Undefined, markup_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from .rendering_budget import ITEM, Budget, budget_now
+
 # Characters of a template: several times the longest in use, compiled in about a second.
 MOST_SOURCE = 100_000
 
-# Characters that one value, and that all values together may take, beside multiples of the input.
-MOST_OF_ONE, ONE_BY_INPUT = 4_000_000, 4
-
-MOST_IN_ALL, ALL_BY_INPUT = 64_000_000, 16
-
-# An item of a container takes about as much memory as so many characters.
-ITEM = 16
-
-# Values nested deeper would exhaust Python's stack somewhere.
-MOST_DEPTH = 100
-
-# Seconds of this thread's processor; others' load does not count. A chat takes milliseconds.
-MOST_SECONDS = 2.0
-
-# Steps between looks at the clock; one takes some milliseconds at most.
-STEPS_A_LOOK = 32
-
 # Bits of a whole number, columns of an indent or digits to round to.
 MOST_BITS, MOST_WIDTH = 1 << 16, 1000
+
+# A date's form in a template: C libraries pad to any width that stands in one.
+_DATE = re.compile(r"(?:[^%]|%[-_^#]?[A-Za-z%])*")
+
+_MOST_DATE = 100
 
 # What cannot grow, or is measured below; the rest of Jinja's filters no chat template uses.
 FILTERS = (
@@ -66,102 +55,10 @@ METHODS = frozenset(
 
 _METHOD = (types.BuiltinMethodType, types.MethodType)
 
-_SMALL = (bool, int, float, types.NoneType)
-
-_NONE: dict[str, str] = {}
-
-_VIEWS = type(_NONE.keys()), type(_NONE.values()), type(_NONE.items())
-
-_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, *_VIEWS)
-
 _COMPARING = "eq equalto == ne != gt greaterthan > ge >= lt lessthan < le <= in".split()
 
 # Filters of our own that no template can name.
 _STEP, _MADE, _CONCAT = "(step)", "(made)", "(concat)"
-
-
-class Budget:
-    """What one rendering may still take."""
-
-    def __init__(self, *given: object):
-        self._known: dict[int, int] = {}  # sizes of the input's containers, which outlive us
-        self._one, self._all = MOST_OF_ONE, MOST_IN_ALL
-        size = sum(self._size(value, 0, self._known) for value in given)
-        self._one += ONE_BY_INPUT * size
-        self._all += ALL_BY_INPUT * size
-        self._steps = 0
-        self._ends = time.thread_time() + MOST_SECONDS
-
-    def step(self) -> None:
-        """Count something that takes a bounded time."""
-        self._steps += 1
-        if not self._steps % STEPS_A_LOOK and time.thread_time() > self._ends:
-            raise SecurityError(f"it takes more than {MOST_SECONDS:.0f} seconds")
-
-    def size(self, value: object) -> int:
-        """Characters of a value, contents included; what would be too large is refused."""
-        if type(value) is str:
-            return self.fits(len(value))
-        return self._size(value, 0, None)
-
-    def fits(self, size: int) -> int:
-        """Refuse to make a value of so many characters."""
-        if size > self._one:
-            raise SecurityError(f"it makes a value of more than {self._one} characters")
-        return size
-
-    def made(self, value: Any) -> Any:
-        """Count a value that the template made."""
-        if type(value) is str:
-            size = len(value)
-            if size > self._one:
-                self.fits(size)
-        elif type(value) in _SMALL or id(value) in self._known:
-            return value
-        else:
-            size = self._size(value, 0, None)
-        self._all -= size
-        if self._all < 0:
-            raise SecurityError("its values take too much memory")
-        return value
-
-    def _size(self, value: Any, depth: int, known: dict[int, int] | None) -> int:
-        """Of a value, without bound while `known` is filled with the sizes of the input."""
-        if isinstance(value, str):
-            return self.fits(len(value)) if known is None else len(value)
-        if id(value) in self._known:
-            return self._known[id(value)] + ITEM
-        parts = value
-        if isinstance(value, dict):
-            size, parts = 2 * ITEM * len(value), chain(value, value.values())
-        elif isinstance(value, _CONTAINERS):
-            size = ITEM * len(value)
-        elif isinstance(value, Namespace):  # whose text is that of all it holds
-            raise SecurityError("a namespace inside a value is not supported")
-        else:
-            return ITEM
-        if depth > MOST_DEPTH:
-            raise SecurityError("its values are nested too deeply")
-        for part in parts:
-            size += len(part) if type(part) is str else self._size(part, depth + 1, known)
-            if known is None and size > self._one:
-                self.fits(size)
-        if known is not None:
-            known[id(value)] = size
-        return size + ITEM
-
-
-_budget: ContextVar[Budget] = ContextVar("budget")
-
-
-@contextmanager
-def within(*given: object) -> Iterator[None]:
-    """Render or compile with a fresh budget that grows with the input."""
-    before = _budget.set(Budget(*given))
-    try:
-        yield
-    finally:
-        _budget.reset(before)
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -178,13 +75,11 @@ class Environment(ImmutableSandboxedEnvironment):
         known: dict[str, Any] = self.filters
         self.filters = {name: _guarded(name, known[name]) for name in FILTERS}
         self.filters |= {_STEP: _step, _MADE: _made, _CONCAT: _concatenated}
+        self.filters["tojson"] = _guarded("tojson", _to_json)
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _today}
         for name in _COMPARING:
             tests: dict[str, Any] = self.tests
             self.tests[name] = _guarded(name, tests[name])
-
-    def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """One more filter, within the same bounds."""
-        self.filters[name] = _guarded(name, function)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > MOST_SOURCE:
@@ -195,11 +90,11 @@ class Environment(ImmutableSandboxedEnvironment):
         if type(obj) is dict and argument in obj:
             return obj[argument]
         # Filters follow paths of any length with it, as in `map(attribute="real.real.real")`.
-        _budget.get().step()
+        budget_now.get().step()
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        budget = _budget.get()
+        budget = budget_now.get()
         budget.step()
         if operator == "+":
             if isinstance(left, str | list | tuple):
@@ -218,7 +113,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
+        budget = budget_now.get()
         budget.step()
         if isinstance(__obj, _METHOD):
             owner = __obj.__self__
@@ -238,7 +133,7 @@ class Environment(ImmutableSandboxedEnvironment):
             return None
 
         def checked(*args: Any, **kwargs: Any) -> str:
-            _check_format(_budget.get(), value.__self__, (*args, *kwargs.values()))
+            _check_format(budget_now.get(), value.__self__, (*args, *kwargs.values()))
             return formats(*args, **kwargs)
 
         return checked
@@ -288,7 +183,7 @@ class _Guards(NodeTransformer):
 
 
 def _constants(parts: Sequence[nodes.Node]) -> bool:
-    """Whether values are written down: nothing of them can be large."""
+    """Return whether values are written down: nothing of them can be large."""
     return all(isinstance(part, nodes.Const) for part in parts)
 
 
@@ -299,19 +194,19 @@ def _filtered(node: nodes.Expr, name: str, at: nodes.Node) -> nodes.Filter:
 # Jinja computes filters of constants while compiling, except of those that take the context.
 @pass_context
 def _step(context: Context, value: Any) -> Any:
-    _budget.get().step()
+    budget_now.get().step()
     return value
 
 
 @pass_context
 def _made(context: Context, value: Any) -> Any:
-    return _budget.get().made(value)
+    return budget_now.get().made(value)
 
 
 @pass_context
 def _concatenated(context: Context, parts: list[Any]) -> str:
-    """What `~` means."""
-    budget = _budget.get()
+    """Compute what `~` means."""
+    budget = budget_now.get()
     budget.step()
     budget.fits(sum(len(part) if type(part) is str else budget.size(part) for part in parts))
     text = markup_join(parts) if context.eval_ctx.autoescape else "".join(map(str, parts))
@@ -319,8 +214,8 @@ def _concatenated(context: Context, parts: list[Any]) -> str:
 
 
 def _merged(parts: Iterable[str]) -> str:
-    """Pieces of output, of the template or of a macro, as one string."""
-    budget = _budget.get()
+    """Join pieces of output, of the template or of a macro, as one string."""
+    budget = budget_now.get()
     if isinstance(parts, list):  # of a macro
         budget.fits(sum(map(len, parts)))
         return cast(str, budget.made("".join(parts)))
@@ -333,16 +228,16 @@ def _merged(parts: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """A value that is about to become text."""
-    return value if type(value) is str else _budget.get().made(value)
+    """Count a value that is about to become text."""
+    return value if type(value) is str else budget_now.get().made(value)
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test whose arguments and result are measured."""
+    """Make a filter or test whose arguments and result are measured."""
 
     @wraps(function)
     def measured(*args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
+        budget = budget_now.get()
         budget.step()
         # Some filters take what Jinja calls the evaluation context first.
         head = args[:1] if isinstance(args[0], nodes.EvalContext) else ()
@@ -413,3 +308,18 @@ def _check_format(budget: Budget, form: str, values: tuple[Any, ...]) -> None:
         size += sum(int(digits[:20]) for digits in re.findall(r"\d+", spec or ""))
         size += each * (field is not None)
     budget.fits(size)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _today(form: str) -> str:
+    if len(form) > _MOST_DATE or not _DATE.fullmatch(form):
+        raise TemplateError(f"{form[:_MOST_DATE]!r} is not the form of a date")
+    return datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Write JSON as templates expect it: not escaped for HTML, which Jinja's own filter does."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

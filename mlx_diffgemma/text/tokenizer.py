@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import jinja2
 from tokenizers import Tokenizer as Backend
 
 from ..errors import Error
-from .templating import MOST_SOURCE, Environment, within
+from .rendering_budget import within
+from .templating import MOST_SOURCE, Environment
 
 Message = dict[str, Any]
 
@@ -20,11 +20,6 @@ Declaration = dict[str, Any]  # of a function, as the openai client sends it
 
 # Of what a template says went wrong; it may say anything.
 _SAID = 300
-
-# A date's form in a template: C libraries pad to any width that stands in one.
-_DATE = re.compile(r"(?:[^%]|%[-_^#]?[A-Za-z%])*")
-
-_MOST_DATE = 100
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 
@@ -44,7 +39,7 @@ class TooLong(Error):
 
 
 def no_check() -> None:
-    """Nothing is to be checked."""
+    """Check nothing."""
 
 
 class Tokenizer:
@@ -106,11 +101,11 @@ class Tokenizer:
         return max(self._backend.get_vocab().values(), default=0)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token written exactly so, or None."""
+        """Return the id of a token written exactly so, or None."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text as it stands: special tokens are recognised, none is added.
+        """Encode text as it stands: special tokens are recognised, none is added.
 
         Raises:
             TokenizerError: the text has half of a surrogate pair.
@@ -131,7 +126,7 @@ class Tokenizer:
     def encode_within(
         self, text: str, most: int, what: str, check: Callable[[], None] = no_check
     ) -> list[int]:
-        """As `encode`, of a text that is refused early if it must have more than `most` tokens.
+        """Encode as `encode`, but refuse early a text that must have more than `most` tokens.
 
         A text that has a few more may pass. `what` names it in the error; `check` is called between
         pieces of work and may raise.
@@ -158,7 +153,7 @@ class Tokenizer:
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids.
+        """Decode ids.
 
         Tokens that only frame a turn (padding, begin, end, turn marks) leave no trace; markers of
         channels and tools stay, since a caller has to see them.
@@ -167,7 +162,7 @@ class Tokenizer:
         return self._backend.decode(kept, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Text of each id by itself; part of a character is U+FFFD."""
+        """Decode each id by itself; part of a character is U+FFFD."""
         return [self.decode([i]) for i in ids]
 
     @cached_property
@@ -204,7 +199,7 @@ class Tokenizer:
         enable_thinking: bool = False,
         tools: Sequence[Declaration] | None = None,
     ) -> str:
-        """The chat as the text that the model was trained on.
+        """Render a chat as the text that the model was trained on.
 
         Raises:
             TokenizerError: there is no message or no template, or it refuses these messages, fails,
@@ -235,19 +230,15 @@ class Tokenizer:
     def _template(self) -> jinja2.Template:
         if self._template_source is None:
             raise TokenizerError("this checkpoint has no chat template (chat_template.jinja)")
-        environment = Environment()
-        environment.add_filter("tojson", _to_json)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
         try:
             with within():
-                return environment.from_string(self._template_source)
+                return Environment().from_string(self._template_source)
         except Exception as error:  # parsing, and Python's compiler behind it
             raise TokenizerError(f"the chat template is damaged: {_said(error)}") from None
 
 
 def _read_template(path: Path) -> str:
-    """A template's source; of one that is too long, enough to be refused."""
+    """Read a template's source; of one that is too long, enough to be refused."""
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(MOST_SOURCE + 1)
@@ -258,31 +249,15 @@ def _read_template(path: Path) -> str:
 
 
 def _said(error: Exception) -> str:
-    """An error of a template in one short line."""
+    """Put an error of a template in one short line."""
     said = " ".join(str(error)[: 2 * _SAID].split())[:_SAID]
     return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
 def _refuse_media(content: Any) -> None:
-    """A template writes a placeholder for an image, which this runtime would never fill."""
+    """Refuse images: a template writes a placeholder, which this runtime would never fill."""
     if not isinstance(content, list | tuple):
         return
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise TokenizerError("only text content is supported, no images, audio or files")
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    """Today, for templates."""
-    if len(form) > _MOST_DATE or not _DATE.fullmatch(form):
-        raise jinja2.TemplateError(f"{form[:_MOST_DATE]!r} is not the form of a date")
-    return datetime.now().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """As templates expect it: not escaped for HTML, which Jinja's own filter does."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -3,26 +3,17 @@
 Markers are recognised as tokens, so text that merely looks like one stays text.
 """
 
-import json
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
-from ..errors import Error
+from .calls import CallError, parse_call
+from .calls import ToolCall as ToolCall
+from .stop_strings import StopStrings as StopStrings
 from .tokenizer import Tokenizer
 
 Kind = Literal["text", "thought", "call", "marker"]
-
-QUOTE = '<|"|>'
-
-# Deeper values than this are a model gone astray, and would exhaust Python's stack.
-MAX_DEPTH = 64
-
-# Longer numbers too; Python refuses to print one of more than 4,300 digits.
-MAX_DIGITS = 1000
 
 
 @dataclass(frozen=True)
@@ -37,14 +28,6 @@ class Thought:
     """What a committed canvas adds to the model's thoughts."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """The model asks for a function to be called; `arguments` are JSON values."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,10 +49,6 @@ _FOLLOWS: dict[str, Kind] = {
     "<|tool_response>": "text",
     "<tool_response|>": "text",
 }
-
-
-class CallError(Error, ValueError):
-    """Text that is no tool call."""
 
 
 class TurnReader:
@@ -103,7 +82,7 @@ class TurnReader:
         return self._kind == "thought"
 
     def kinds(self, tokens: Sequence[int]) -> list[Kind]:
-        """What each of the tokens that come next would be; nothing is taken in."""
+        """Tell what each of the tokens that come next would be; nothing is taken in."""
         kind, found = self._kind, list[Kind]()
         for token in tokens:
             found.append("marker" if token in self._after else kind)
@@ -111,7 +90,7 @@ class TurnReader:
         return found
 
     def feed(self, tokens: Sequence[int], *, last: bool) -> list[Part]:
-        """The parts that tokens add. `last` says that the turn ends with them: nothing waits."""
+        """Return the parts that tokens add; with `last` the turn ends and nothing is held back."""
         parts: list[Part] = []
         kinds = self.kinds(tokens)
         for kind, run in groupby(zip(kinds, tokens, strict=True), key=lambda pair: pair[0]):
@@ -132,7 +111,7 @@ class TurnReader:
         return parts
 
     def _closed(self) -> list[Part]:
-        """What is still to be said of the kind that ends here."""
+        """Return what is still to be said of the kind that ends here."""
         if not self._calling:
             return self._grown(self._kind, last=True)
         self._calling = False
@@ -159,151 +138,3 @@ class TurnReader:
             return []
         self._shown[kind] = len(text)
         return [Thought(new) if kind == "thought" else Text(new)]
-
-
-_CALL = re.compile(r"\s*call:\s*([^\s{]+)\s*(?=\{)")
-
-_NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?=\s*(?:[,\]}]|$))")
-
-_WORD = re.compile(r"[^,\]}]+")
-
-_KEY = re.compile(r"[^\s:,{}\[\]]+(?:\s+[^\s:,{}\[\]]+)*")
-
-_CONSTANTS = {"true": True, "false": False, "null": None}
-
-_CONSTANTS |= {"True": True, "False": False, "None": None}  # as templates print Python's
-
-
-def parse_call(text: str) -> ToolCall:
-    """`call:NAME{key:value,...}`: strings between quote tokens, the rest much like JSON.
-
-    Raises:
-        CallError: it is not of that form; the message says where.
-    """
-    head = _CALL.match(text)
-    if not head:
-        raise CallError("it does not begin with call:NAME{")
-    arguments, end = _value(text, head.end(), 0)
-    if text[end:].strip():
-        raise CallError(f"there is more behind its end: {text[end:].strip()[:20]!r}")
-    return ToolCall(head[1], arguments)
-
-
-def _space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
-def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """A value that begins at `at`, and where it ends."""
-    at = _space(text, at)
-    if depth > MAX_DEPTH:
-        raise CallError("its values are nested too deeply")
-    if text.startswith(QUOTE, at) or text.startswith('"', at):
-        return _string(text, at)
-    if text.startswith("{", at):
-        pairs: dict[str, Any] = {}
-        at = _space(text, at + 1)
-        while not text.startswith("}", at):
-            key, at = _key(text, at)
-            pairs[key], at = _value(text, at, depth + 1)
-            at = _separator(text, at, "}")
-        return pairs, at + 1
-    if text.startswith("[", at):
-        items: list[Any] = []
-        at = _space(text, at + 1)
-        while not text.startswith("]", at):
-            item, at = _value(text, at, depth + 1)
-            items.append(item)
-            at = _separator(text, at, "]")
-        return items, at + 1
-    if number := _NUMBER.match(text, at):
-        return _number(number[0], at), number.end()
-    word = _WORD.match(text, at)
-    if not word:
-        raise CallError(f"a value is missing at character {at}")
-    bare = word[0].strip()
-    return _CONSTANTS.get(bare, bare), word.end()
-
-
-def _number(digits: str, at: int) -> int | float:
-    """An int, or a float that JSON can say."""
-    if len(digits) > MAX_DIGITS:
-        raise CallError(f"the number at character {at} is too long")
-    if digits.lstrip("-").isdecimal():
-        return int(digits)
-    value = float(digits)
-    if not math.isfinite(value):
-        raise CallError(f"the number at character {at} is too large")
-    return value
-
-
-def _string(text: str, at: int) -> tuple[str, int]:
-    if text.startswith(QUOTE, at):
-        end = text.find(QUOTE, at + len(QUOTE))
-        if end < 0:
-            raise CallError(f"the string at character {at} does not end")
-        return text[at + len(QUOTE) : end], end + len(QUOTE)
-    try:
-        found, end = json.JSONDecoder().raw_decode(text, at)
-    except ValueError:
-        raise CallError(f"the string at character {at} does not end") from None
-    if any("\ud800" <= c <= "\udfff" for c in found):
-        raise CallError(f"the string at character {at} holds half a character")
-    return str(found), end
-
-
-def _key(text: str, at: int) -> tuple[str, int]:
-    if text.startswith(QUOTE, at) or text.startswith('"', at):
-        key, at = _string(text, at)
-    else:
-        word = _KEY.match(text, at)
-        if not word:
-            raise CallError(f"a name is missing at character {at}")
-        key, at = word[0], word.end()
-    at = _space(text, at)
-    if not text.startswith(":", at):
-        raise CallError(f"a colon is missing at character {at}")
-    return key, at + 1
-
-
-def _separator(text: str, at: int, end: str) -> int:
-    """Behind a comma, or at `end`."""
-    at = _space(text, at)
-    if text.startswith(",", at):
-        return _space(text, at + 1)
-    if text.startswith(end, at):
-        return at
-    raise CallError(f"a comma or {end} is missing at character {at}")
-
-
-class StopStrings:
-    """Text up to the first of some stop strings; what may become one waits."""
-
-    def __init__(self, stop: Sequence[str]):
-        self._stop = [text for text in stop if text]
-        self._held = ""
-        self.hit = False
-
-    def feed(self, text: str) -> str:
-        """What can be shown now that this text has come."""
-        self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        self.hit = bool(found)
-        end = len(self._held) if not found else min(found)
-        if not found:
-            waits = (
-                n
-                for stop in self._stop
-                for n in range(min(len(stop) - 1, len(self._held)), 0, -1)
-                if self._held.endswith(stop[:n])
-            )
-            end -= max(waits, default=0)
-        shown, self._held = self._held[:end], "" if found else self._held[end:]
-        return shown
-
-    def rest(self) -> str:
-        """What waited in vain."""
-        shown, self._held = self._held, ""
-        return shown

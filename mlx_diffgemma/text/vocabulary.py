@@ -39,7 +39,7 @@ class Vocabulary:
         self._plain = {i: t for i, t in tokenizer.plain.items() if i < self.size and i not in ends}
 
     def literal(self, text: str) -> Exactly:
-        """This text, in the tokens that the tokenizer makes of it.
+        """Spell this text in the tokens that the tokenizer makes of it.
 
         Raises:
             VocabularyError: those tokens do not read as this text.
@@ -56,14 +56,14 @@ class Vocabulary:
         return Tokens(tuple(range(self.size)))
 
     def text_without(self, characters: str) -> Tokens:
-        """A token of ordinary text that has none of these characters."""
+        """Match a token of ordinary text that has none of these characters."""
         if characters not in self._without:
             ids = (i for i, t in self._plain.items() if not set(characters) & set(t))
             self._without[characters] = Tokens(tuple(ids))
         return self._without[characters]
 
     def words_without(self, characters: str) -> Tokens:
-        """As `text_without`, of those that begin with one space and go on with something else."""
+        """Match those of `text_without` that are one space and then something else."""
         ids = self.text_without(characters).ids
         words = ((i, self._plain[i]) for i in ids)
         return Tokens(tuple(i for i, t in words if len(t) > 1 and t[0] == " " and t[1] != " "))
@@ -74,7 +74,7 @@ class Vocabulary:
         return bool(self.words_without("").ids)
 
     def character(self, characters: str) -> Tokens:
-        """A token that is exactly one of these characters.
+        """Match a token that is exactly one of these characters.
 
         Raises:
             VocabularyError: the vocabulary has none of them.
@@ -93,7 +93,7 @@ class Vocabulary:
         return single
 
     def json_characters(self, least: int, most: int | None) -> Pattern:
-        """The inside of a JSON string of `least` to `most` characters, without escapes."""
+        """Match the inside of a JSON string of `least` to `most` characters, without escapes."""
         if most is not None and most > COUNTED and least <= most // LONGEST_TOKEN:
             # So long a string is bounded by its tokens, which needs fewer states than characters.
             return Repeat(self._json_any, least, most // LONGEST_TOKEN)
@@ -113,21 +113,21 @@ class Vocabulary:
         return {n: tuple(ids) for n, ids in sorted(lengths.items())}
 
     def digits(self, first: str, count: int) -> Pattern:
-        """`count` digits, the first one of `first`."""
+        """Match `count` digits, the first one of `first`."""
         rest = self.character("0123456789")
         return Concat((self.character(first), *[rest] * (count - 1)))
 
-    def ending(self, room: int) -> list[int]:
-        """The end token and the fill behind it, `room` tokens in all."""
-        return [self.end, *[self.fill] * (room - 1)]
+    def ending(self, length: int) -> list[int]:
+        """Return the end token and the fill behind it, `length` tokens in all."""
+        return [self.end, *[self.fill] * (length - 1)]
 
     def answer(self, pattern: Pattern) -> Pattern:
-        """The pattern, then the end token and the fill behind it."""
+        """Match the pattern, then the end token and the fill behind it."""
         return Concat((pattern, Exactly((self.end,)), Repeat(Tokens((self.fill,)))))
 
 
 def integer(vocabulary: Vocabulary, tokens: int) -> Pattern:
-    """A whole number of `tokens` tokens, sign included, without leading zeros."""
+    """Match a whole number of `tokens` tokens, sign included, without leading zeros."""
     if tokens == 1:
         return vocabulary.digits("0123456789", 1)
     positive = vocabulary.digits("123456789", tokens)

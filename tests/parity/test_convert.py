@@ -23,17 +23,19 @@ from reference import random_checkpoint
 from slow import soft_embedding
 
 from mlx_diffgemma import CheckpointError, generate, load
-from mlx_diffgemma.checkpoint.files import MODES, Tensor, read_header, read_tensors
+from mlx_diffgemma.checkpoint.files import Tensor, read_header, read_tensors
 from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.quantization import MODES
 from mlx_diffgemma.convert import (
     RECIPES,
     ConvertError,
-    Report,
+    Summary,
     convert,
-    pipeline,
+    plan,
     stream_convert,
     uniform,
     upload,
+    write,
 )
 from mlx_diffgemma.convert.recipes import RecipeError
 from mlx_diffgemma.convert.staging import check_vacant, staged
@@ -63,11 +65,11 @@ def test_plan_of_the_real_shapes_is_the_published_conversion() -> None:
     config = MAKE["config"](30, vision=True)
     shapes = MAKE["shapes"](config)
     tensors = {n: Tensor(n, "BF16", shape, Path(), 0, 0) for n, shape in shapes.items()}
-    jobs, _ = pipeline.plan(tensors, config, RECIPES["mixed-4-8"], None)
+    jobs, _ = plan.plan_jobs(tensors, config, RECIPES["mixed-4-8"], None)
     planned = sorted((n, dtype, list(shape)) for job in jobs for n, dtype, shape in job.parts)
     assert len(planned) == 1647
     assert digest(planned) == PUBLISHED
-    settings = pipeline._config(config, REAL, jobs, RECIPES["mixed-4-8"], None)["quantization"]
+    settings = plan.config_of(config, None, jobs, RECIPES["mixed-4-8"], None)["quantization"]
     dense = "self_attn.q self_attn.k self_attn.v self_attn.o mlp.gate mlp.up mlp.down".split()
     eight = {f"model.decoder.layers.{i}.{m}_proj" for i in range(30) for m in dense}
     eight -= {f"model.decoder.layers.{i}.self_attn.v_proj" for i in (5, 11, 17, 23, 29)}
@@ -88,13 +90,14 @@ def test_plan_of_the_real_checkpoint_is_the_published_conversion() -> None:
     published = layout((REAL / "mlx4bit_tensors.tsv").read_text().splitlines())
     config = json.loads((REAL / "config.json").read_text())
     tensors = {n: Tensor(n, dtype, shape, Path(), 0, 0) for n, (dtype, shape) in source.items()}
-    jobs, unpacked = pipeline.plan(tensors, config, RECIPES["mixed-4-8"], None)
+    jobs, unpacked = plan.plan_jobs(tensors, config, RECIPES["mixed-4-8"], None)
     planned = {name: (dtype, shape) for job in jobs for name, dtype, shape in job.parts}
     assert planned == published
     assert MAKE["shapes"](MAKE["config"](30, vision=True)) == {n: s for n, (_, s) in source.items()}
     assert digest(sorted((n, dtype, list(s)) for n, (dtype, s) in published.items())) == PUBLISHED
     assert unpacked == []
-    ours = pipeline._config(config, REAL, jobs, RECIPES["mixed-4-8"], None)
+    generation = json.loads((REAL / "generation_config.json").read_text())
+    ours = plan.config_of(config, generation, jobs, RECIPES["mixed-4-8"], None)
     theirs = json.loads((REAL / "mlx4bit.config.json").read_text())
     for key in ("quantization", "quantization_config", "generation_config", "eos_token_id"):
         assert ours[key] == theirs[key]
@@ -200,8 +203,8 @@ def test_layout_of_a_conversion(tmp_path: Path) -> None:
 def test_other_types_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 checkpoint in several shards; dtype reaches every tensor that is not packed."""
     random_checkpoint(tmp_path / "source", "ssf")
-    monkeypatch.setattr(pipeline, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(pipeline, "SLICE_BYTES", 5_000)
+    monkeypatch.setattr(plan, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(write, "SLICE_BYTES", 5_000)
     report = convert(
         tmp_path / "source", tmp_path / "half", recipe=RECIPES["none"], dtype="float16"
     )
@@ -291,7 +294,7 @@ def test_a_damaged_model_card_costs_only_its_licence(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = pipeline._read
+    read = write._read
     calls = 0
 
     def failing(*args: Any) -> mx.array:
@@ -301,12 +304,12 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise OSError(28, "No space left on device")
         return read(*args)
 
-    monkeypatch.setattr(pipeline, "_read", failing)
+    monkeypatch.setattr(write, "_read", failing)
     with pytest.raises(ConvertError, match="No space left"):
         convert(SUDOKU, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(pipeline, "_read", read)
+    monkeypatch.setattr(write, "_read", read)
     usage = shutil.disk_usage(tmp_path)
     stale = tmp_path / ".out.incomplete" / "checkpoint" / "model.safetensors"
     stale.parent.mkdir(parents=True)
@@ -325,10 +328,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     slowed = (
-        "import sys, time; from pathlib import Path; from mlx_diffgemma.convert import pipeline;"
-        "read = pipeline._read;"
-        "pipeline._read = lambda *a: (time.sleep(0.05), read(*a))[1];"
-        "pipeline.convert(sys.argv[1], sys.argv[2])"
+        "import sys, time; from pathlib import Path;"
+        "from mlx_diffgemma.convert import convert, write;"
+        "read = write._read;"
+        "write._read = lambda *a: (time.sleep(0.05), read(*a))[1];"
+        "convert(sys.argv[1], sys.argv[2])"
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", slowed, str(SUDOKU), str(out)])
@@ -366,7 +370,7 @@ def test_two_runs_into_one_directory(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="another conversion is writing"):
         convert(SUDOKU, out)
     *_, report = events
-    assert isinstance(report, Report)
+    assert isinstance(report, Summary)
     alone = arrays(convert(SUDOKU, tmp_path / "alone").directory)
     made = arrays(out)
     assert made.keys() == alone.keys()
@@ -533,7 +537,7 @@ def spoiled(directory: Path, name: str, numbers: list[float]) -> Path:
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and infinities used to be converted silently; packed, they spoil their whole group."""
-    monkeypatch.setattr(pipeline, "SLICE_BYTES", 10_000)  # the count goes over slices
+    monkeypatch.setattr(write, "SLICE_BYTES", 10_000)  # the count goes over slices
     experts = "model.decoder.layers.1.experts.down_proj"
     norm = "model.decoder.norm.weight"
     nan, inf = float("nan"), float("inf")

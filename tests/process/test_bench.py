@@ -8,7 +8,7 @@ from command import Done
 from command import run as run_command
 
 from mlx_diffgemma.checkpoint.load import EMBEDDED
-from mlx_diffgemma.measure.bench import Run, middle, prompt_of
+from mlx_diffgemma.measure.bench import Measurement, middle, prompt_of
 from mlx_diffgemma.text.tokenizer import Tokenizer
 
 SMALL = ["--prompt-tokens", "40", "--steps", "3", "--max-tokens", "64", "--repeats", "2"]
@@ -102,5 +102,5 @@ def test_a_prompt_has_exactly_the_wanted_length(tokens: int) -> None:
 
 
 def test_medians_by_hand() -> None:
-    runs = [Run(*[value] * 11) for value in (3, 1, 2, 9)]
-    assert middle(runs) == Run(*[2] * 11)
+    runs = [Measurement(*[value] * 11) for value in (3, 1, 2, 9)]
+    assert middle(runs) == Measurement(*[2] * 11)

@@ -11,13 +11,15 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from mlx_diffgemma.checkpoint.files import Quantization
+from mlx_diffgemma.checkpoint.quantization import Quantization
 from mlx_diffgemma.cli.main import app
 from mlx_diffgemma.convert.recipes import MODES, RECIPES
 from mlx_diffgemma.diffusion import head as readout
-from mlx_diffgemma.measure import checks, doctor
-from mlx_diffgemma.measure.checks import Checks, Result
-from mlx_diffgemma.measure.sides import Side, Tape, Weights, packed, random_weights, widened
+from mlx_diffgemma.measure.doctor import checks, plan
+from mlx_diffgemma.measure.doctor.comparison import Comparison
+from mlx_diffgemma.measure.doctor.results import NO_COST, Result
+from mlx_diffgemma.measure.doctor.sides import Side, Weights, packed, random_weights, widened
+from mlx_diffgemma.measure.doctor.taps import Tape
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.config import Config, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -47,14 +49,14 @@ def test_the_quick_run_passes_and_its_json_is_fit_to_paste() -> None:
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Of the quick run, these checks of the small model in float32."""
-    whole = doctor.plan
+    whole = plan.plan
 
-    def plan(given: Checks, quick: bool) -> Iterator[doctor.Planned]:
+    def some(given: Comparison, quick: bool) -> Iterator[plan.Planned]:
         for each in whole(given, quick=True):
             if each.dtype == "float32" and each.name in names:
                 yield each
 
-    monkeypatch.setattr(doctor, "plan", plan)
+    monkeypatch.setattr(plan, "plan", some)
 
 
 def run(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -65,13 +67,13 @@ def run(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 def another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tested side is made ready, layer 2 gets a scalar that is off by a thousandth."""
-    join = DiffusionGemma.join
+    merge = DiffusionGemma.merge
 
     def wrong(model: DiffusionGemma) -> None:
-        join(model)
+        merge(model)
         model.model.decoder.layers[2].layer_scalar *= 1.001
 
-    monkeypatch.setattr(DiffusionGemma, "join", wrong)
+    monkeypatch.setattr(DiffusionGemma, "merge", wrong)
 
 
 def another_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +121,11 @@ def test_a_wrong_number_fails_its_check_and_no_other(
     failing: str,
     worst: str,
 ) -> None:
-    doctor._subject.cache_clear()
+    plan._subject.cache_clear()
     only(monkeypatch, *among)
     spoil(monkeypatch)
     code, report = run()
-    doctor._subject.cache_clear()
+    plan._subject.cache_clear()
     bad = [found for found in report["results"] if found["status"] == "failed"]
     assert [found["check"] for found in bad] == [failing]
     assert bad[0]["detail"].startswith(worst)
@@ -133,11 +135,11 @@ def test_a_wrong_number_fails_its_check_and_no_other(
 def test_a_check_that_raises_has_failed_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def chunks(self: Checks, on: object) -> Iterator[Result]:
+    def chunks(compare: Comparison, on: object) -> Iterator[Result]:
         raise RuntimeError("no kernel in /Users/somebody/x.metal\nand more")
         yield
 
-    monkeypatch.setattr(Checks, "chunks", chunks)
+    monkeypatch.setattr(checks, "chunks", chunks)
     only(monkeypatch, "chunks", "readout")
     code, report = run()
     states = {found["check"]: found["status"] for found in report["results"]}
@@ -150,22 +152,22 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(
 
 def test_numbers_that_are_not_finite_fail() -> None:
     """NaN is no larger than any tolerance; it must not pass for that."""
-    found = Checks(CPU, CPU).result("x", None, "canvases", float("nan"), checks.FREE)
+    found = Comparison(CPU, CPU).result("x", None, "canvases", float("nan"), NO_COST)
     assert (found.status, found.value) == ("failed", None)
 
 
 def test_a_device_that_rounds_products_is_judged_as_such() -> None:
     """Apple's M5 rounds float32 products to about ten bits unless MLX_ENABLE_TF32=0 is set."""
-    given = Checks(CPU, CPU)
-    assert given.result("x", None, "layer", 1e-3, checks.FREE).status == "failed"
+    given = Comparison(CPU, CPU)
+    assert given.result("x", None, "layer", 1e-3, NO_COST).status == "failed"
     given.exact = False
-    assert given.result("x", None, "layer", 1e-3, checks.FREE).status == "passed"
-    assert given.result("x", None, "canvases", 1e-3, checks.FREE).status == "reported"
+    assert given.result("x", None, "layer", 1e-3, NO_COST).status == "passed"
+    assert given.result("x", None, "canvases", 1e-3, NO_COST).status == "reported"
 
 
 def test_short_of_memory_the_real_width_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "free_memory", lambda: 10**9)
-    (found,) = Checks(CPU, CPU).real_width()
+    (found,) = checks.real_width(Comparison(CPU, CPU))
     assert (found.status, found.detail) == ("skipped", "needs 4.0 GB, 1.0 GB are free")
 
 
@@ -179,13 +181,13 @@ def test_the_real_width_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
         return packed(weights, getattr(mx, dtype), None)
 
     monkeypatch.setattr(checks, "_real", small)
-    found = list(Checks(CPU, CPU).real_width())
+    found = list(checks.real_width(Comparison(CPU, CPU)))
     assert {each.status for each in found} == {"passed"}
     assert len(found) == 8
 
 
 def test_every_format_of_mlx_is_planned() -> None:
-    planned = {(each.model, each.dtype) for each in doctor.plan(Checks(CPU, CPU), quick=False)}
+    planned = {(each.model, each.dtype) for each in plan.plan(Comparison(CPU, CPU), quick=False)}
     for mode, (sizes, widths) in MODES.items():
         for size in sizes:
             for bits in widths:

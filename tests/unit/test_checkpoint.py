@@ -18,16 +18,16 @@ from huggingface_hub import errors
 from paths import SUDOKU
 
 from mlx_diffgemma import CheckpointError, generate, load
+from mlx_diffgemma.checkpoint import files
 from mlx_diffgemma.checkpoint.files import (
     SHIPPED,
-    Quantization,
-    quantization_of,
     read_header,
     read_json,
     read_tensors,
     resolve,
 )
 from mlx_diffgemma.checkpoint.load import keep_in_memory, read_generation
+from mlx_diffgemma.checkpoint.quantization import Quantization, quantization_of
 
 NORM = "model.decoder.norm.weight"
 
@@ -460,6 +460,17 @@ def test_names_that_the_file_system_refuses(name: str) -> None:
     """A prompt in the place of a model used to end in "OSError: File name too long"."""
     with pytest.raises(CheckpointError, match="cannot be read"):
         resolve(name)
+
+
+def test_headers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` read each header twice: to see what fits, and again to load it."""
+    read: list[Path] = []
+    read_header = files.read_header
+    monkeypatch.setattr(
+        files, "read_header", lambda path: (read.append(path), read_header(path))[1]
+    )
+    load()
+    assert len(read) == len(set(read)) == 1
 
 
 def test_read_tensors_joins_shards(tmp_path: Path) -> None:

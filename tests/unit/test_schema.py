@@ -29,12 +29,12 @@ from mlx_diffgemma.tasks.request import Done
 from mlx_diffgemma.tasks.starts import document
 from mlx_diffgemma.text.schema import (
     SchemaError,
-    _ranges,
     compile_schema,
     compiled,
     parse_schema,
     read_schema,
 )
+from mlx_diffgemma.text.schema_numbers import digit_ranges
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
@@ -208,7 +208,7 @@ def test_digit_ranges_hold_just_the_numbers_between() -> None:
     from itertools import product
 
     for low, high, width in ((13, 257, 1), (0, 9, 1), (5, 5, 1), (0, 1000, 3), (999, 1001, 1)):
-        numbers = [int("".join(d)) for c in _ranges(low, high, width) for d in product(*c)]
+        numbers = [int("".join(d)) for c in digit_ranges(low, high, width) for d in product(*c)]
         assert sorted(numbers) == list(range(low, high + 1))
 
 
@@ -585,7 +585,7 @@ def test_a_document_is_checked_and_the_check_is_bounded(monkeypatch: pytest.Monk
     for written, message in (("[[1,2]]", "is not valid"), ("[", "is not JSON")):
         with pytest.raises(SchemaError, match=message):
             slow.check(written)
-    monkeypatch.setattr("mlx_diffgemma.text.schema.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("mlx_diffgemma.text.schema_check.CHECK_SECONDS", 0.2)
     began = time.monotonic()
     slow.check(json.dumps([[499] * 20] * 5000))
     assert time.monotonic() - began < 5

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers
 
 from mlx_diffgemma import Tokenizer, TokenizerError
 from mlx_diffgemma.checkpoint.load import EMBEDDED
-from mlx_diffgemma.text import templating
+from mlx_diffgemma.text import rendering_budget
 from mlx_diffgemma.text.tokenizer import COUNTED_AT_ONCE, TooLong
 
 
@@ -173,7 +173,7 @@ def test_hostile_templates_are_refused_in_one_short_sentence(template: str) -> N
 )
 def test_templates_that_do_not_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nested loops used to run for days; the sandbox bounds each one by itself."""
-    monkeypatch.setattr(templating, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(rendering_budget, "MOST_SECONDS", 0.1)
     with pytest.raises(TokenizerError, match="takes more than"):
         with_template(template).apply_chat_template([{"role": "user", "content": "hi"}])
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma import BadToolCall, Text, Thought, ToolCall
-from mlx_diffgemma.text.turns import CallError, Part, TurnReader, parse_call
+from mlx_diffgemma.text.calls import CallError, parse_call
+from mlx_diffgemma.text.turns import Part, TurnReader
 
 TOKENIZER = gemma_tokenizer()
 TURN = (

@@ -185,13 +185,13 @@ def test_a_schema_is_compiled_by_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
     from mlx_diffgemma.text import schema
 
     threads: list[str] = []
-    compile_schema = schema.compile_schema
+    compile_ = schema.compiled
 
     def noted(*given: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return compile_schema(*given)
+        return compile_(*given)
 
-    monkeypatch.setattr(schema, "compile_schema", noted)
+    monkeypatch.setattr(schema, "compiled", noted)
     with working() as (worker, model):
         model.leave.release(10_000)
         request = worker.prepared(Request("x", schema={"enum": ["yes", "no"]}, steps=2, seed=0))
