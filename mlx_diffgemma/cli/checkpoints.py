@@ -12,7 +12,7 @@ from .terminal import fail, put, say
 
 if TYPE_CHECKING:
     from ..checkpoint.info import Info
-    from ..convert import Recipe, Report
+    from ..convert import Recipe, Summary
 
 app = typer.Typer()
 
@@ -102,7 +102,7 @@ def convert(
     put(str(report.directory))
 
 
-def _tell_conversion(report: "Report") -> None:
+def _tell_conversion(report: "Summary") -> None:
     from rich.filesize import decimal
 
     say(
