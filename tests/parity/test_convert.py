@@ -121,8 +121,8 @@ def test_recipes_keep_the_weights_close_and_the_model_working(name: str, tmp_pat
         assert error <= tolerance * scale, tensor
     puzzle = (SUDOKU / "puzzles.txt").read_text().split()[:2]
     rows = ["\n".join(cells[i : i + 6] for i in range(0, 36, 6)) for cells in puzzle]
-    if name != "4bit":
-        assert generate(*load(tmp_path / "out"), rows[0], seed=0) == rows[1]
+    solved = generate(*load(tmp_path / "out"), rows[0], seed=0) == rows[1]
+    assert solved or name == "4bit"  # too few bits for so narrow a model
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,16 +1,9 @@
 """Editing: the rest of a text stays, files are replaced at once, nothing is half-written."""
 
-import os
-import re
-import stat
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
-from command import Done, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import ROOT
 from random_model import untrained
 
 from mlx_diffgemma import Tokenizer, load
@@ -107,49 +100,3 @@ def test_a_long_part_is_rewritten_in_pieces_and_a_long_line_is_refused() -> None
         edit(RANDOM, TOKENIZER, "a", "x", strength=0)
     with pytest.raises(EditError, match="nothing to edit"):
         edit(RANDOM, TOKENIZER, " \n", "x")
-
-
-def command(*arguments: str, stdin: str = "") -> Done:
-    return run("edit", *arguments, stdin=stdin)
-
-
-def test_a_file_of_this_repository_through_stdin() -> None:
-    text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
-    flags = ("-i", "Fix", "--lines", "4", "--seed", "1", "--steps", "6", "--strength", "1")
-    done = command("-", *flags, stdin=text)
-    assert done.returncode == 0, done.stderr
-    if done.stdout:
-        assert done.stdout.startswith("--- a/stdin\n+++ b/stdin\n@@ ")
-        removed = [x for x in done.stdout.splitlines()[2:] if x.startswith("-")]
-        assert removed == ["-" + text.splitlines()[3]]
-    whole = command("-", *flags, "--text", stdin=text)
-    assert whole.stdout.splitlines()[:3] == text.splitlines()[:3]
-    assert whole.stdout.endswith("".join(text.splitlines(keepends=True)[4:]))
-
-
-def test_in_place_keeps_mode_and_line_ends_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    file = tmp_path / "note.txt"
-    file.write_bytes(b"first\r\na smal hosue\r\nlast\r\n")
-    file.chmod(0o640)
-    done = command(str(file), "-i", "Fix", "--lines", "2:2", "--seed", "0", "--in-place")
-    assert done.returncode == 0, done.stderr
-    written = file.read_bytes()
-    assert re.fullmatch(rb"first\r\n[^\r]*\r\nlast\r\n", written, re.DOTALL)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert os.listdir(tmp_path) == ["note.txt"]
-
-
-def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
-    binary = tmp_path / "binary"
-    binary.write_bytes(b"\xff\xfe\x00")
-    for arguments, code, message in (
-        (("nofile", "-i", "x"), 1, "cannot be read"),
-        ((str(binary), "-i", "x"), 1, "is not UTF-8 text"),
-        (("-", "-i", "x", "--in-place"), 2, "not stdin"),
-        (("-", "-i", "x", "--lines", "1:x"), 2, "a range such as 10:20"),
-        (("-", "-i", "x", "--lines", "7"), 1, "there is no line 7; the text has 1"),
-    ):
-        done = command(*arguments, stdin="one line\n")
-        assert done.returncode == code
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr

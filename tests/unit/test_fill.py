@@ -5,10 +5,9 @@ import re
 import time
 
 import pytest
-from command import run
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from paths import ROOT, SUDOKU
+from paths import SUDOKU
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
@@ -145,19 +144,6 @@ def test_clues_are_pinned_and_sudokus_are_solved() -> None:
         assert all(c in "123456\n" for c in result.text)
         solved += result.text == solution
     assert solved >= 9
-
-
-def test_a_file_of_this_repository_through_stdin() -> None:
-    """The text left of a hole is context, and it is said what the model could not see."""
-    text = (ROOT / "mlx_diffgemma" / "errors.py").read_text()
-    assert text.count("expected") == 1
-    given = text.replace("expected", "{{word:2}}")
-    done = run("fill", "--seed", "0", "--steps", "2", stdin=given)
-    assert done.returncode == 0, done.stderr
-    left, right = text.split("expected")
-    assert done.stdout.startswith(left)
-    assert done.stdout.endswith(right)
-    assert "did not see the last" in done.stderr
 
 
 def test_a_text_too_long_for_the_context_loses_its_beginning_or_is_refused() -> None:

@@ -112,15 +112,25 @@ def test_pinned_tokens_take_part_in_the_best_canvas() -> None:
     assert held[2] == free[2]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "4-bit", "mxfp8"])
-def test_other_types_and_quantized_tables(kind: str) -> None:
-    model = untrained(VOCAB, LENGTH)
-    if kind in ("bfloat16", "float16"):
-        model.set_dtype(getattr(mx, kind))
-    else:
-        group, bits, mode = {"4-bit": (32, 4, "affine"), "mxfp8": (32, 8, "mxfp8")}[kind]
+PACKED = {"4-bit": (4, "affine"), "mxfp8": (8, "mxfp8")}
+
+
+def in_type(kind: str) -> DiffusionGemma:
+    """A model whose table is quantized, or all of whose arrays are of that type."""
+    model: DiffusionGemma = untrained(VOCAB, LENGTH)
+    if kind in PACKED:
+        bits, mode = PACKED[kind]
         decoder = model.model.decoder
-        decoder.embed_tokens = decoder.embed_tokens.to_quantized(group, bits, mode=mode)
+        decoder.embed_tokens = decoder.embed_tokens.to_quantized(32, bits, mode=mode)
+    else:
+        model.set_dtype(getattr(mx, kind))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", *PACKED])
+def test_other_types_and_quantized_tables(kind: str) -> None:
+    model = in_type(kind)
+    assert model.dequantizes == (kind in PACKED)
     dtype = model.model.decoder.norm.weight.dtype
     hidden = mx.random.normal((2, LENGTH, 32), key=mx.random.key(6)).astype(dtype)
     seen = read_in_blocks(model, hidden, 32, 0.7, ForbidFirst((1,)), SeededDraws(1, VOCAB))
@@ -132,12 +142,18 @@ def test_other_types_and_quantized_tables(kind: str) -> None:
     within = 1e-3 if dtype == mx.float32 else 0.06
     assert close(seen.entropy, entropy(logits), within)
     assert close(seen.self_conditioning.astype(mx.float32), soft_embedding(model, logits), within)
-    if model.dequantizes:
-        model.keep_table(mx.eval)
-        assert not model.dequantizes
-        kept = read_out(model, hidden, 0.7, ForbidFirst((1,)), self_conditioning=True)
-        assert close(kept.entropy, seen.entropy, 1e-5)
-        assert close(kept.self_conditioning, seen.self_conditioning, 1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_kept_table_gives_what_a_packed_one_gives(kind: str) -> None:
+    model = in_type(kind)
+    hidden = mx.random.normal((2, LENGTH, 32), key=mx.random.key(6))
+    packed = read_in_blocks(model, hidden, 32, 0.7, ForbidFirst((1,)))
+    model.keep_table(mx.eval)
+    assert not model.dequantizes
+    kept = read_out(model, hidden, 0.7, ForbidFirst((1,)), self_conditioning=True)
+    assert close(kept.entropy, packed.entropy, 1e-5)
+    assert close(kept.self_conditioning, packed.self_conditioning, 1e-5)  # type: ignore[arg-type]
 
 
 def test_fused_kernels_compute_the_same() -> None:

@@ -1,13 +1,9 @@
 """Functions of a user's file: whatever they do, the chat goes on."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from paths import TESTS
 
 from mlx_diffgemma.tasks.tools import MOST_RESULT, ToolError, by_name, read_tools
 
@@ -104,23 +100,3 @@ def test_files_that_declare_nothing_are_one_sentence(
     with pytest.raises(ToolError, match=re.escape(problem or "fails")) as refused:
         read_tools(file)
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_a_chat_outlives_its_tools_and_long_numbers(tmp_path: Path) -> None:
-    """`sys.exit` in a tool used to end the chat, so did a seed that Python does not read."""
-    file = tmp_path / "tools.py"
-    file.write_text("import sys\ndef leaves(n: int = 0):\n    sys.exit(5)\n")
-    script = ["<|tool_call>call:leaves{n:1}<tool_call|>", "one"]
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "scripted_cli.py"),
-         *("chat", "--tools", str(file), "--yes")],
-        input=f"/seed {'9' * 5000}\n/steps {'9' * 5000}\ncall it\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SCRIPT": str(script).replace("'", '"')},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "/seed takes a number from 0." in done.stderr
-    assert "/steps takes a number from 1." in done.stderr
-    assert "error: SystemExit: 5" in done.stderr
-    assert "one" in done.stdout
