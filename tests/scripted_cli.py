@@ -37,4 +37,4 @@ def load(*given: Any, **settings: Any) -> Any:
 
 
 loading.load = load
-cli.main()
+cli()
