@@ -117,10 +117,9 @@ def test_a_file_of_this_repository_through_stdin() -> None:
     flags = ("-i", "Fix", "--lines", "4", "--seed", "1", "--steps", "6", "--strength", "1")
     done = command("-", *flags, stdin=text)
     assert done.returncode == 0, done.stderr
-    if done.stdout:
-        assert done.stdout.startswith("--- a/stdin\n+++ b/stdin\n@@ ")
-        removed = [x for x in done.stdout.splitlines()[2:] if x.startswith("-")]
-        assert removed == ["-" + text.splitlines()[3]]
+    assert done.stdout.startswith("--- a/stdin\n+++ b/stdin\n@@ ")
+    removed = [x for x in done.stdout.splitlines()[2:] if x.startswith("-")]
+    assert removed == ["-" + text.splitlines()[3]]
     whole = command("-", *flags, "--text", stdin=text)
     assert whole.stdout.splitlines()[:3] == text.splitlines()[:3]
     assert whole.stdout.endswith("".join(text.splitlines(keepends=True)[4:]))
