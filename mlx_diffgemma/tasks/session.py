@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from ..diffusion.guards import Guards
-from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError
+from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError, remaining_context
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Declaration, Message, Tokenizer
 from ..text.turns import Text, Thought, ToolCall
@@ -300,6 +300,7 @@ class ChatSession:
                 asked = short
             else:  # the message alone is too long, which is refused below: nothing is forgotten
                 turns = 0
+        self._refuse_long(ids)
         events = stream_generate(
             self._model,
             self._tokenizer,
@@ -309,6 +310,18 @@ class ChatSession:
             **self.settings,
         )
         return self._record(asked, events, turns)
+
+    def _refuse_long(self, ids: list[int]) -> None:
+        """Refuse a prompt that leaves no room, and say what would help."""
+        try:
+            remaining_context(self._model, ids)
+        except ContextError as error:
+            if self.overflow == "truncate" or len(self._messages) <= bool(self.system):
+                raise
+            raise ContextError(
+                f"{error}; /reset starts over, --overflow truncate (in a chat /overflow truncate) "
+                "leaves the oldest turns out"
+            ) from None
 
     def _record(
         self, asked: list[Message], events: Generator[Event, None, None], turns: int
@@ -336,13 +349,6 @@ class ChatSession:
                     ended = True
                     self._messages = [*asked, _assistant(text, thought, calls)]
                 yield event
-        except ContextError as error:
-            if self.overflow == "truncate" or len(self._messages) <= bool(self.system):
-                raise
-            raise ContextError(
-                f"{error}; /reset starts over, --overflow truncate (in a chat /overflow truncate) "
-                "leaves the oldest turns out"
-            ) from None
         finally:
             events.close()
             if text and not ended:
