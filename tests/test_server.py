@@ -1,85 +1,27 @@
-"""The server as a process, asked by the clients that exist and by some that misbehave."""
+"""A server, asked by the clients that exist and by some that misbehave."""
 
 import asyncio
 import json
-import os
 import random
-import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from servers import SUDOKU, Process, Server, process, serving, sudoku_model, wait_until, writing
 
-HERE = Path(__file__).parent
-SUDOKU = HERE / "data" / "sudoku6"
+from mlx_diffgemma import Draft, Request, Text, choose, edit, fill, generate
+from mlx_diffgemma.server.stream import Stream
+
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
-
-
-class Server:
-    """A running server; `url` is its address."""
-
-    def __init__(self, process: subprocess.Popen[str], url: str):
-        self.process = process
-        self.url = url
-
-    def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60, **settings
-        )
-
-    def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **settings)
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return float(re.search(rf"^diffgemma_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
-
-    def memory(self) -> int:
-        """Bytes of the process that are in memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
-
-
-@contextmanager
-def serving(
-    *arguments: str, script: list[str] | None = None, **environment: str
-) -> Iterator[Server]:
-    """A server, with a model that writes a script if there is one."""
-    command = ["-m", "mlx_diffgemma"]
-    if script is not None:
-        command = [str(HERE / "scripted_cli.py")]
-        environment |= {"SCRIPT": json.dumps(script)}
-    process = subprocess.Popen(
-        [sys.executable, *command, "serve", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert process.stderr
-    said: list[str] = []
-    for line in process.stderr:
-        said.append(line)
-        if found := re.search(r"running on (http://\S+)", line):
-            break
-    else:
-        raise AssertionError("".join(said))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    try:
-        yield Server(process, found[1])
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +33,7 @@ def small() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def sudoku() -> Iterator[Server]:
-    with serving("-m", str(SUDOKU), "--max-batch", "8") as server:
+    with serving(sudoku_model, max_batch=8) as server:
         yield server
 
 
@@ -214,7 +156,7 @@ def test_tools_and_thoughts_through_the_openai_client() -> None:
             },
         }
     ]
-    with serving(script=script) as server:
+    with serving(writing(*script)) as server:
         client = server.client()
         for stream in (False, True):
             messages: Any = [{"role": "user", "content": "How is Oslo?"}]
@@ -434,16 +376,9 @@ def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> Non
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(head.encode() + data)
         wait_until(when)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -466,8 +401,6 @@ def test_a_client_that_goes_away_frees_its_place(sudoku: Server, path: str, body
 
 def test_a_slow_reader_misses_drafts_and_no_text() -> None:
     """All of them waited in memory, however long the answer."""
-    from mlx_diffgemma import Draft, Request, Text
-    from mlx_diffgemma.server.app import Stream
 
     class Given:
         """A worker that has said everything before anybody listens."""
@@ -502,17 +435,21 @@ def test_the_prefix_of_another_request_is_not_read_again(sudoku: Server) -> None
     assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
 
 
-def test_hostile_requests_leave_it_healthy(sudoku: Server) -> None:
+def test_hostile_requests_leave_it_healthy() -> None:
     """Malformed, mistyped, oversized, badly encoded, cut off: 200 of them in random order."""
+    with process("-m", str(SUDOKU), "--max-batch", "8") as server:
+        _be_hostile(server)
+
+
+def _be_hostile(sudoku: Process) -> None:
     rng = random.Random(5)
-    port = int(sudoku.url.rsplit(":", 1)[1])
     good = {"messages": [{"role": "user", "content": puzzle(0)}], "seed": 0, "stream": True}
     wanted = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
 
     def raw(body: bytes, cut: float = 1.0) -> bytes:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as made:
+        with socket.create_connection(("127.0.0.1", sudoku.port), timeout=30) as made:
             made.sendall(head.encode() + body[: int(len(body) * cut)])
             if cut < 1:
                 return b""
@@ -578,7 +515,8 @@ def test_hostile_requests_leave_it_healthy(sudoku: Server) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
-    with serving("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1") as server:
+    one = process("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1")
+    with one as server:
         body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 2000}
         with ThreadPoolExecutor(4) as pool:
             replies = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(4)]
@@ -597,8 +535,8 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 def test_a_stream_that_waits_and_goes_away_frees_its_place() -> None:
     """Nobody noticed before its first event: it kept its place in the queue until then."""
-    one = serving("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1")
-    with one as server, ThreadPoolExecutor(1) as pool:
+    one = serving(sudoku_model, max_batch=1, max_queue=1)
+    with ThreadPoolExecutor(1) as pool, one as server:
         path = "/v1/chat/completions"
         pool.submit(server.post, path, LONG)
         wait_until(lambda: server.metric("requests_running") == 1)
@@ -610,11 +548,10 @@ def test_a_stream_that_waits_and_goes_away_frees_its_place() -> None:
         )
         wait_until(lambda: server.metric("requests_waiting") == 0)
         assert server.metric("requests_running") == 1
-        server.process.terminate()
 
 
 def test_what_runs_is_finished_when_the_server_is_asked_to_stop() -> None:
-    with serving("-m", str(SUDOKU)) as server, ThreadPoolExecutor(1) as pool:
+    with process("-m", str(SUDOKU)) as server, ThreadPoolExecutor(1) as pool:
         body = {"messages": [{"role": "user", "content": puzzle(0)}], "max_tokens": 400}
         reply = pool.submit(server.post, "/v1/chat/completions", body)
         wait_until(lambda: server.metric("requests_running") == 1)
@@ -624,7 +561,7 @@ def test_what_runs_is_finished_when_the_server_is_asked_to_stop() -> None:
 
 
 def test_slow_requests_end() -> None:
-    with serving("-m", str(SUDOKU), "--timeout", "1") as server:
+    with serving(sudoku_model, timeout=1) as server:
         body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 3000}
         reply = server.post("/v1/chat/completions", body)
         assert reply.status_code == 504
@@ -633,18 +570,32 @@ def test_slow_requests_end() -> None:
         assert "longer than 1 seconds" in stream.text
 
 
-def test_who_may_ask() -> None:
-    with serving("--api-key", "s3cret", "--cors", "https://a.example") as server:
+def test_the_options_of_the_command_reach_the_server() -> None:
+    """Who may ask, at which names, how long and how much: everything that `serve` hands on."""
+    options = {
+        "--host": "0.0.0.0",
+        "--allowed-host": "mac.example",
+        "--api-key": "s3cret",
+        "--cors": "https://a.example",
+        "--timeout": "1",
+        "--max-body-mb": "0.01",
+    }
+    given = [part for option in options.items() for part in option]
+    with process("-m", str(SUDOKU), *given) as server:
         url = f"{server.url}/v1/models"
         assert httpx.get(url).status_code == 401
         assert httpx.get(url, headers={"Authorization": "Bearer s3cre"}).status_code == 401
         key = {"Authorization": "Bearer s3cret"}
-        assert httpx.get(url, headers=key).status_code == 200
+        assert httpx.get(url, headers=key).json()["data"][0]["id"] == str(SUDOKU)
         assert httpx.get(f"{server.url}/health").status_code == 200
-        # A page that points its own name at this machine.
-        assert httpx.get(url, headers={**key, "Host": "evil.example"}).status_code == 403
-        assert httpx.get(url, headers={**key, "Host": "localhost:1"}).status_code == 200
-        assert httpx.get(url, headers={**key, "Host": "[::1]"}).status_code == 200
+        for host in ("localhost:1", "[::1]", "mac.example:80"):
+            assert httpx.get(url, headers={**key, "Host": host}).status_code == 200
+        # A page that points its own name at this machine, and one behind a proxy with TLS.
+        evil = httpx.get(url, headers={**key, "Host": "evil.example"})
+        assert evil.status_code == 403
+        assert "--allowed-host" in evil.json()["error"]["message"]
+        own = {"Host": "mac.example", "Origin": "https://mac.example"}
+        assert httpx.get(url, headers={**key, **own}).status_code == 200
         broken = httpx.get(url, headers=[*key.items(), ("Host", b"\xff]")])  # used to be a crash
         assert broken.status_code in (400, 403)
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
@@ -652,6 +603,11 @@ def test_who_may_ask() -> None:
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         other = httpx.options(url, headers={**preflight, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+        path = f"{server.url}/v1/chat/completions"
+        late = httpx.post(path, json=LONG, headers=key, timeout=60)
+        assert late.status_code == 504
+        large = {"messages": [{"role": "user", "content": "1" * 10_000}]}
+        assert httpx.post(path, json=large, headers=key).status_code == 413
 
 
 def test_schemathesis_finds_no_crash(small: Server, tmp_path: Path) -> None:
