@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mlx_diffgemma import Request
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.preparing import MOST_SLOW, Places
 from mlx_diffgemma.server.worker import Gone, Patience, Timeout, Worker
@@ -45,7 +44,7 @@ class Slow(Worker):
     ended: BaseException | None = None
     begun, over = threading.Event(), threading.Event()
 
-    def prepared(self, request: Request, patience: Patience | None = None) -> Request:
+    def prepare(self, task: Any, patience: Patience | None = None) -> Any:
         assert patience
         self.begun.set()
         try:
@@ -56,7 +55,7 @@ class Slow(Worker):
             raise
         finally:
             self.over.set()
-        return request
+        return task
 
 
 def asked(worker: Worker, left: Callable[[], bool]) -> tuple[int, Any]:
@@ -124,11 +123,11 @@ def test_time_ends_where_the_thread_does_not_look() -> None:
     worker.begun, worker.over = threading.Event(), threading.Event()
     go = threading.Event()
 
-    def deaf(request: Request, patience: Patience | None = None) -> Request:
+    def deaf(task: Any, patience: Patience | None = None) -> Any:
         go.wait(10)
-        return request
+        return task
 
-    worker.prepared = deaf  # type: ignore[method-assign]
+    worker.prepare = deaf  # type: ignore[method-assign]
     threading.Timer(3, go.set).start()  # without the limit, it would go on to the queue then
     status, answer = asked(worker, lambda: False)
     assert status == 504
