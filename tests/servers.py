@@ -15,10 +15,11 @@ import httpx
 import openai
 import uvicorn
 from gemma import gemma_tokenizer
-from random_model import scripted
+from random_model import scripted, untrained
 from starlette.types import ASGIApp
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
+from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.connections import Connection
 from mlx_diffgemma.server.worker import Worker
@@ -155,6 +156,12 @@ def serving(
 
 def sudoku_model() -> tuple[DiffusionGemma, Tokenizer]:
     return load(str(SUDOKU))
+
+
+def tiny(kind: type[DiffusionGemma] = DiffusionGemma) -> tuple[Any, Tokenizer]:
+    """A model that knows nothing, with canvases of 24 tokens."""
+    tokenizer = Tokenizer.from_directory(EMBEDDED)
+    return untrained(tokenizer.vocab_size, 24, kind=kind), tokenizer
 
 
 def writing(*script: str) -> Load:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,43 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from servers import SUDOKU, Process, Server, process, serving, sudoku_model, wait_until, writing
+from fastapi import APIRouter
+from fastapi import Request as Http
+from gemma import gemma_tokenizer
+from servers import (
+    SUDOKU,
+    Process,
+    Server,
+    address,
+    listening,
+    process,
+    serving,
+    sudoku_model,
+    tiny,
+    wait_until,
+    working,
+    writing,
+)
 
-from mlx_diffgemma import Draft, Request, Text, choose, edit, fill, generate
-from mlx_diffgemma.server.stream import Stream
+from mlx_diffgemma import (
+    DiffusionGemma,
+    Draft,
+    Guards,
+    Request,
+    Text,
+    Tokenizer,
+    choose,
+    edit,
+    fill,
+    generate,
+    load,
+)
+from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.service import Service
+from mlx_diffgemma.server.stream import Stream, gathered
+from mlx_diffgemma.tasks.starts import Pieces
 
+HELLO = [{"role": "user", "content": "hello"}]
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
 
 
@@ -28,6 +61,13 @@ PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitli
 def small() -> Iterator[Server]:
     """The small model with default settings."""
     with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def random_one() -> Iterator[Server]:
+    """A model that knows nothing and is quick about it."""
+    with serving(tiny) as server:
         yield server
 
 
@@ -122,26 +162,39 @@ def test_an_answer_with_a_given_opening(small: Server) -> None:
     assert answer["content"].startswith("Well, ")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-def test_a_tool_call_that_has_to_be_made(small: Server, choice: Any) -> None:
-    """The small model knows no tools, so only the forced beginning is there for sure."""
-    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-    body = {
-        "messages": [{"role": "user", "content": "hello"}],
-        "tools": [tool],
-        "tool_choice": choice,
-        "seed": 0,
-    }
-    said = small.post("/v1/chat/completions", body).json()["choices"][0]
-    calls = said["message"].get("tool_calls")
-    if calls:
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "begins", "goes_on", "name", "arguments"),
+    [
+        ("required", ["now"], "now{", 'zone:<|"|>CET<|"|>}', "now", {"zone": "CET"}),
+        ("required", ["now", "later"], "", "later{}", "later", {}),
+        (NOW, ["later", "now"], "now{", "}", "now", {}),
+    ],
+)
+def test_a_tool_call_that_has_to_be_made(
+    choice: Any, names: list[str], begins: str, goes_on: str, name: str, arguments: Any
+) -> None:
+    """The model would write digits where the call has to begin; of several tools that may be
+    called it chooses one itself."""
+    forced = len(gemma_tokenizer().encode("<|tool_call>call:" + begins))
+    tools = [{**NOW, "function": {"name": each}} for each in names]
+    body = {"messages": HELLO, "tools": tools, "seed": 0}
+    with serving(writing("1" * forced + goes_on + "<tool_call|>")) as server:
+        path = "/v1/chat/completions"
+        said = server.post(path, {**body, "tool_choice": choice}).json()["choices"][0]
         assert said["finish_reason"] == "tool_calls"
-        assert calls[0]["function"]["name"] == "now"
-        assert isinstance(json.loads(calls[0]["function"]["arguments"]), dict)
-    else:
-        assert said["message"]["content"].startswith("call:now{")
-    body["tool_choice"] = {"type": "function", "function": {"name": "later"}}
-    assert small.post("/v1/chat/completions", body).status_code == 400
+        assert said["message"]["content"] is None
+        (call,) = said["message"]["tool_calls"]
+        assert call["function"]["name"] == name
+        assert json.loads(call["function"]["arguments"]) == arguments
+        free = server.post(path, body).json()["choices"][0]
+        assert free["message"]["content"].startswith("1" * forced)
+        other = {"type": "function", "function": {"name": "never"}}
+        refused = server.post(path, {**body, "tool_choice": other})
+        assert refused.status_code == 400
+        assert "never" in refused.json()["error"]["message"]
 
 
 def test_tools_and_thoughts_through_the_openai_client() -> None:
@@ -208,7 +261,6 @@ def test_guaranteed_json(small: Server) -> None:
     cut = small.post("/v1/chat/completions", {**asked, "stop": '"', "reasoning_effort": "high"})
     assert cut.headers["x-ignored-parameters"] == "reasoning_effort,stop"
     assert json.loads(cut.json()["choices"][0]["message"]["content"])
-    assert small.post("/v1/chat/completions", {**asked, "opening": "So"}).status_code == 400
     done = small.client().chat.completions.create(
         model="x",
         messages=[{"role": "user", "content": "Record: Anna Berg"}],
@@ -217,7 +269,70 @@ def test_guaranteed_json(small: Server) -> None:
     assert isinstance(json.loads(done.choices[0].message.content or ""), dict)
 
 
-def test_completions_and_infilling(small: Server) -> None:
+def test_what_does_not_go_with_a_schema_is_named(small: Server) -> None:
+    """A budget for thoughts was dropped in silence."""
+    form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", "b"]}}}
+    asked = {"messages": HELLO, "response_format": form}
+    for more in ({"opening": "So"}, {"tools": [NOW], "tool_choice": "required"}):
+        reply = small.post("/v1/chat/completions", {**asked, **more})
+        assert reply.status_code == 400
+        said = "response_format goes with neither an opening nor a forced tool call"
+        assert reply.json()["error"]["message"] == said
+    told = {
+        "thinking_budget": 9,
+        "stop": "x",
+        "shrink": True,
+        "start": "x",
+        "enable_thinking": True,
+    }
+    reply = small.post("/v1/chat/completions", {**asked, **told})
+    assert reply.headers["x-ignored-parameters"] == ",".join(sorted(told))
+    assert reply.json()["choices"][0]["message"]["content"] in ('"a"', '"b"')
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"opening": "So"}, "a schema does not go with opening"),
+        ({"shrink": True}, "a schema does not go with shrink"),
+        ({"start": Pieces((("a", True),))}, "a schema does not go with start"),
+        ({"guards": Guards()}, "a schema does not go with guards"),
+    ],
+)
+def test_another_api_is_a_router_over_the_service(more: Any, said: str) -> None:
+    """And what it asks for that makes no sense is refused as in the APIs that there are."""
+
+    def router(service: Service) -> APIRouter:
+        routes = APIRouter()
+
+        @routes.post("/other")
+        async def other(http: Http) -> Any:
+            given = await http.json()
+            request = Request(
+                "x", schema=given["schema"], steps=1, **(more if given["more"] else {})
+            )
+            work, patience = await service.prepare(http, request)
+            events = await gathered(http, service.stream([work], patience))
+            return "".join(event.text for _, event in events if isinstance(event, Text))
+
+        return routes
+
+    with working(tiny) as worker:
+        app = make_app(worker, name="x")
+        app.include_router(router(Service(worker, "x")))
+        with listening(app) as running:
+            server = Server(address(running))
+            schema = {"enum": ["a", "b"]}
+            reply = server.post("/other", {"schema": schema, "more": True})
+            assert (reply.status_code, reply.json()["error"]["message"]) == (400, said)
+            assert json.loads(server.post("/other", {"schema": schema, "more": False}).json()) in (
+                "a",
+                "b",
+            )
+
+
+def test_completions_and_infilling(random_one: Server) -> None:
+    small = random_one
     client = small.client()
     done = client.completions.create(model="x", prompt="hello", max_tokens=5, seed=0, echo=True)
     assert done.choices[0].text.startswith("hello")
@@ -240,9 +355,10 @@ def test_completions_and_infilling(small: Server) -> None:
     assert read[2] == read[0] + read[1]
 
 
-def test_infilling_as_editors_ask(small: Server) -> None:
+def test_infilling_as_editors_ask(random_one: Server) -> None:
     """More than a canvas used to be refused, a backslash before the hole hid it, `stop` and
     `stream_options` were dropped."""
+    small = random_one
     ask: dict[str, Any] = {"prompt": 'path = "C:\\', "suffix": '"\n{{x}}', "seed": 0, "steps": 4}
     whole = small.post("/v1/completions", {**ask, "max_tokens": 500}).json()["choices"][0]["text"]
     assert whole
@@ -280,6 +396,108 @@ def test_filling_and_choosing(small: Server) -> None:
     assert canvas.json()["text"].endswith('"}')
     chances = small.post("/v1/choose", {"prompt": "Record: 3 pears", "labels": ["yes", "no"]})
     assert sum(chances.json()["probabilities"]["label"].values()) == pytest.approx(1)
+
+
+EDIT: dict[str, Any] = {
+    "text": "line one\na smal hosue near the river\nline three\n",
+    "instruction": "Repair",
+    "lines": [2, 2],
+    "seed": 0,
+}
+
+
+def test_editing(small: Server) -> None:
+    reply = small.post("/v1/edit", {**EDIT, "temperature": 2})
+    assert reply.headers["x-ignored-parameters"] == "temperature"
+    edited = reply.json()
+    alone = edit(*load(), EDIT["text"], EDIT["instruction"], lines=(2, 2), seed=0)
+    told = {"text": alone.text, "denoising_steps": alone.steps, "notes": list(alone.notes)}
+    assert edited == told
+    assert alone.text != EDIT["text"]
+    events = small.post("/v1/edit", {**EDIT, "stream_drafts": True}).text.strip().split("\n\n")
+    assert len(events) == alone.steps + 2
+    assert all(event.startswith("event: draft\ndata: {") for event in events[:-2])
+    first = json.loads(events[0].partition("data: ")[2])
+    assert first["canvas"] == 0
+    assert first["length"] == 64
+    assert json.loads(events[-2].removeprefix("data: ")) == told
+    assert events[-1] == "data: [DONE]"
+    # All of it is noised, and all lines are asked for.
+    whole = {"text": "a smal hosue", "instruction": "Repair", "strength": 1, "steps": 4, "seed": 1}
+    given = edit(*load(), "a smal hosue", "Repair", strength=1, steps=4, seed=1)
+    assert small.post("/v1/edit", whole).json()["text"] == given.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"strength": 0}, "strength"),
+        ({"strength": 1.01}, "strength"),
+        ({"strength": -0.1}, "strength"),
+        ({"strength": "0.4"}, "strength"),
+        ({"strength": None}, "strength"),
+        ({"lines": [2, 1]}, "no range"),
+        ({"lines": [0, 1]}, "no range"),
+        ({"lines": [1, 9]}, "no line 9"),
+        ({"lines": [1]}, "lines"),
+        ({"lines": [1, 2, 3]}, "lines"),
+        ({"lines": "1:2"}, "lines"),
+        ({"text": ""}, "text"),
+        ({"text": "\n\n", "lines": None}, "nothing to edit"),
+        ({"instruction": ""}, "instruction"),
+        ({"text": "1" * 50, "lines": None}, "tokens long"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"instruction": "1" * 9000, "stream_drafts": True}, "fit into the context"),
+    ],
+)
+def test_edits_that_are_refused(small: Server, changes: Any, said: str) -> None:
+    reply = small.post("/v1/edit", {**EDIT, **changes})
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+
+
+class Gated(DiffusionGemma):
+    """Decodes once the gate is open, and notes how many passes go through the model together."""
+
+    def decode(self, passes: Any, evaluate: Any = None) -> Any:
+        assert self.gate.wait(60)
+        self.together.append(len(passes))
+        return super().decode(passes, evaluate)
+
+
+def test_all_kinds_of_requests_side_by_side() -> None:
+    """Each gets what it gets alone."""
+    bodies: dict[str, Any] = {
+        "chat/completions": {"messages": HELLO, "seed": 3},
+        "fill": {"template": "a {{x:pears|books}} b {{}} c", "prompt": "x", "seed": 3},
+        "edit": {**EDIT, "text": "one\na hosue\nthree\n"},
+        "choose": {"prompt": "x", "labels": ["12", "13", "4"], "template": "{label}."},
+    }
+    gate, together = threading.Event(), list[int]()
+
+    def gated() -> tuple[DiffusionGemma, Tokenizer]:
+        model, tokenizer = tiny(Gated)
+        model.gate, model.together = gate, together
+        return model, tokenizer
+
+    with serving(gated, max_batch=8) as server, ThreadPoolExecutor(4) as pool:
+        replies = {path: pool.submit(server.post, f"/v1/{path}", bodies[path]) for path in bodies}
+        wait_until(lambda: server.metric("requests_waiting") == 3)
+        gate.set()
+        found = {path: reply.result().json() for path, reply in replies.items()}
+    assert max(together) >= 3
+    model, tokenizer = tiny()
+    answer = found["chat/completions"]["choices"][0]["message"]["content"]
+    assert answer == generate(model, tokenizer, HELLO, seed=3, guards=Guards())
+    filled = fill(model, tokenizer, bodies["fill"]["template"], prompt="x", seed=3)
+    assert (found["fill"]["text"], found["fill"]["values"]) == (filled.text, filled.values)
+    text = bodies["edit"]["text"]
+    edited = edit(model, tokenizer, text, EDIT["instruction"], lines=(2, 2), seed=0)
+    assert found["edit"]["text"] == edited.text != text
+    labels = {"label": bodies["choose"]["labels"]}
+    chances = choose(model, tokenizer, "x", labels, template="{label}.")
+    assert found["choose"]["probabilities"]["label"] == pytest.approx(chances["label"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +544,6 @@ def test_mistakes_are_told_in_openais_form(
 
 
 MUCH = "1" * 3_900_000
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +557,9 @@ HELLO = [{"role": "user", "content": "hello"}]
         ("fill", {"template": MUCH + "{{x}}"}),
         ("fill", {"template": "{{x}}", "prompt": MUCH}),
         ("fill", {"canvas": [{"text": MUCH}]}),
+        ("edit", {"text": MUCH, "instruction": "x"}),
+        ("edit", {"text": "a\n" + MUCH, "instruction": "x", "lines": [1, 1]}),
+        ("edit", {"text": "a", "instruction": MUCH}),
         ("choose", {"prompt": MUCH, "labels": ["a", "b"]}),
         ("choose", {"prompt": "x", "labels": ["a", "b"], "template": MUCH + "{label}"}),
     ],
@@ -387,6 +607,7 @@ def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> Non
         ("/v1/chat/completions", LONG),
         ("/v1/chat/completions", {**LONG, "stream": True}),
         ("/v1/fill", {"template": "a {{x}} b {{y}} c {{z}} d {{u}} e {{v}} f {{w}}"}),
+        ("/v1/edit", {"text": "12\n" * 300, "instruction": "x"}),
         ("/v1/choose", {"prompt": "x", "labels": ["12", "13", "4"], "draws": 64}),
     ],
 )
