@@ -483,7 +483,8 @@ def test_all_kinds_of_requests_side_by_side() -> None:
 
     with serving(gated, max_batch=8) as server, ThreadPoolExecutor(4) as pool:
         replies = {path: pool.submit(server.post, f"/v1/{path}", bodies[path]) for path in bodies}
-        wait_until(lambda: server.metric("requests_waiting") == 3)
+        counts = ("requests_waiting", "requests_running")
+        wait_until(lambda: sum(map(server.metric, counts)) == 4)
         gate.set()
         found = {path: reply.result().json() for path, reply in replies.items()}
     assert max(together) >= 3
