@@ -3,11 +3,15 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from servers import tiny, working
 
+from mlx_diffgemma import Request
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.preparing import MOST_SLOW, Places
 from mlx_diffgemma.server.worker import Gone, Patience, Timeout, Worker
@@ -114,6 +118,28 @@ def test_time_and_leaving_end_preparation(
     assert answer["error"]["message"]
     assert worker.over.wait(20)
     assert isinstance(worker.ended, error)
+
+
+@dataclass(eq=False)
+class Leaving(Patience):
+    """Somebody who goes away once they have been asked so many times whether they still wait."""
+
+    looks: int = 0
+
+    def check(self) -> None:
+        self.looks += 1
+        self.gone = self.looks > 20
+        super().check()
+
+
+def test_a_schema_of_a_client_that_left_is_not_compiled_to_its_end() -> None:
+    """It was, for as long as a schema may take: twenty seconds of a thread for nobody."""
+    with working(tiny) as worker:
+        leaving = Leaving(60, time.monotonic() + 60)
+        schema = {"enum": [f"option {i}" for i in range(500)]}
+        with pytest.raises(Gone):
+            worker.prepare(Request("x", schema=schema), leaving)
+        assert leaving.looks == 21
 
 
 def test_time_ends_where_the_thread_does_not_look() -> None:

@@ -119,7 +119,11 @@ def test_the_openai_client_chats(small: Server) -> None:
 
 
 def test_settings_of_a_chat(small: Server) -> None:
-    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "seed": 0}
+    ask: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "seed": 0,
+        "steps": 12,
+    }
     full = small.post("/v1/chat/completions", ask).json()["choices"][0]["message"]["content"]
     cut = small.post("/v1/chat/completions", {**ask, "stop": [full[5:8], "zzz"]}).json()
     assert cut["choices"][0]["message"]["content"] == full[:5]
@@ -127,11 +131,11 @@ def test_settings_of_a_chat(small: Server) -> None:
     few = small.post("/v1/chat/completions", {**ask, "max_completion_tokens": 4}).json()
     assert few["usage"]["completion_tokens"] == 4
     assert few["choices"][0]["finish_reason"] == "length"
-    several = small.post("/v1/chat/completions", {**ask, "n": 3}).json()["choices"]
-    assert [c["index"] for c in several] == [0, 1, 2]
+    several = small.post("/v1/chat/completions", {**ask, "n": 2}).json()["choices"]
+    assert [c["index"] for c in several] == [0, 1]
     assert several[0]["message"]["content"] == full
     parts = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
-    same = small.post("/v1/chat/completions", {"messages": [parts], "seed": 0}).json()
+    same = small.post("/v1/chat/completions", {**ask, "messages": [parts]}).json()
     assert same["choices"][0]["message"]["content"] == full
     sent = {"top_p": 0.5, "frequency_penalty": 1, "presence_penalty": 0, "top_logprobs": 3}
     tool = {"type": "function", "function": {"name": "f", "strict": True}}
@@ -250,14 +254,18 @@ def test_guaranteed_json(small: Server) -> None:
         "required": ["item", "count"],
     }
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    few = {"steps": 8}
     for prompt in ("Record: 12 pears at 345 to Anna", "nonsense"):
         done = small.client().chat.completions.create(
-            model="x", messages=[{"role": "user", "content": prompt}], response_format=form
+            model="x",
+            messages=[{"role": "user", "content": prompt}],
+            response_format=form,
+            extra_body=few,
         )
         answer = json.loads(done.choices[0].message.content or "")
         assert answer["item"] in ("pears", "books")
         assert isinstance(answer["count"], int)
-    asked = {"messages": [{"role": "user", "content": "x"}], "response_format": form}
+    asked = {"messages": [{"role": "user", "content": "x"}], "response_format": form, **few}
     cut = small.post("/v1/chat/completions", {**asked, "stop": '"', "reasoning_effort": "high"})
     assert cut.headers["x-ignored-parameters"] == "reasoning_effort,stop"
     assert json.loads(cut.json()["choices"][0]["message"]["content"])
@@ -265,6 +273,7 @@ def test_guaranteed_json(small: Server) -> None:
         model="x",
         messages=[{"role": "user", "content": "Record: Anna Berg"}],
         response_format={"type": "json_object"},
+        extra_body=few,
     )
     assert isinstance(json.loads(done.choices[0].message.content or ""), dict)
 
@@ -739,7 +748,7 @@ def _be_hostile(sudoku: Process) -> None:
 def test_a_full_queue_says_when_to_come_again() -> None:
     one = process("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1")
     with one as server:
-        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 2000}
+        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 500}
         with ThreadPoolExecutor(4) as pool:
             replies = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(4)]
             while sum(reply.done() for reply in replies) < 2:
@@ -832,13 +841,13 @@ def test_the_options_of_the_command_reach_the_server() -> None:
         assert httpx.post(path, json=large, headers=key).status_code == 413
 
 
-def test_schemathesis_finds_no_crash(small: Server, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_crash(random_one: Server, tmp_path: Path) -> None:
     """Requests made from the OpenAPI document, and around it."""
     done = subprocess.run(
         [
             str(Path(sys.executable).parent / "schemathesis"),
             "run",
-            f"{small.url}/openapi.json",
+            f"{random_one.url}/openapi.json",
             "--checks=not_a_server_error",
             "--max-examples=3",
             "--phases=coverage,fuzzing",
