@@ -7,12 +7,11 @@ import re
 import socket
 from collections.abc import Sequence
 
-from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from .json_body import JsonError, read_json
-from .openai import Refused, error_body
+from .refused import Refused, refusal
 
 # Names of this machine that only it can reach.
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -30,12 +29,6 @@ SMALL_BODY = 64 << 10
 MOST_READ = 2
 
 _JSON = re.compile(rb"application/(?:json|[\w.+-]+\+json)\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
-
-
-def refusal(error: Refused, headers: dict[str, str] | None = None) -> Response:
-    """A refusal in OpenAI's form."""
-    body = error_body(error.status, error.message, error.code)
-    return JSONResponse(body, error.status, headers)
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .openai import error_body
+from .refused import error_body
 
 # Seconds for the head of a request, from its first byte or the connection's beginning.
 HEAD_SECONDS = 10

@@ -1,37 +1,28 @@
-"""OpenAI's requests and answers, checked and translated. Nothing of HTTP and nothing of threads."""
+"""OpenAI's requests, checked and translated. Nothing of HTTP and nothing of threads."""
 
-import json
-import math
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field
 
 from ..diffusion.guards import OFF, Guards
-from ..tasks.edit import STRENGTH
+from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
-from ..tasks.request import Done, Draft
-from ..text.turns import BadToolCall, Text, Thought, ToolCall
+from ..tasks.request import Prepared, encode_text
+from ..text.template import Hole
+from ..text.tokenizer import no_check
+from ..text.vocabulary import Vocabulary
+from .body import MOST_NAME_CHARACTERS, Body, NonNegative, NotBlank, Positive, Steps
 from .json_body import JsonError, read_json
-
-NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
-
-Positive = Annotated[int, Field(ge=1, le=1 << 20)]
-
-Steps = Annotated[int, Field(ge=1, le=1000)]
-
-NotBlank = Annotated[str, StringConstraints(min_length=1)]
+from .refused import Refused, shortened
 
 # Characters of a stop string: each beginning of it is looked for in what an answer adds.
 MOST_STOP = 1000
 
-
-class Body(BaseModel):
-    """What is not named here is reported as ignored, never dropped in silence."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
+# The hole between a prompt and a suffix.
+MIDDLE = "middle"
 
 
 class Sampling(Body):
@@ -108,115 +99,24 @@ class ChatBody(Sampling):
     enable_thinking: bool | None = None
     thinking_budget: Positive | None = None
 
+    def unused(self) -> set[str]:
+        """Beside a schema: a guaranteed document begins at once and is not cut."""
+        if _schema(self) is None:
+            return set()
+        told = {
+            "stop": self.stop,
+            "enable_thinking": self.enable_thinking,
+            "reasoning_effort": self.reasoning_effort,
+            "thinking_budget": self.thinking_budget,
+        }
+        return {name for name, value in told.items() if value}
+
 
 class CompletionBody(Sampling):
     prompt: NotBlank | Annotated[list[NotBlank], Field(min_length=1, max_length=256)]
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
-
-
-class Piece(Body):
-    text: NotBlank
-    pinned: bool = False
-
-
-class FillBody(Body):
-    template: NotBlank | None = None
-    canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
-    prompt: str | None = None
-    steps: Steps | None = None
-    seed: NonNegative | None = None
-    stream_drafts: bool | None = None
-
-
-class EditBody(Body):
-    text: NotBlank
-    instruction: NotBlank
-    lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
-    steps: Steps | None = None
-    seed: NonNegative | None = None
-    stream_drafts: bool | None = None
-
-
-class ChooseBody(Body):
-    prompt: NotBlank
-    labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
-    template: str | None = None
-    isolated: bool = False
-    seed: NonNegative = 0
-    draws: Annotated[int, Field(ge=1, le=64)] = 1
-
-
-# Values that say nothing: clients send them without meaning anything by it.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (1,),
-    "top_p": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "user": ("",),
-    "parallel_tool_calls": (True,),
-    "strict": (False,),
-}
-
-# Names that are reported at most, and characters of each: they travel in a header.
-MOST_NAMES = 50
-
-MOST_NAME_CHARACTERS = 60
-
-# Characters of an error's message, which may quote what was sent.
-MOST_MESSAGE = 1000
-
-
-class Refused(Exception):
-    """An answer with an error status, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """What clients of OpenAI expect of an error."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    message = shortened(message, MOST_MESSAGE)
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def ignored(body: Body) -> list[str]:
-    """Parameters that were sent and mean nothing here, those of parts of the body with a dot.
-
-    They fit into a header: printable ASCII, and not too long.
-    """
-    names = sorted(_ignored(body))[:MOST_NAMES]
-    return [shortened(ascii(name)[1:-1], MOST_NAME_CHARACTERS) for name in names]
-
-
-def shortened(text: str, most: int) -> str:
-    """Text of at most so many characters; what is cut says so."""
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _ignored(body: Body) -> set[str]:
-    found = {
-        name
-        for name, value in (body.model_extra or {}).items()
-        if value is not None and value not in _NEUTRAL.get(name, ())
-    }
-    for name in type(body).model_fields:
-        value = getattr(body, name)
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, Body):
-                found |= {f"{name}.{inner}" for inner in _ignored(part)}
-    if isinstance(body, ChatBody) and _schema(body) is not None:
-        # A guaranteed document begins at once and is not cut.
-        told = {"stop": body.stop, "enable_thinking": body.enable_thinking}
-        told["reasoning_effort"] = body.reasoning_effort
-        found |= {name for name, value in told.items() if value}
-    return found
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
@@ -334,10 +234,11 @@ def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -
     return f"{name}{{"
 
 
-def several(answer: Answer, count: int, seed: int | None) -> list[Answer]:
-    """The same answer with other seeds."""
+def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer]:
+    """The same answer with other seeds; it is encoded once."""
+    assert isinstance(work, Answer)
     seeds = [None if seed is None else seed + i for i in range(count)]
-    return [replace(answer, seed=each) for each in seeds]
+    return [replace(work, seed=each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -352,97 +253,79 @@ def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return found
 
 
-class Choice:
-    """One of the answers, put together from its events.
+@dataclass(frozen=True)
+class Continuation:
+    """A text that the model goes on with, without a chat around it, and how (`request`)."""
 
-    `pieces` gives the text of tokens, and asks for their log-probabilities; None does not.
+    text: str
+    request: Request
+
+    def prepare(
+        self,
+        model: DiffusionGemma,
+        vocabulary: Vocabulary,
+        check: Callable[[], None] = no_check,
+    ) -> Answer:
+        """Encode the text behind the token that begins texts, see `request.Task`.
+
+        Raises:
+            ContextError: the text does not fit.
+            Error: as `Request.prepare`.
+        """
+        tokenizer = vocabulary.tokenizer
+        ids = encode_text(tokenizer, self.text, model.context, check)
+        bos = tokenizer.token_id("<bos>")
+        ids = ids if bos is None else [bos, *ids]
+        return replace(self.request, prompt=ids).prepare(model, vocabulary, check)
+
+
+def prompts_of(body: CompletionBody) -> list[str]:
+    """Prompts, each of which gets answers of its own."""
+    return [body.prompt] if isinstance(body.prompt, str) else body.prompt
+
+
+def best_of(body: CompletionBody) -> int:
+    """Answers that are written for each prompt; the best of them are kept.
+
+    Raises:
+        Refused: they are wanted as a stream, which cannot wait for the best.
     """
-
-    def __init__(self, pieces: Callable[[Sequence[int]], list[str]] | None = None) -> None:
-        self._pieces = pieces
-        self.text = self.thought = ""
-        self.calls: list[dict[str, Any]] = []
-        self.done: Done | None = None
-        self.mean_entropy = 0.0
-        self.logprobs: list[dict[str, Any]] = []
-        self._draft: Draft | None = None
-
-    def take(self, event: object) -> dict[str, Any]:
-        """What the event adds, as a chat's delta; empty if nothing."""
-        match event:
-            case Text():
-                self.text += event.text
-                self._weigh(event.text)
-                return {"content": event.text}
-            case Thought():
-                self.thought += event.text
-                return {"reasoning_content": event.text}
-            case ToolCall():
-                call = {
-                    "id": f"call_{uuid.uuid4().hex[:12]}",
-                    "type": "function",
-                    "function": {
-                        "name": event.name,
-                        "arguments": json.dumps(event.arguments, ensure_ascii=False),
-                    },
-                }
-                self.calls.append(call)
-                return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
-            case BadToolCall():  # the client sees what the model wrote
-                self.text += event.text
-                return {"content": event.text}
-            case Draft():
-                self.mean_entropy = sum(event.entropies) / len(event.entropies)
-                self._draft = event
-            case Done():
-                self.done = event
-        return {}
-
-    def _weigh(self, text: str) -> None:
-        """Log-probabilities of the tokens that make up a text, from the step it was taken from."""
-        if self._pieces is None or self._draft is None:
-            return
-        draft, self._draft = self._draft, None
-        shown = [i for i in range(draft.end) if draft.visible[i]]
-        pieces = self._pieces([draft.tokens[i] for i in shown])
-        length = 0
-        for i, piece in zip(shown, pieces, strict=True):
-            if length >= len(text):  # a budget or a stop string has cut the rest
-                break
-            length += len(piece)
-            logprob = math.log(max(draft.probabilities[i], 1e-30))
-            facts = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
-            self.logprobs.append({**facts, "top_logprobs": []})
-
-    @property
-    def reason(self) -> str:
-        """In OpenAI's words."""
-        assert self.done is not None
-        if self.calls:
-            return "tool_calls"
-        return {"stop": "stop", "length": "length"}.get(self.done.finish_reason, "stop")
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What OpenAI has no words for."""
-        assert self.done is not None
-        return {
-            "finish": self.done.finish_reason,
-            "denoising_steps": self.done.denoising_steps,
-            "canvases": self.done.canvases,
-            "mean_entropy": self.mean_entropy,
-        }
+    count = max(body.best_of or 1, body.n or 1)
+    if body.stream and count > (body.n or 1):
+        raise Refused(400, "best_of does not go with stream")
+    return count
 
 
-def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
-    """Tokens of all answers; each prompt counts once, with the first of its answers."""
-    done = [choice.done for choice in choices if choice.done is not None]
-    prompt = sum(each.prompt_tokens for each in done[::per_prompt])
-    written = sum(each.generated_tokens for each in done)
-    cached = sum(each.cached_tokens for each in done[::per_prompt])
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+def continuations(body: CompletionBody) -> list[Continuation]:
+    """What each prompt of a completion asks for, without its seed.
+
+    Raises:
+        Refused: a stop string is too long.
+    """
+    request = Request(
+        "",
+        max_tokens=body.max_tokens,
+        steps=body.steps,
+        guards=Guards(),
+        stop=stops(body.stop),
+        opening=body.opening or "",
+    )
+    return [Continuation(prompt, request) for prompt in prompts_of(body)]
+
+
+def infill(body: CompletionBody) -> FillRequest:
+    """What is to be written between a prompt and a suffix, as the hole `MIDDLE`.
+
+    Raises:
+        Refused: more than one prompt or answer, or an opening.
+    """
+    prompts = prompts_of(body)
+    if len(prompts) > 1 or (body.n or 1) > 1 or (body.best_of or 1) > 1 or body.opening:
+        raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
+    parts: list[str | Hole] = [prompts[0], Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
+    return FillRequest(parts, steps=body.steps, seed=body.seed)
+
+
+def wants_usage(body: Sampling) -> bool:
+    """Whether a stream ends with how many tokens there were."""
+    return bool((body.stream_options or {}).get("include_usage"))

@@ -10,15 +10,15 @@ from functools import cached_property
 from typing import TypeVar
 
 from ..diffusion.decoding import Batch
-from ..diffusion.prompt_cache import ContextError, PrefixCache, PromptCache
+from ..diffusion.prompt_cache import PrefixCache, PromptCache
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.generate import Answer
 from ..tasks.request import Done, Prepared, Task
-from ..text.tokenizer import Tokenizer, TooLong
+from ..text.tokenizer import Tokenizer
 from ..text.vocabulary import Vocabulary
 
-# What is given to whoever waits: events, at the end None, or an exception.
+# Takes what whoever waits is given: events, at the end None, or an exception.
 Listener = Callable[[object], None]
 
 Item = TypeVar("Item")
@@ -27,11 +27,11 @@ _log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class Busy(Exception):
-    """The queue is full."""
+    """A request finds the queue full."""
 
 
 class Stopped(Error):
-    """The server ends before the request does."""
+    """A request is cut off by the server's end."""
 
 
 class Timeout(Error):
@@ -39,7 +39,7 @@ class Timeout(Error):
 
 
 class Gone(Error):
-    """Nobody waits for the answer any more."""
+    """A request has lost whoever waited for its answer."""
 
 
 @dataclass(eq=False)
@@ -63,11 +63,11 @@ class Patience:
 
     @property
     def timeout(self) -> Timeout:
-        """What is told when the time is over."""
+        """The error that is told when the time is over."""
         return Timeout(f"the request took longer than {self.seconds:g} seconds")
 
     def check(self) -> None:
-        """For work that may take long, between its pieces.
+        """Raise where it makes no sense to go on; called between pieces of long work.
 
         Raises:
             Gone: nobody waits.
@@ -143,10 +143,9 @@ class Worker:
         self.counters = Counters()
         self._thread = threading.Thread(target=self._run, name="mlx")
         self.tokenizer: Tokenizer
-        self.model_facts: dict[str, int] = {}
 
     def start(self) -> None:
-        """Load the model; returns once it can answer.
+        """Load the model, and return once it can answer.
 
         Raises:
             Error: as `load` does.
@@ -192,38 +191,25 @@ class Worker:
         """That of somebody who asks now."""
         return Patience(self._timeout, time.monotonic() + self._timeout)
 
-    # What follows is for the thread of whoever asks: it may take seconds, and on the worker's
-    # thread it would hold up the others. All of it raises Gone or Timeout, as `Patience.check`.
-
     def prepare(self, task: Task[Item], patience: Patience | None = None) -> Prepared[Item]:
-        """The request with its text encoded and its schema compiled.
+        """Prepare a request, on the thread of whoever asks: seconds that hold up nobody else.
 
         Raises:
             Error: as the task's own `prepare`.
+            Gone: nobody waits any more.
+            Timeout: the time is over.
         """
         check = (patience or self.patience()).check
         prepared = task.prepare(self._model, self.vocabulary, check)
         check()
         return prepared
 
-    def encoded(self, text: str, patience: Patience) -> list[int]:
-        """Ids of a text that has to fit into the context.
-
-        Raises:
-            ContextError: it is far too long.
-        """
-        most = self._model.context
-        try:
-            return self.tokenizer.encode_within(text, most, "the prompt", patience.check)
-        except TooLong as error:
-            raise ContextError(f"{error}, and no more fits into the context") from None
-
     def submit(
         self, work: Prepared[object], listen: Listener, patience: Patience | None = None
     ) -> Ticket:
         """Queue a request that is prepared.
 
-        `listen` is called on the thread: with events, an exception, at last None.
+        `listen` is called on the worker's thread: with events, an exception, at last None.
 
         Raises:
             Busy: the queue is full.
@@ -238,7 +224,7 @@ class Worker:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody waits for this any more; it stops within one denoising step."""
+        """Stop a request that nobody waits for any more, within one denoising step."""
         ticket.cancelled = True
 
     def _run(self) -> None:
@@ -249,11 +235,6 @@ class Worker:
             self._ready.set()
             return
         self._model = model
-        config = model.config
-        self.model_facts = {
-            "context": model.context,
-            "canvas": config.canvas_length,
-        }
         batch = Batch[object](model)
         prefix_cache = PrefixCache(model, self._cache_bytes)
         self._ready.set()
@@ -267,7 +248,7 @@ class Worker:
             ticket.listen(None)
 
     def _admit(self, batch: Batch[object], prefix_cache: PrefixCache) -> None:
-        """Take from the queue while there is room; waits where nothing else is to be done."""
+        """Begin requests of the queue while there is room; wait where nothing else is to do."""
         while self.running < self._max_batch:
             with self._changed:
                 while not (self._waiting or self.running or self._stopping.is_set()):
@@ -323,7 +304,7 @@ class Worker:
             self._running.clear()
 
     def _drop(self, batch: Batch[object]) -> None:
-        """Stop what nobody waits for, and what has taken too long, queued or running."""
+        """Stop requests that nobody waits for, or that took too long, queued or running."""
         with self._changed:
             waiting = list(self._waiting)
         for ticket in waiting:

@@ -22,7 +22,7 @@ from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
-from ..text.tokenizer import Tokenizer, no_check
+from ..text.tokenizer import COUNTED_AT_ONCE, Tokenizer, no_check
 from ..text.vocabulary import Vocabulary
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import CanvasError, clip_context
@@ -99,13 +99,13 @@ class EditRequest:
         if not 0 < self.strength <= 1:
             raise SettingError(f"strength must be over 0 and at most 1, not {self.strength:g}")
         checked_seed(self.seed)
-        left, part, right = split_lines(self.text, self.lines)
-        if not part.strip():
-            raise EditError("there is nothing to edit")
         tokenizer = vocabulary.tokenizer
         most = model.context * tokenizer.longest
         if len(self.text) > most:
             raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
+        left, part, right = split_lines(self.text, self.lines)
+        if not part.strip():
+            raise EditError("there is nothing to edit")
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
         asked = f"{self.instruction.strip().rstrip(':')}: {part}"
         prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
@@ -115,6 +115,7 @@ class EditRequest:
             model,
             vocabulary,
             left,
+            _in_pieces(tokenizer, left, check),
             chunks,
             right,
             prompt,
@@ -165,6 +166,7 @@ class Revision:
     model: DiffusionGemma
     vocabulary: Vocabulary
     left: str
+    left_ids: list[int]
     chunks: list[str]
     right: str
     prompt: list[int]
@@ -176,16 +178,18 @@ class Revision:
     def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | EditResult, None]:
         """A `Draft` a denoising step, at last the `EditResult`."""
         draws = self.draws or fresh_draws(self.model, self.seed)
-        written, steps = self.left, 0
+        written, given, steps = self.left, self.left_ids, 0
         notes: list[str] = []
         for number, chunk in enumerate(self.chunks):
-            given = self.vocabulary.tokenizer.encode(written) if written else []
             context, dropped = clip_context(self.model, self.prompt, given)
             if dropped and not notes:
                 notes.append(f"The model did not see the first {dropped} tokens of the text.")
             yield from prompt_cache.reading(context)
             rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
-            written += rewritten + chunk[len(chunk.rstrip("\r\n")) :]
+            rewritten += chunk[len(chunk.rstrip("\r\n")) :]
+            written += rewritten
+            # Not all that is written is encoded anew: others wait on this thread.
+            given = given + self.vocabulary.tokenizer.encode(rewritten)
             steps += count
         yield EditResult(written + self.right, steps, tuple(notes))
 
@@ -202,7 +206,7 @@ class Revision:
             lambda state: [draft_of(tokenizer, state, number, config)],
         )
         tokens: list[int] = np.array(state.argmax[0]).tolist()
-        kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind))
+        kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind, len(tokens)))
         return tokenizer.decode(kept), state.step - start.first_step + 1
 
 
@@ -228,7 +232,7 @@ def edit_start(
     ids = tokenizer.encode(part)
     if len(ids) >= room:
         raise CanvasError(f"the text has {len(ids)} tokens, more than a canvas of {room} holds")
-    right = _visible(tokenizer, behind)
+    right = _visible(tokenizer, behind, room)
     cut = len(right) > room
     most = min(len(ids) + max(4, len(ids) // 4), room - 1)
     # Tokens of the text itself are allowed even if they are, say, single bytes.
@@ -250,9 +254,21 @@ def edit_start(
     )
 
 
-def _visible(tokenizer: Tokenizer, behind: str) -> list[int]:
-    """Tokens of what follows the part; white space at a text's end stays out of the canvas."""
-    return tokenizer.encode(behind) if behind.strip() else []
+def _visible(tokenizer: Tokenizer, behind: str, room: int) -> list[int]:
+    """Tokens of what follows the part, of a long text the first, which are more than `room`.
+
+    White space at a text's end stays out of the canvas.
+    """
+    return tokenizer.encode(behind[: (room + 1) * tokenizer.longest]) if behind.strip() else []
+
+
+def _in_pieces(tokenizer: Tokenizer, text: str, check: Callable[[], None]) -> list[int]:
+    """Ids of a text that may be long, most of which no context has room for."""
+    ids: list[int] = []
+    for start in range(0, len(text), COUNTED_AT_ONCE):
+        check()
+        ids += tokenizer.encode(text[start : start + COUNTED_AT_ONCE])
+    return ids
 
 
 def _without(tokens: list[int], end: int, right: list[int]) -> list[int]:

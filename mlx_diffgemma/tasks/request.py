@@ -262,6 +262,17 @@ def encode_prompt(
     text = tokenizer.apply_chat_template(
         messages, enable_thinking=enable_thinking, tools=tools or None
     )
+    return encode_text(tokenizer, text, most, check)
+
+
+def encode_text(
+    tokenizer: Tokenizer, text: str, most: int, check: Callable[[], None] = no_check
+) -> list[int]:
+    """Ids of a text that is read as it stands; `check` is called now and then, and may raise.
+
+    Raises:
+        ContextError: it must have more than `most` tokens.
+    """
     try:
         return tokenizer.encode_within(text, most, "the prompt", check)
     except TooLong as error:

@@ -1,10 +1,8 @@
-"""The server as a process, asked by the clients that exist and by some that misbehave."""
+"""A server, asked by the clients that exist and by some that misbehave."""
 
 import asyncio
 import json
-import os
 import random
-import re
 import shutil
 import socket
 import subprocess
@@ -13,74 +11,50 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import paths
 import pytest
+from fastapi import APIRouter
+from fastapi import Request as Http
+from gemma import gemma_tokenizer
+from servers import (
+    SUDOKU,
+    Process,
+    Server,
+    address,
+    listening,
+    process,
+    serving,
+    sudoku_model,
+    tiny,
+    wait_until,
+    working,
+    writing,
+)
 
-HERE = paths.TESTS
-SUDOKU = paths.SUDOKU
+from mlx_diffgemma import (
+    DiffusionGemma,
+    Draft,
+    Guards,
+    Request,
+    Text,
+    Tokenizer,
+    choose,
+    edit,
+    fill,
+    generate,
+    load,
+)
+from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.service import Service
+from mlx_diffgemma.server.stream import Stream, gathered
+from mlx_diffgemma.tasks.starts import Pieces
+
+HELLO = [{"role": "user", "content": "hello"}]
 PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitlines()[1:60]]
-
-
-class Server:
-    """A running server; `url` is its address."""
-
-    def __init__(self, process: subprocess.Popen[str], url: str):
-        self.process = process
-        self.url = url
-
-    def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60, **settings
-        )
-
-    def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **settings)
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return float(re.search(rf"^diffgemma_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
-
-    def memory(self) -> int:
-        """Bytes of the process that are in memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
-
-
-@contextmanager
-def serving(
-    *arguments: str, script: list[str] | None = None, **environment: str
-) -> Iterator[Server]:
-    """A server, with a model that writes a script if there is one."""
-    command = ["-m", "mlx_diffgemma"]
-    if script is not None:
-        command = [str(HERE / "scripted_cli.py")]
-        environment |= {"SCRIPT": json.dumps(script)}
-    process = subprocess.Popen(
-        [sys.executable, *command, "serve", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert process.stderr
-    said: list[str] = []
-    for line in process.stderr:
-        said.append(line)
-        if found := re.search(r"running on (http://\S+)", line):
-            break
-    else:
-        raise AssertionError("".join(said))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    try:
-        yield Server(process, found[1])
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +65,15 @@ def small() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def random_one() -> Iterator[Server]:
+    """A model that knows nothing and is quick about it."""
+    with serving(tiny) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def sudoku() -> Iterator[Server]:
-    with serving("-m", str(SUDOKU), "--max-batch", "8") as server:
+    with serving(sudoku_model, max_batch=8) as server:
         yield server
 
 
@@ -138,7 +119,11 @@ def test_the_openai_client_chats(small: Server) -> None:
 
 
 def test_settings_of_a_chat(small: Server) -> None:
-    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "seed": 0}
+    ask: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "seed": 0,
+        "steps": 12,
+    }
     full = small.post("/v1/chat/completions", ask).json()["choices"][0]["message"]["content"]
     cut = small.post("/v1/chat/completions", {**ask, "stop": [full[5:8], "zzz"]}).json()
     assert cut["choices"][0]["message"]["content"] == full[:5]
@@ -146,11 +131,11 @@ def test_settings_of_a_chat(small: Server) -> None:
     few = small.post("/v1/chat/completions", {**ask, "max_completion_tokens": 4}).json()
     assert few["usage"]["completion_tokens"] == 4
     assert few["choices"][0]["finish_reason"] == "length"
-    several = small.post("/v1/chat/completions", {**ask, "n": 3}).json()["choices"]
-    assert [c["index"] for c in several] == [0, 1, 2]
+    several = small.post("/v1/chat/completions", {**ask, "n": 2}).json()["choices"]
+    assert [c["index"] for c in several] == [0, 1]
     assert several[0]["message"]["content"] == full
     parts = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
-    same = small.post("/v1/chat/completions", {"messages": [parts], "seed": 0}).json()
+    same = small.post("/v1/chat/completions", {**ask, "messages": [parts]}).json()
     assert same["choices"][0]["message"]["content"] == full
     sent = {"top_p": 0.5, "frequency_penalty": 1, "presence_penalty": 0, "top_logprobs": 3}
     tool = {"type": "function", "function": {"name": "f", "strict": True}}
@@ -181,26 +166,39 @@ def test_an_answer_with_a_given_opening(small: Server) -> None:
     assert answer["content"].startswith("Well, ")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-def test_a_tool_call_that_has_to_be_made(small: Server, choice: Any) -> None:
-    """The small model knows no tools, so only the forced beginning is there for sure."""
-    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-    body = {
-        "messages": [{"role": "user", "content": "hello"}],
-        "tools": [tool],
-        "tool_choice": choice,
-        "seed": 0,
-    }
-    said = small.post("/v1/chat/completions", body).json()["choices"][0]
-    calls = said["message"].get("tool_calls")
-    if calls:
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "begins", "goes_on", "name", "arguments"),
+    [
+        ("required", ["now"], "now{", 'zone:<|"|>CET<|"|>}', "now", {"zone": "CET"}),
+        ("required", ["now", "later"], "", "later{}", "later", {}),
+        (NOW, ["later", "now"], "now{", "}", "now", {}),
+    ],
+)
+def test_a_tool_call_that_has_to_be_made(
+    choice: Any, names: list[str], begins: str, goes_on: str, name: str, arguments: Any
+) -> None:
+    """The model would write digits where the call has to begin; of several tools that may be
+    called it chooses one itself."""
+    forced = len(gemma_tokenizer().encode("<|tool_call>call:" + begins))
+    tools = [{**NOW, "function": {"name": each}} for each in names]
+    body = {"messages": HELLO, "tools": tools, "seed": 0}
+    with serving(writing("1" * forced + goes_on + "<tool_call|>")) as server:
+        path = "/v1/chat/completions"
+        said = server.post(path, {**body, "tool_choice": choice}).json()["choices"][0]
         assert said["finish_reason"] == "tool_calls"
-        assert calls[0]["function"]["name"] == "now"
-        assert isinstance(json.loads(calls[0]["function"]["arguments"]), dict)
-    else:
-        assert said["message"]["content"].startswith("call:now{")
-    body["tool_choice"] = {"type": "function", "function": {"name": "later"}}
-    assert small.post("/v1/chat/completions", body).status_code == 400
+        assert said["message"]["content"] is None
+        (call,) = said["message"]["tool_calls"]
+        assert call["function"]["name"] == name
+        assert json.loads(call["function"]["arguments"]) == arguments
+        free = server.post(path, body).json()["choices"][0]
+        assert free["message"]["content"].startswith("1" * forced)
+        other = {"type": "function", "function": {"name": "never"}}
+        refused = server.post(path, {**body, "tool_choice": other})
+        assert refused.status_code == 400
+        assert "never" in refused.json()["error"]["message"]
 
 
 def test_tools_and_thoughts_through_the_openai_client() -> None:
@@ -215,7 +213,7 @@ def test_tools_and_thoughts_through_the_openai_client() -> None:
             },
         }
     ]
-    with serving(script=script) as server:
+    with serving(writing(*script)) as server:
         client = server.client()
         for stream in (False, True):
             messages: Any = [{"role": "user", "content": "How is Oslo?"}]
@@ -256,27 +254,94 @@ def test_guaranteed_json(small: Server) -> None:
         "required": ["item", "count"],
     }
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    few = {"steps": 8}
     for prompt in ("Record: 12 pears at 345 to Anna", "nonsense"):
         done = small.client().chat.completions.create(
-            model="x", messages=[{"role": "user", "content": prompt}], response_format=form
+            model="x",
+            messages=[{"role": "user", "content": prompt}],
+            response_format=form,
+            extra_body=few,
         )
         answer = json.loads(done.choices[0].message.content or "")
         assert answer["item"] in ("pears", "books")
         assert isinstance(answer["count"], int)
-    asked = {"messages": [{"role": "user", "content": "x"}], "response_format": form}
+    asked = {"messages": [{"role": "user", "content": "x"}], "response_format": form, **few}
     cut = small.post("/v1/chat/completions", {**asked, "stop": '"', "reasoning_effort": "high"})
     assert cut.headers["x-ignored-parameters"] == "reasoning_effort,stop"
     assert json.loads(cut.json()["choices"][0]["message"]["content"])
-    assert small.post("/v1/chat/completions", {**asked, "opening": "So"}).status_code == 400
     done = small.client().chat.completions.create(
         model="x",
         messages=[{"role": "user", "content": "Record: Anna Berg"}],
         response_format={"type": "json_object"},
+        extra_body=few,
     )
     assert isinstance(json.loads(done.choices[0].message.content or ""), dict)
 
 
-def test_completions_and_infilling(small: Server) -> None:
+def test_what_does_not_go_with_a_schema_is_named(small: Server) -> None:
+    """A budget for thoughts was dropped in silence."""
+    form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", "b"]}}}
+    asked = {"messages": HELLO, "response_format": form}
+    for more in ({"opening": "So"}, {"tools": [NOW], "tool_choice": "required"}):
+        reply = small.post("/v1/chat/completions", {**asked, **more})
+        assert reply.status_code == 400
+        said = "response_format goes with neither an opening nor a forced tool call"
+        assert reply.json()["error"]["message"] == said
+    told = {
+        "thinking_budget": 9,
+        "stop": "x",
+        "shrink": True,
+        "start": "x",
+        "enable_thinking": True,
+    }
+    reply = small.post("/v1/chat/completions", {**asked, **told})
+    assert reply.headers["x-ignored-parameters"] == ",".join(sorted(told))
+    assert reply.json()["choices"][0]["message"]["content"] in ('"a"', '"b"')
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"opening": "So"}, "a schema does not go with opening"),
+        ({"shrink": True}, "a schema does not go with shrink"),
+        ({"start": Pieces((("a", True),))}, "a schema does not go with start"),
+        ({"guards": Guards()}, "a schema does not go with guards"),
+    ],
+)
+def test_another_api_is_a_router_over_the_service(more: Any, said: str) -> None:
+    """And what it asks for that makes no sense is refused as in the APIs that there are."""
+
+    def router(service: Service) -> APIRouter:
+        routes = APIRouter()
+
+        @routes.post("/other")
+        async def other(http: Http) -> Any:
+            given = await http.json()
+            request = Request(
+                "x", schema=given["schema"], steps=1, **(more if given["more"] else {})
+            )
+            work, patience = await service.prepare(http, request)
+            events = await gathered(http, service.stream([work], patience))
+            return "".join(event.text for _, event in events if isinstance(event, Text))
+
+        return routes
+
+    with working(tiny) as worker:
+        app = make_app(worker, name="x")
+        app.include_router(router(Service(worker, "x")))
+        with listening(app) as running:
+            server = Server(address(running))
+            schema = {"enum": ["a", "b"]}
+            reply = server.post("/other", {"schema": schema, "more": True})
+            assert (reply.status_code, reply.json()["error"]["message"]) == (400, said)
+            assert json.loads(server.post("/other", {"schema": schema, "more": False}).json()) in (
+                "a",
+                "b",
+            )
+
+
+def test_completions_and_infilling(random_one: Server) -> None:
+    small = random_one
     client = small.client()
     done = client.completions.create(model="x", prompt="hello", max_tokens=5, seed=0, echo=True)
     assert done.choices[0].text.startswith("hello")
@@ -299,9 +364,10 @@ def test_completions_and_infilling(small: Server) -> None:
     assert read[2] == read[0] + read[1]
 
 
-def test_infilling_as_editors_ask(small: Server) -> None:
+def test_infilling_as_editors_ask(random_one: Server) -> None:
     """More than a canvas used to be refused, a backslash before the hole hid it, `stop` and
     `stream_options` were dropped."""
+    small = random_one
     ask: dict[str, Any] = {"prompt": 'path = "C:\\', "suffix": '"\n{{x}}', "seed": 0, "steps": 4}
     whole = small.post("/v1/completions", {**ask, "max_tokens": 500}).json()["choices"][0]["text"]
     assert whole
@@ -339,6 +405,109 @@ def test_filling_and_choosing(small: Server) -> None:
     assert canvas.json()["text"].endswith('"}')
     chances = small.post("/v1/choose", {"prompt": "Record: 3 pears", "labels": ["yes", "no"]})
     assert sum(chances.json()["probabilities"]["label"].values()) == pytest.approx(1)
+
+
+EDIT: dict[str, Any] = {
+    "text": "line one\na smal hosue near the river\nline three\n",
+    "instruction": "Repair",
+    "lines": [2, 2],
+    "seed": 0,
+}
+
+
+def test_editing(small: Server) -> None:
+    reply = small.post("/v1/edit", {**EDIT, "temperature": 2})
+    assert reply.headers["x-ignored-parameters"] == "temperature"
+    edited = reply.json()
+    alone = edit(*load(), EDIT["text"], EDIT["instruction"], lines=(2, 2), seed=0)
+    told = {"text": alone.text, "denoising_steps": alone.steps, "notes": list(alone.notes)}
+    assert edited == told
+    assert alone.text != EDIT["text"]
+    events = small.post("/v1/edit", {**EDIT, "stream_drafts": True}).text.strip().split("\n\n")
+    assert len(events) == alone.steps + 2
+    assert all(event.startswith("event: draft\ndata: {") for event in events[:-2])
+    first = json.loads(events[0].partition("data: ")[2])
+    assert first["canvas"] == 0
+    assert first["length"] == 64
+    assert json.loads(events[-2].removeprefix("data: ")) == told
+    assert events[-1] == "data: [DONE]"
+    # All of it is noised, and all lines are asked for.
+    whole = {"text": "a smal hosue", "instruction": "Repair", "strength": 1, "steps": 4, "seed": 1}
+    given = edit(*load(), "a smal hosue", "Repair", strength=1, steps=4, seed=1)
+    assert small.post("/v1/edit", whole).json()["text"] == given.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"strength": 0}, "strength"),
+        ({"strength": 1.01}, "strength"),
+        ({"strength": -0.1}, "strength"),
+        ({"strength": "0.4"}, "strength"),
+        ({"strength": None}, "strength"),
+        ({"lines": [2, 1]}, "no range"),
+        ({"lines": [0, 1]}, "no range"),
+        ({"lines": [1, 9]}, "no line 9"),
+        ({"lines": [1]}, "lines"),
+        ({"lines": [1, 2, 3]}, "lines"),
+        ({"lines": "1:2"}, "lines"),
+        ({"text": ""}, "text"),
+        ({"text": "\n\n", "lines": None}, "nothing to edit"),
+        ({"instruction": ""}, "instruction"),
+        ({"text": "1" * 50, "lines": None}, "tokens long"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"instruction": "1" * 9000, "stream_drafts": True}, "fit into the context"),
+    ],
+)
+def test_edits_that_are_refused(small: Server, changes: Any, said: str) -> None:
+    reply = small.post("/v1/edit", {**EDIT, **changes})
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+
+
+class Gated(DiffusionGemma):
+    """Decodes once the gate is open, and notes how many passes go through the model together."""
+
+    def decode(self, passes: Any, evaluate: Any = None) -> Any:
+        assert self.gate.wait(60)
+        self.together.append(len(passes))
+        return super().decode(passes, evaluate)
+
+
+def test_all_kinds_of_requests_side_by_side() -> None:
+    """Each gets what it gets alone."""
+    bodies: dict[str, Any] = {
+        "chat/completions": {"messages": HELLO, "seed": 3},
+        "fill": {"template": "a {{x:pears|books}} b {{}} c", "prompt": "x", "seed": 3},
+        "edit": {**EDIT, "text": "one\na hosue\nthree\n"},
+        "choose": {"prompt": "x", "labels": ["12", "13", "4"], "template": "{label}."},
+    }
+    gate, together = threading.Event(), list[int]()
+
+    def gated() -> tuple[DiffusionGemma, Tokenizer]:
+        model, tokenizer = tiny(Gated)
+        model.gate, model.together = gate, together
+        return model, tokenizer
+
+    with serving(gated, max_batch=8) as server, ThreadPoolExecutor(4) as pool:
+        replies = {path: pool.submit(server.post, f"/v1/{path}", bodies[path]) for path in bodies}
+        counts = ("requests_waiting", "requests_running")
+        wait_until(lambda: sum(map(server.metric, counts)) == 4)
+        gate.set()
+        found = {path: reply.result().json() for path, reply in replies.items()}
+    assert max(together) >= 3
+    model, tokenizer = tiny()
+    answer = found["chat/completions"]["choices"][0]["message"]["content"]
+    assert answer == generate(model, tokenizer, HELLO, seed=3, guards=Guards())
+    filled = fill(model, tokenizer, bodies["fill"]["template"], prompt="x", seed=3)
+    assert (found["fill"]["text"], found["fill"]["values"]) == (filled.text, filled.values)
+    text = bodies["edit"]["text"]
+    edited = edit(model, tokenizer, text, EDIT["instruction"], lines=(2, 2), seed=0)
+    assert found["edit"]["text"] == edited.text != text
+    labels = {"label": bodies["choose"]["labels"]}
+    chances = choose(model, tokenizer, "x", labels, template="{label}.")
+    assert found["choose"]["probabilities"]["label"] == pytest.approx(chances["label"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +554,6 @@ def test_mistakes_are_told_in_openais_form(
 
 
 MUCH = "1" * 3_900_000
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +567,9 @@ HELLO = [{"role": "user", "content": "hello"}]
         ("fill", {"template": MUCH + "{{x}}"}),
         ("fill", {"template": "{{x}}", "prompt": MUCH}),
         ("fill", {"canvas": [{"text": MUCH}]}),
+        ("edit", {"text": MUCH, "instruction": "x"}),
+        ("edit", {"text": "a\n" + MUCH, "instruction": "x", "lines": [1, 1]}),
+        ("edit", {"text": "a", "instruction": MUCH}),
         ("choose", {"prompt": MUCH, "labels": ["a", "b"]}),
         ("choose", {"prompt": "x", "labels": ["a", "b"], "template": MUCH + "{label}"}),
     ],
@@ -435,16 +606,9 @@ def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> Non
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(head.encode() + data)
         wait_until(when)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +617,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         ("/v1/chat/completions", LONG),
         ("/v1/chat/completions", {**LONG, "stream": True}),
         ("/v1/fill", {"template": "a {{x}} b {{y}} c {{z}} d {{u}} e {{v}} f {{w}}"}),
+        ("/v1/edit", {"text": "12\n" * 300, "instruction": "x"}),
         ("/v1/choose", {"prompt": "x", "labels": ["12", "13", "4"], "draws": 64}),
     ],
 )
@@ -467,8 +632,6 @@ def test_a_client_that_goes_away_frees_its_place(sudoku: Server, path: str, body
 
 def test_a_slow_reader_misses_drafts_and_no_text() -> None:
     """All of them waited in memory, however long the answer."""
-    from mlx_diffgemma import Draft, Request, Text
-    from mlx_diffgemma.server.app import Stream
 
     class Given:
         """A worker that has said everything before anybody listens."""
@@ -503,17 +666,21 @@ def test_the_prefix_of_another_request_is_not_read_again(sudoku: Server) -> None
     assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
 
 
-def test_hostile_requests_leave_it_healthy(sudoku: Server) -> None:
+def test_hostile_requests_leave_it_healthy() -> None:
     """Malformed, mistyped, oversized, badly encoded, cut off: 200 of them in random order."""
+    with process("-m", str(SUDOKU), "--max-batch", "8") as server:
+        _be_hostile(server)
+
+
+def _be_hostile(sudoku: Process) -> None:
     rng = random.Random(5)
-    port = int(sudoku.url.rsplit(":", 1)[1])
     good = {"messages": [{"role": "user", "content": puzzle(0)}], "seed": 0, "stream": True}
     wanted = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
 
     def raw(body: bytes, cut: float = 1.0) -> bytes:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as made:
+        with socket.create_connection(("127.0.0.1", sudoku.port), timeout=30) as made:
             made.sendall(head.encode() + body[: int(len(body) * cut)])
             if cut < 1:
                 return b""
@@ -579,8 +746,9 @@ def test_hostile_requests_leave_it_healthy(sudoku: Server) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
-    with serving("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1") as server:
-        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 2000}
+    one = process("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1")
+    with one as server:
+        body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 128}
         with ThreadPoolExecutor(4) as pool:
             replies = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(4)]
             while sum(reply.done() for reply in replies) < 2:
@@ -598,8 +766,8 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 def test_a_stream_that_waits_and_goes_away_frees_its_place() -> None:
     """Nobody noticed before its first event: it kept its place in the queue until then."""
-    one = serving("-m", str(SUDOKU), "--max-batch", "1", "--max-queue", "1")
-    with one as server, ThreadPoolExecutor(1) as pool:
+    one = serving(sudoku_model, max_batch=1, max_queue=1)
+    with ThreadPoolExecutor(1) as pool, one as server:
         path = "/v1/chat/completions"
         pool.submit(server.post, path, LONG)
         wait_until(lambda: server.metric("requests_running") == 1)
@@ -611,11 +779,10 @@ def test_a_stream_that_waits_and_goes_away_frees_its_place() -> None:
         )
         wait_until(lambda: server.metric("requests_waiting") == 0)
         assert server.metric("requests_running") == 1
-        server.process.terminate()
 
 
 def test_what_runs_is_finished_when_the_server_is_asked_to_stop() -> None:
-    with serving("-m", str(SUDOKU)) as server, ThreadPoolExecutor(1) as pool:
+    with process("-m", str(SUDOKU)) as server, ThreadPoolExecutor(1) as pool:
         body = {"messages": [{"role": "user", "content": puzzle(0)}], "max_tokens": 400}
         reply = pool.submit(server.post, "/v1/chat/completions", body)
         wait_until(lambda: server.metric("requests_running") == 1)
@@ -625,7 +792,7 @@ def test_what_runs_is_finished_when_the_server_is_asked_to_stop() -> None:
 
 
 def test_slow_requests_end() -> None:
-    with serving("-m", str(SUDOKU), "--timeout", "1") as server:
+    with serving(sudoku_model, timeout=1) as server:
         body = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 3000}
         reply = server.post("/v1/chat/completions", body)
         assert reply.status_code == 504
@@ -634,18 +801,32 @@ def test_slow_requests_end() -> None:
         assert "longer than 1 seconds" in stream.text
 
 
-def test_who_may_ask() -> None:
-    with serving("--api-key", "s3cret", "--cors", "https://a.example") as server:
+def test_the_options_of_the_command_reach_the_server() -> None:
+    """Who may ask, at which names, how long and how much: everything that `serve` hands on."""
+    options = {
+        "--host": "0.0.0.0",
+        "--allowed-host": "mac.example",
+        "--api-key": "s3cret",
+        "--cors": "https://a.example",
+        "--timeout": "1",
+        "--max-body-mb": "0.01",
+    }
+    given = [part for option in options.items() for part in option]
+    with process("-m", str(SUDOKU), *given) as server:
         url = f"{server.url}/v1/models"
         assert httpx.get(url).status_code == 401
         assert httpx.get(url, headers={"Authorization": "Bearer s3cre"}).status_code == 401
         key = {"Authorization": "Bearer s3cret"}
-        assert httpx.get(url, headers=key).status_code == 200
+        assert httpx.get(url, headers=key).json()["data"][0]["id"] == str(SUDOKU)
         assert httpx.get(f"{server.url}/health").status_code == 200
-        # A page that points its own name at this machine.
-        assert httpx.get(url, headers={**key, "Host": "evil.example"}).status_code == 403
-        assert httpx.get(url, headers={**key, "Host": "localhost:1"}).status_code == 200
-        assert httpx.get(url, headers={**key, "Host": "[::1]"}).status_code == 200
+        for host in ("localhost:1", "[::1]", "mac.example:80"):
+            assert httpx.get(url, headers={**key, "Host": host}).status_code == 200
+        # A page that points its own name at this machine, and one behind a proxy with TLS.
+        evil = httpx.get(url, headers={**key, "Host": "evil.example"})
+        assert evil.status_code == 403
+        assert "--allowed-host" in evil.json()["error"]["message"]
+        own = {"Host": "mac.example", "Origin": "https://mac.example"}
+        assert httpx.get(url, headers={**key, **own}).status_code == 200
         broken = httpx.get(url, headers=[*key.items(), ("Host", b"\xff]")])  # used to be a crash
         assert broken.status_code in (400, 403)
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
@@ -653,15 +834,22 @@ def test_who_may_ask() -> None:
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         other = httpx.options(url, headers={**preflight, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+        path = f"{server.url}/v1/chat/completions"
+        late = httpx.post(path, json=LONG, headers=key, timeout=60)
+        assert late.status_code == 504
+        large = {"messages": [{"role": "user", "content": "1" * 10_000}]}
+        assert httpx.post(path, json=large, headers=key).status_code == 413
 
 
-def test_schemathesis_finds_no_crash(small: Server, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_crash(random_one: Server, tmp_path: Path) -> None:
     """Requests made from the OpenAPI document, and around it."""
     done = subprocess.run(
         [
-            str(Path(sys.executable).parent / "schemathesis"),
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
             "run",
-            f"{small.url}/openapi.json",
+            f"{random_one.url}/openapi.json",
             "--checks=not_a_server_error",
             "--max-examples=3",
             "--phases=coverage,fuzzing",

@@ -1,6 +1,7 @@
 """Probabilities of labels, against the chain rule written out one canvas at a time."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -9,7 +10,7 @@ from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.diffusion_gemma import Pass
-from mlx_diffgemma.tasks.choose import MOST_CANVASES, ChooseError, _read, choose, make_question
+from mlx_diffgemma.tasks.choose import MOST_CANVASES, ChooseError, ChooseRequest, _read, choose
 from mlx_diffgemma.tasks.request import encode_prompt
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
@@ -73,9 +74,9 @@ def test_one_decoder_pass_for_all_slots(
     passes = []
     decode = DiffusionGemma.decode
 
-    def counted(self: DiffusionGemma, asked: list[Pass]) -> list[mx.array]:
+    def counted(self: DiffusionGemma, asked: list[Pass], *evaluate: Any) -> list[mx.array]:
         passes.extend(asked)
-        return decode(self, asked)
+        return decode(self, asked, *evaluate)
 
     monkeypatch.setattr(DiffusionGemma, "decode", counted)
     slots = {"spam": ["yes", "no"], "mood": ["good", "bad", "so so"]}
@@ -95,13 +96,11 @@ def test_a_trained_model_chooses_what_its_prompt_says(
 ) -> None:
     slots = {"item": ["pears", "books", "lamps"], "to": ["Anna", "Berta"]}
     template = '{"item":"{item}","count":12,"price":345,"to":"{to}"}'
-    for item in slots["item"]:
-        for to in slots["to"]:
-            found = choose(
-                *loaded, f"Record: 12 {item} at 345 to {to}", slots, template=template, draws=3
-            )
-            assert max(found["item"], key=found["item"].__getitem__) == item
-            assert max(found["to"], key=found["to"].__getitem__) == to
+    for item, to in zip(slots["item"], ["Anna", "Berta", "Anna"], strict=True):
+        prompt = f"Record: 12 {item} at 345 to {to}"
+        found = choose(*loaded, prompt, slots, template=template, draws=2)
+        assert max(found["item"], key=found["item"].__getitem__) == item
+        assert max(found["to"], key=found["to"].__getitem__) == to
 
 
 def test_slots_that_cannot_be_scored(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
@@ -139,12 +138,12 @@ def test_what_cannot_fit_is_refused_before_it_is_encoded(
         ({"x": ["a" * 90_000, "b"]}, None, False, "more than 4096 tokens together"),
     ):
         with pytest.raises(ChooseError, match=message):
-            make_question(model, vocabulary, "x", slots, template, isolated, 1)
+            ChooseRequest("x", slots, template, isolated).prepare(model, vocabulary)
     assert sizes == []
     many = {"x": [f"{i:03}{i:03}" for i in range(500)]}
     with pytest.raises(ChooseError, match=rf"more than {MOST_CANVASES:,} canvases.* 64 draws"):
-        make_question(model, vocabulary, "x", many, None, False, 64)
-    known = make_question(model, vocabulary, "x", many, None, False, 1)
+        ChooseRequest("x", many, draws=64).prepare(model, vocabulary)
+    known = ChooseRequest("x", many).prepare(model, vocabulary)
     assert len(known.rows) < 500 * 4  # labels that begin alike share canvases
 
 
@@ -154,7 +153,7 @@ def test_what_is_read_of_a_canvas_is_a_number_for_each_label(
     """It was the whole vocabulary: of 4,000 canvases, four gigabytes with the real one."""
     model, tokenizer = loaded
     slots = {"x": ["12", "13", "4"]}
-    question = make_question(model, Vocabulary(model, tokenizer), "x", slots, "{x}.", False, 1)
+    question = ChooseRequest("x", slots, "{x}.").prepare(model, Vocabulary(model, tokenizer))
     run = _read(model, model.make_cache(), question.rows, mx.zeros((1, 64), dtype=mx.int32))
     asked = next(run)
     with pytest.raises(StopIteration) as ended:

@@ -3,10 +3,13 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from servers import tiny, working
 
 from mlx_diffgemma import Request
 from mlx_diffgemma.server.app import make_app
@@ -45,7 +48,7 @@ class Slow(Worker):
     ended: BaseException | None = None
     begun, over = threading.Event(), threading.Event()
 
-    def prepared(self, request: Request, patience: Patience | None = None) -> Request:
+    def prepare(self, task: Any, patience: Patience | None = None) -> Any:
         assert patience
         self.begun.set()
         try:
@@ -56,7 +59,7 @@ class Slow(Worker):
             raise
         finally:
             self.over.set()
-        return request
+        return task
 
 
 def asked(worker: Worker, left: Callable[[], bool]) -> tuple[int, Any]:
@@ -117,6 +120,28 @@ def test_time_and_leaving_end_preparation(
     assert isinstance(worker.ended, error)
 
 
+@dataclass(eq=False)
+class Leaving(Patience):
+    """Somebody who goes away once they have been asked so many times whether they still wait."""
+
+    looks: int = 0
+
+    def check(self) -> None:
+        self.looks += 1
+        self.gone = self.looks > 20
+        super().check()
+
+
+def test_a_schema_of_a_client_that_left_is_not_compiled_to_its_end() -> None:
+    """It was, for as long as a schema may take: twenty seconds of a thread for nobody."""
+    with working(tiny) as worker:
+        leaving = Leaving(60, time.monotonic() + 60)
+        schema = {"enum": [f"option {i}" for i in range(500)]}
+        with pytest.raises(Gone):
+            worker.prepare(Request("x", schema=schema), leaving)
+        assert leaving.looks == 21
+
+
 def test_time_ends_where_the_thread_does_not_look() -> None:
     """Whoever waited for a place, or for one long piece of work, waited without an end."""
     load: Any = None
@@ -124,11 +149,11 @@ def test_time_ends_where_the_thread_does_not_look() -> None:
     worker.begun, worker.over = threading.Event(), threading.Event()
     go = threading.Event()
 
-    def deaf(request: Request, patience: Patience | None = None) -> Request:
+    def deaf(task: Any, patience: Patience | None = None) -> Any:
         go.wait(10)
-        return request
+        return task
 
-    worker.prepared = deaf  # type: ignore[method-assign]
+    worker.prepare = deaf  # type: ignore[method-assign]
     threading.Timer(3, go.set).start()  # without the limit, it would go on to the queue then
     status, answer = asked(worker, lambda: False)
     assert status == 504

@@ -4,25 +4,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import Queue
 from typing import Any
 
 import pytest
 from random_model import untrained
 
-from mlx_diffgemma import DiffusionGemma, Done, Draft, FillResult, Request, Tokenizer
+from mlx_diffgemma import (
+    DiffusionGemma,
+    Done,
+    Draft,
+    FillResult,
+    PromptCache,
+    Reading,
+    Request,
+    Tokenizer,
+    choose,
+)
 from mlx_diffgemma.checkpoint.load import EMBEDDED
-from mlx_diffgemma.diffusion.decoding import SLICE
-from mlx_diffgemma.diffusion.prompt_cache import Reading
-from mlx_diffgemma.measure.bench import Decoding
+from mlx_diffgemma.diffusion.decoding import SLICE, Decoding
 from mlx_diffgemma.server.worker import Busy, Gone, Ticket, Timeout, Worker
-from mlx_diffgemma.tasks.choose import choose, write_choose
-from mlx_diffgemma.tasks.fill import write_fill
-from mlx_diffgemma.tasks.generate import write_events
-from mlx_diffgemma.tasks.request import fresh_draws
-from mlx_diffgemma.tasks.starts import pinned_start
-from mlx_diffgemma.text.template import TemplateError, parse_template
+from mlx_diffgemma.tasks.choose import ChooseRequest, Question
+from mlx_diffgemma.tasks.edit import EditRequest, EditResult
+from mlx_diffgemma.tasks.fill import FillRequest
+from mlx_diffgemma.tasks.starts import Pieces
+from mlx_diffgemma.text.template import TemplateError
 
 TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 
@@ -77,17 +84,23 @@ def working(*, max_batch: int = 4, timeout: float = 60) -> Iterator[tuple[Worker
         worker.stop()
 
 
-def endless(worker: Worker) -> Request:
-    return worker.prepared(Request("hello", max_tokens=4000, seed=0))
+def endless(worker: Worker) -> Any:
+    return worker.prepare(Request("hello", max_tokens=4000, seed=0))
 
 
-def job(worker: Worker, template: str) -> Any:
-    form = worker.form(parse_template(template), "x", worker.patience())
+def form(worker: Worker, template: str) -> Any:
+    return worker.prepare(FillRequest(template, "x", seed=0))
 
-    def made(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
-        return write_fill(model, form, model.generation, fresh_draws(model, 0))
 
-    return made
+@dataclass
+class Work:
+    """Prepared work that yields what it is told to."""
+
+    items: Callable[[], Decoding[object, None]]
+    prompt: tuple[int, ...] = ()
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[object, None]:
+        return self.items()
 
 
 def test_who_waits_too_long_is_told_while_another_is_answered() -> None:
@@ -122,7 +135,7 @@ def test_who_goes_away_while_waiting_frees_the_place() -> None:
 def test_a_fill_stops_between_its_scoring_passes() -> None:
     """The passes that compare lengths were one piece of work that nothing could stop."""
     with working() as (worker, model):
-        filling = Asked(worker, job(worker, "a {{x}} b {{y}} c {{z}}"))
+        filling = Asked(worker, form(worker, "a {{x}} b {{y}} c {{z}}"))
         steps = 8  # of denoising, before the first length is judged
         model.leave.release(steps)
         settled(lambda: len(model.sizes) == steps + 1)  # inside the first scoring pass
@@ -136,8 +149,8 @@ def test_a_fill_stops_between_its_scoring_passes() -> None:
 def test_fills_go_through_the_model_together_with_answers() -> None:
     with working() as (worker, model):
         asked = [
-            Asked(worker, worker.prepared(Request("hello", seed=0, steps=6, max_tokens=24))),
-            Asked(worker, job(worker, "a {{x:3}} b")),
+            Asked(worker, worker.prepare(Request("hello", seed=0, steps=6, max_tokens=24))),
+            Asked(worker, form(worker, "a {{x:3}} b")),
         ]
         settled(lambda: len(model.sizes) == 1)
         model.leave.release(10_000)
@@ -149,13 +162,13 @@ def test_fills_go_through_the_model_together_with_answers() -> None:
 def test_a_defect_of_one_leaves_the_others_alone() -> None:
     """It used to end whatever else was running."""
 
-    def broken(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
+    def broken() -> Decoding[object, None]:
         yield "begun"
         raise ZeroDivisionError
 
     with working() as (worker, model):
-        other = Asked(worker, worker.prepared(Request("hello", seed=0, steps=3, max_tokens=24)))
-        bad = Asked(worker, broken)
+        other = Asked(worker, worker.prepare(Request("hello", seed=0, steps=3, max_tokens=24)))
+        bad = Asked(worker, Work(broken))
         assert bad.until(str) == "begun"
         model.leave.release(10_000)
         assert isinstance(bad.until(ZeroDivisionError), ZeroDivisionError)
@@ -167,13 +180,13 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     """All of its chunks used to be read before anybody else had a step."""
     chunks = 5
 
-    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
+    def reader() -> Decoding[object, None]:
         for done in range(chunks):
             yield Reading(done, chunks)
 
     with working() as (worker, model):
         Asked(worker, endless(worker))
-        reading = Asked(worker, reader)
+        reading = Asked(worker, Work(reader))
         model.leave.release(3)
         settled(lambda: len(model.sizes) == 4)
         told = reading.events.qsize()
@@ -194,7 +207,7 @@ def test_a_schema_is_compiled_by_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(schema, "compiled", noted)
     with working() as (worker, model):
         model.leave.release(10_000)
-        request = worker.prepared(Request("x", schema={"enum": ["yes", "no"]}, steps=2, seed=0))
+        request = worker.prepare(Request("x", schema={"enum": ["yes", "no"]}, steps=2, seed=0))
         Asked(worker, request).until(Done)
     assert threads == [threading.current_thread().name]
 
@@ -210,31 +223,48 @@ def test_nothing_is_encoded_on_the_workers_thread(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Tokenizer, "encode", noted)
     with working() as (worker, model):
         model.leave.release(10_000)
-        patience = worker.patience()
-        asked = worker.prepared(Request("hi", opening="Well", seed=0, steps=2, max_tokens=24))
-        question = worker.question("x", {"x": ["1", "2"]}, None, False, 1, patience)
-        forced = worker.canvas([("a", True), ("b", False)], patience)
-        ready = worker.prepared(Request("x", seed=0, steps=2, max_tokens=24))
-
-        def repairing(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
-            start = pinned_start([forced], fresh_draws(model, 0))
-            return write_events(model, tokenizer, replace(ready, start=start))
-
-        assert isinstance(Asked(worker, asked).until(Done), Done)
-        assert isinstance(Asked(worker, repairing).until(Done), Done)
-        assert Asked(worker, lambda m, t: write_choose(m, question, 0)).until(dict)
-        assert Asked(worker, job(worker, "a {{x:2}} {{y:yes|no}} b")).until(FillResult)
+        tasks: list[tuple[Any, type]] = [
+            (Request("hi", opening="Well", seed=0, steps=2, max_tokens=24), Done),
+            (Request("x", start=Pieces((("a", True), ("b", False))), steps=2, max_tokens=24), Done),
+            (ChooseRequest("x", {"x": ["1", "2"]}), dict),
+            (FillRequest("a {{x:2}} {{y:yes|no}} b", "x", seed=0), FillResult),
+        ]
+        for task, result in tasks:
+            assert Asked(worker, worker.prepare(task)).until(result)
     assert threads == {threading.current_thread().name}
+
+
+def test_an_edit_encodes_little_on_the_workers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was the whole text, three times for each of its canvases: seconds of a long one, in
+    which all other answers stood still."""
+    encode, sizes = Tokenizer.encode, [0]
+
+    def noted(self: Tokenizer, text: str) -> list[int]:
+        if threading.current_thread().name == "mlx":
+            sizes.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    many = "".join(f"This is line {i}.\n" for i in range(3000))
+    with working() as (worker, model):
+        model.leave.release(10_000)
+        asked = EditRequest(many, "Repair", lines=(1500, 1502), steps=2, seed=0)
+        edited = Asked(worker, worker.prepare(asked)).until(EditResult)
+    assert edited.text.startswith(many[: many.index("This is line 1499.")])
+    assert edited.text.endswith(many[many.index("This is line 1502.") :])
+    assert len(sizes) > 1
+    canvas = 24
+    assert max(sizes) <= (canvas + 1) * TOKENIZER.longest
 
 
 def test_an_opening_given_as_ids_is_the_same() -> None:
     with working() as (worker, model):
         model.leave.release(10_000)
         asked = Request("hi", opening="Well", seed=0, steps=3, max_tokens=24)
-        ready = worker.prepared(asked)
-        assert ready.opening == TOKENIZER.encode("Well")
-        whole = replace(asked, prompt=ready.prompt)
-        texts = [Asked(worker, each).until(Draft).text for each in (ready, whole)]
+        ids = replace(asked, opening=TOKENIZER.encode("Well"))
+        ready = [worker.prepare(each) for each in (asked, ids)]
+        assert ready[0].prompt == ready[1].prompt
+        texts = [Asked(worker, each).until(Draft).text for each in ready]
         assert texts[0] == texts[1]
         assert texts[0].startswith("Well")
 
@@ -245,28 +275,33 @@ def test_preparing_ends_with_the_time_or_when_nobody_waits() -> None:
         late = worker.patience()
         time.sleep(0.1)
         gone = replace(late, ends=time.monotonic() + 60, gone=True)
+        tasks: list[Any] = [
+            Request("x"),
+            Request("x", opening="a"),
+            Request("x", schema={"enum": ["a", "b"]}),
+            Request("x", start=Pieces((("a", True),))),
+            FillRequest("a {{x}}", "x"),
+            ChooseRequest("x", {"x": ["1", "2"]}),
+            EditRequest("x", "y"),
+        ]
         for patience, error in ((late, Timeout), (gone, Gone)):
-            with pytest.raises(error):
-                worker.prepared(Request("x"), patience)
-            with pytest.raises(error):
-                worker.form(parse_template("a {{x}}"), "x", patience)
-            with pytest.raises(error):
-                worker.question("x", {"x": ["1", "2"]}, None, False, 1, patience)
-            with pytest.raises(error):
-                worker.canvas([("a", True)], patience)
+            for task in tasks:
+                with pytest.raises(error):
+                    worker.prepare(task, patience)
         with pytest.raises(TemplateError, match="100,000 characters; the context of"):
-            worker.form(["a" * 100_000], "x", worker.patience())
+            worker.prepare(FillRequest("a" * 100_000 + "{{x}}", "x"))
 
 
 def test_many_canvases_are_decoded_in_slices_beside_others() -> None:
     """All canvases of a choice were one pass, and others waited for each of its draws."""
     slots = {"x": [f"{i:02}{i:02}" for i in range(20)]}
     with working() as (worker, model):
-        question = worker.question("x", slots, "{x}.", False, 2, worker.patience())
+        question = worker.prepare(ChooseRequest("x", slots, "{x}.", draws=2))
+        assert isinstance(question, Question)
         assert len(question.rows) > 2 * SLICE
         Asked(worker, endless(worker))
         settled(lambda: len(model.sizes) == 1)
-        choosing = Asked(worker, lambda m, t: write_choose(m, question, 0))
+        choosing = Asked(worker, question)
         model.leave.release(40)
         found = choosing.until(dict)
         beside = [sizes for sizes in model.sizes if len(sizes) > 1]
@@ -281,15 +316,15 @@ def test_many_canvases_are_decoded_in_slices_beside_others() -> None:
 def test_jobs_leave_places_to_requests() -> None:
     """Choices took all places, and nobody else was answered for as long as they ran."""
 
-    def reader(model: DiffusionGemma, tokenizer: Tokenizer) -> Decoding[object, None]:
+    def reader() -> Decoding[object, None]:
         while True:
             yield Reading(0, 1)
 
     with working(max_batch=2) as (worker, model):
-        first, second = Asked(worker, reader), Asked(worker, reader)
+        first, second = Asked(worker, Work(reader)), Asked(worker, Work(reader))
         settled(lambda: worker.running == 1)
         model.leave.release(10_000)
-        asked = worker.prepared(Request("hello", seed=0, steps=3, max_tokens=24))
+        asked = worker.prepare(Request("hello", seed=0, steps=3, max_tokens=24))
         assert isinstance(Asked(worker, asked).until(Done), Done)
         assert second.events.empty()
         worker.cancel(first.ticket)

@@ -1,0 +1,66 @@
+"""What the bodies of all routes share: types of fields, and names that are reported as ignored."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from .refused import shortened
+
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+Positive = Annotated[int, Field(ge=1, le=1 << 20)]
+
+Steps = Annotated[int, Field(ge=1, le=1000)]
+
+NotBlank = Annotated[str, StringConstraints(min_length=1)]
+
+# Names that are reported at most, and characters of each: they travel in a header.
+MOST_NAMES = 50
+
+MOST_NAME_CHARACTERS = 60
+
+# Values that say nothing: clients send them without meaning anything by it.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "temperature": (1,),
+    "top_p": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "user": ("",),
+    "parallel_tool_calls": (True,),
+    "strict": (False,),
+}
+
+
+class Body(BaseModel):
+    """What is not named here is reported as ignored, never dropped in silence."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def unused(self) -> set[str]:
+        """Names of fields that mean nothing beside what else was sent."""
+        return set()
+
+
+def ignored(body: Body) -> list[str]:
+    """Parameters that were sent and mean nothing here, those of parts of the body with a dot.
+
+    They fit into a header: printable ASCII, and not too long.
+    """
+    names = sorted(_ignored(body))[:MOST_NAMES]
+    return [shortened(ascii(name)[1:-1], MOST_NAME_CHARACTERS) for name in names]
+
+
+def _ignored(body: Body) -> set[str]:
+    found = {
+        name
+        for name, value in (body.model_extra or {}).items()
+        if value is not None and value not in _NEUTRAL.get(name, ())
+    }
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Body):
+                found |= {f"{name}.{inner}" for inner in _ignored(part)}
+    return found | body.unused()

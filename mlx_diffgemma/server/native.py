@@ -1,0 +1,166 @@
+"""Our own routes: filling, editing and choosing, which OpenAI's API has no words for."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi import Request as Http
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from ..diffusion.prompt_cache import Reading
+from ..tasks.choose import ChooseRequest
+from ..tasks.edit import STRENGTH, EditRequest, EditResult
+from ..tasks.fill import FillRequest, FillResult
+from ..tasks.generate import Request
+from ..tasks.request import Done, Draft, Task
+from ..tasks.starts import Pieces
+from ..text.turns import BadToolCall, Text
+from .body import Body, NonNegative, NotBlank, Steps
+from .refused import RESPONSES, Refused, stopping
+from .service import Service
+from .stream import Lines, begun, draft_event, gathered, sse
+
+# What an event is to the client as JSON, once it is the result; empty before.
+Facts = Callable[[object], dict[str, Any]]
+
+
+class Piece(Body):
+    text: NotBlank
+    pinned: bool = False
+
+
+class FillBody(Body):
+    template: NotBlank | None = None
+    canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
+    prompt: str | None = None
+    steps: Steps | None = None
+    seed: NonNegative | None = None
+    stream_drafts: bool | None = None
+
+
+class EditBody(Body):
+    text: NotBlank
+    instruction: NotBlank
+    lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
+    steps: Steps | None = None
+    seed: NonNegative | None = None
+    stream_drafts: bool | None = None
+
+
+class ChooseBody(Body):
+    prompt: NotBlank
+    labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
+    template: str | None = None
+    isolated: bool = False
+    seed: NonNegative = 0
+    draws: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/fill", responses=RESPONSES)
+    async def fill(http: Http, body: FillBody) -> Response:
+        if (body.template is None) == (body.canvas is None):
+            raise Refused(400, "there must be either a template or a canvas")
+        task: Task[object] = (
+            FillRequest(body.template, body.prompt, body.steps, body.seed)
+            if body.template is not None
+            else canvas_request(body, service.worker.model.config.canvas_length)
+        )
+        return await _answered(service, http, body, task, FillFacts(), body.stream_drafts)
+
+    @routes.post("/v1/choose", responses=RESPONSES)
+    async def choosing(http: Http, body: ChooseBody) -> Response:
+        slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
+        task = ChooseRequest(
+            body.prompt, slots, body.template, body.isolated, body.seed, body.draws
+        )
+        return await _answered(service, http, body, task, choose_facts)
+
+    @routes.post("/v1/edit", responses=RESPONSES)
+    async def editing(http: Http, body: EditBody) -> Response:
+        lines = None if body.lines is None else (body.lines[0], body.lines[1])
+        task = EditRequest(body.text, body.instruction, lines, body.strength, body.steps, body.seed)
+        return await _answered(service, http, body, task, edit_facts, body.stream_drafts)
+
+    return routes
+
+
+async def _answered(
+    service: Service,
+    http: Http,
+    body: Body,
+    task: Task[object],
+    facts: Facts,
+    drafts: bool | None = False,
+) -> Response:
+    """The result of a task, with `drafts` as the end of a stream of them."""
+    work, patience = await service.prepare(http, task)
+    stream, headers = service.stream([work], patience), service.headers(body)
+    if drafts:
+        return Lines(_lines(await begun(http, stream), facts), stream, headers)
+    for _, event in await gathered(http, stream):
+        if found := facts(event):
+            return JSONResponse(found, headers=headers)
+    raise stopping()
+
+
+async def _lines(events: AsyncIterator[tuple[int, object]], facts: Facts) -> AsyncIterator[str]:
+    """Drafts and the result as server-sent events."""
+    async for _, event in events:
+        if isinstance(event, Draft):
+            yield draft_event(0, event)
+        if found := facts(event):
+            yield sse(found)
+
+
+def canvas_request(body: FillBody, length: int) -> Request:
+    """A canvas of so many tokens, some of whose pieces are pinned."""
+    pieces = tuple((piece.text, piece.pinned) for piece in body.canvas or ())
+    shown = "".join(text if pinned else "..." for text, pinned in pieces)
+    return Request(
+        body.prompt or f"Fill: {shown}",
+        max_tokens=length,
+        steps=body.steps,
+        seed=body.seed,
+        start=Pieces(pieces),
+    )
+
+
+class FillFacts:
+    """A filled template as JSON, or a filled canvas, whose text comes piece by piece."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def __call__(self, event: object) -> dict[str, Any]:
+        match event:
+            case FillResult():
+                return {
+                    "text": event.text,
+                    "values": event.values,
+                    "denoising_steps": event.steps,
+                    "notes": list(event.notes),
+                }
+            case Text() | BadToolCall():  # the client sees what the model wrote
+                self._text += event.text
+            case Done():
+                steps = event.denoising_steps
+                return {"text": self._text, "values": {}, "denoising_steps": steps, "notes": []}
+        return {}
+
+
+def choose_facts(event: object) -> dict[str, Any]:
+    """Probabilities as JSON."""
+    return {} if isinstance(event, Reading) else {"probabilities": event}
+
+
+def edit_facts(event: object) -> dict[str, Any]:
+    """An edited text as JSON."""
+    if not isinstance(event, EditResult):
+        return {}
+    return {"text": event.text, "denoising_steps": event.steps, "notes": list(event.notes)}

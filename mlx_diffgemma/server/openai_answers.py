@@ -1,0 +1,256 @@
+"""OpenAI's answers, put together from events: whole, or in the chunks of a stream."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..tasks.fill import FillResult
+from ..tasks.request import Done, Draft
+from ..text.tokenizer import Tokenizer
+from ..text.turns import BadToolCall, StopStrings, Text, Thought, ToolCall
+from .openai import MIDDLE, ChatBody, CompletionBody, best_of, prompts_of, stops
+
+# How a reply is named and whose it is.
+Common = dict[str, Any]
+
+
+def common(prefix: str, model: str) -> Common:
+    """What all chunks of an answer have alike, with an id of its own."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+class Choice:
+    """One of the answers, put together from its events.
+
+    `pieces` gives the text of tokens, and asks for their log-probabilities; None does not.
+    """
+
+    def __init__(self, pieces: Callable[[Sequence[int]], list[str]] | None = None) -> None:
+        self._pieces = pieces
+        self.text = self.thought = ""
+        self.calls: list[dict[str, Any]] = []
+        self.done: Done | None = None
+        self.mean_entropy = 0.0
+        self.logprobs: list[dict[str, Any]] = []
+        self._draft: Draft | None = None
+
+    def take(self, event: object) -> dict[str, Any]:
+        """What the event adds, as a chat's delta; empty if nothing."""
+        match event:
+            case Text():
+                self.text += event.text
+                self._weigh(event.text)
+                return {"content": event.text}
+            case Thought():
+                self.thought += event.text
+                return {"reasoning_content": event.text}
+            case ToolCall():
+                call = {
+                    "id": f"call_{uuid.uuid4().hex[:12]}",
+                    "type": "function",
+                    "function": {
+                        "name": event.name,
+                        "arguments": json.dumps(event.arguments, ensure_ascii=False),
+                    },
+                }
+                self.calls.append(call)
+                return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
+            case BadToolCall():  # the client sees what the model wrote
+                self.text += event.text
+                return {"content": event.text}
+            case Draft():
+                self.mean_entropy = sum(event.entropies) / len(event.entropies)
+                self._draft = event
+            case Done():
+                self.done = event
+        return {}
+
+    def _weigh(self, text: str) -> None:
+        """Log-probabilities of the tokens that make up a text, from the step it was taken from."""
+        if self._pieces is None or self._draft is None:
+            return
+        draft, self._draft = self._draft, None
+        shown = [i for i in range(draft.end) if draft.visible[i]]
+        pieces = self._pieces([draft.tokens[i] for i in shown])
+        length = 0
+        for i, piece in zip(shown, pieces, strict=True):
+            if length >= len(text):  # a budget or a stop string has cut the rest
+                break
+            length += len(piece)
+            logprob = math.log(max(draft.probabilities[i], 1e-30))
+            facts = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+            self.logprobs.append({**facts, "top_logprobs": []})
+
+    @property
+    def reason(self) -> str:
+        """In OpenAI's words."""
+        assert self.done is not None
+        if self.calls:
+            return "tool_calls"
+        return {"stop": "stop", "length": "length"}.get(self.done.finish_reason, "stop")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What OpenAI has no words for."""
+        assert self.done is not None
+        return {
+            "finish": self.done.finish_reason,
+            "denoising_steps": self.done.denoising_steps,
+            "canvases": self.done.canvases,
+            "mean_entropy": self.mean_entropy,
+        }
+
+
+def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
+    """Tokens of all answers; each prompt counts once, with the first of its answers."""
+    done = [choice.done for choice in choices if choice.done is not None]
+    prompt = sum(each.prompt_tokens for each in done[::per_prompt])
+    written = sum(each.generated_tokens for each in done)
+    cached = sum(each.cached_tokens for each in done[::per_prompt])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class Reply(Protocol):
+    """The choices of an answer, whole or in chunks.
+
+    Attributes:
+        choices: in the order of the work that answers.
+        per_prompt: how many of them share a prompt.
+    """
+
+    choices: list[Choice]
+    per_prompt: int
+
+    def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        """A delta as JSON; None is the beginning, which may be empty."""
+
+    def whole(self) -> dict[str, Any]:
+        """The finished answer as JSON."""
+
+
+class ChatReply:
+    """The answer to a chat, see `Reply`."""
+
+    def __init__(self, body: ChatBody, model: str, count: int, tokenizer: Tokenizer):
+        self._common = common("chatcmpl", model)
+        self._logprobs = bool(body.logprobs)
+        pieces = tokenizer.pieces if body.logprobs else None
+        self.choices = [Choice(pieces) for _ in range(count)]
+        self.per_prompt = count
+
+    def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        """A delta as JSON; the first says who speaks."""
+        shown = {"role": "assistant", "content": ""} if delta is None else delta
+        choice = {"index": index, "delta": shown, "finish_reason": reason}
+        known = self.choices[index]
+        if self._logprobs and "content" in shown and delta is not None:
+            choice["logprobs"] = {"content": known.logprobs}
+            known.logprobs = []
+        if reason is not None:
+            choice["diffusion"] = known.facts
+        return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def whole(self) -> dict[str, Any]:
+        """The finished answer as JSON."""
+        answers = []
+        for i, choice in enumerate(self.choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+            if choice.thought:
+                message["reasoning_content"] = choice.thought
+            if choice.calls:
+                message["tool_calls"] = choice.calls
+                message["content"] = choice.text or None
+            answers.append(
+                {
+                    "index": i,
+                    "message": message,
+                    "finish_reason": choice.reason,
+                    "logprobs": {"content": choice.logprobs} if self._logprobs else None,
+                    "diffusion": choice.facts,
+                }
+            )
+        answer = {**self._common, "object": "chat.completion", "choices": answers}
+        return {**answer, "usage": usage_of(self.choices, self.per_prompt)}
+
+
+class CompletionReply:
+    """Texts that go on from prompts, see `Reply`."""
+
+    def __init__(self, body: CompletionBody, model: str):
+        self._common = {**common("cmpl", model), "object": "text_completion"}
+        self._prompts = prompts_of(body)
+        self._echo = bool(body.echo)
+        self._kept = body.n or 1
+        self.per_prompt = best_of(body)
+        self.choices = [Choice() for _ in range(len(self._prompts) * self.per_prompt)]
+
+    def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        """A delta as JSON; the first is the prompt, where it is wanted."""
+        if delta is None and not self._echo:
+            return {}
+        prompt = self._prompts[index // self.per_prompt]
+        text = prompt if delta is None else delta.get("content", "")
+        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+        return {**self._common, "choices": [choice]}
+
+    def whole(self) -> dict[str, Any]:
+        """The finished answers as JSON, of more than are wanted the surest."""
+        answers: list[dict[str, Any]] = []
+        for i, prompt in enumerate(self._prompts):
+            tried = self.choices[i * self.per_prompt : (i + 1) * self.per_prompt]
+            if self.per_prompt > self._kept:
+                tried = sorted(tried, key=lambda choice: choice.mean_entropy)
+            for choice in tried[: self._kept]:
+                answers.append(
+                    {
+                        "index": len(answers),
+                        "text": (prompt if self._echo else "") + choice.text,
+                        "finish_reason": choice.reason,
+                        "logprobs": None,
+                        "diffusion": choice.facts,
+                    }
+                )
+        usage = usage_of(self.choices, self.per_prompt)
+        return {**self._common, "choices": answers, "usage": usage}
+
+
+class InfillReply:
+    """What stands between a prompt and a suffix; `read` is how many tokens those have."""
+
+    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, read: int):
+        self._common = {**common("cmpl", model), "object": "text_completion"}
+        self._shown = prompts_of(body)[0] if body.echo else ""
+        self._stop = stops(body.stop)
+        self._tokenizer = tokenizer
+        self._read = read
+
+    def whole(self, result: FillResult) -> dict[str, Any]:
+        """The answer as JSON, with its usage."""
+        stop_strings = StopStrings(self._stop)
+        text = stop_strings.feed(str(result.values[MIDDLE]))
+        text += "" if stop_strings.hit else stop_strings.rest()
+        written = len(self._tokenizer.encode(text))
+        choice = {
+            "index": 0,
+            "text": self._shown + text,
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
+        usage = {
+            "prompt_tokens": self._read,
+            "completion_tokens": written,
+            "total_tokens": self._read + written,
+        }
+        return {**self._common, "choices": [choice], "usage": usage}

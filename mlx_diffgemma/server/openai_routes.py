@@ -1,0 +1,149 @@
+"""OpenAI's routes: chats, completions with and without a suffix, and the model's name."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as Http
+from fastapi.responses import JSONResponse, Response
+
+from ..tasks.fill import FillResult
+from ..tasks.request import Done, Draft, Prepared
+from .openai import (
+    ChatBody,
+    CompletionBody,
+    Sampling,
+    best_of,
+    chat_request,
+    continuations,
+    infill,
+    prompts_of,
+    several,
+    wants_usage,
+)
+from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
+from .refused import RESPONSES, stopping
+from .service import Service
+from .stream import Lines, Stream, begun, draft_event, gathered, sse
+from .worker import Patience
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", responses=RESPONSES)
+    async def chat(http: Http, body: ChatBody) -> Response:
+        return await _chat(service, http, body)
+
+    @routes.post("/v1/completions", responses=RESPONSES)
+    async def complete(http: Http, body: CompletionBody) -> Response:
+        answer = _infill if body.suffix else _complete
+        return await answer(service, http, body)
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = service.worker.model
+        facts = {
+            "id": service.name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "local",
+            "context_length": model.context,
+            "canvas_length": model.config.canvas_length,
+        }
+        return {"object": "list", "data": [facts]}
+
+    return routes
+
+
+async def _chat(service: Service, http: Http, body: ChatBody) -> Response:
+    worker = service.worker
+
+    def make(patience: Patience) -> Prepared[object]:
+        return worker.prepare(chat_request(body), patience)
+
+    one, patience = await service.make(http, make, slow=body.response_format is not None)
+    works = several(one, body.n or 1, body.seed)
+    reply = ChatReply(body, service.name, len(works), worker.tokenizer)
+    return await _answered(service, http, body, service.stream(works, patience), reply)
+
+
+async def _complete(service: Service, http: Http, body: CompletionBody) -> Response:
+    count, tasks = best_of(body), continuations(body)
+
+    def make(patience: Patience) -> list[Prepared[object]]:
+        return [service.worker.prepare(task, patience) for task in tasks]
+
+    each_once, patience = await service.make(http, make)
+    works = [work for each in each_once for work in several(each, count, body.seed)]
+    reply = CompletionReply(body, service.name)
+    return await _answered(service, http, body, service.stream(works, patience), reply)
+
+
+async def _answered(
+    service: Service, http: Http, body: Sampling, stream: Stream, reply: Reply
+) -> Response:
+    """The choices of a reply, as they come or at the end."""
+    headers = service.headers(body)
+    if body.stream:
+        return Lines(_lines(body, await begun(http, stream), reply), stream, headers)
+    for index, event in await gathered(http, stream):
+        reply.choices[index].take(event)
+    return JSONResponse(reply.whole(), headers=headers)
+
+
+async def _lines(
+    body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply
+) -> AsyncIterator[str]:
+    """The events of a reply as server-sent events."""
+    for i in range(len(reply.choices)):
+        if head := reply.chunk(i, None, None):
+            yield sse(head)
+    async for index, event in events:
+        choice = reply.choices[index]
+        delta = choice.take(event)
+        if isinstance(event, Draft) and body.stream_drafts:
+            yield draft_event(index, event)
+        elif isinstance(event, Done):
+            yield sse(reply.chunk(index, {}, choice.reason))
+        elif delta:
+            yield sse(reply.chunk(index, delta, None))
+    if wants_usage(body):
+        usage = usage_of(reply.choices, reply.per_prompt)
+        yield sse({**reply.chunk(0, {}, None), "choices": [], "usage": usage})
+
+
+async def _infill(service: Service, http: Http, body: CompletionBody) -> Response:
+    """What stands between a prompt and a suffix."""
+    tokenizer = service.worker.tokenizer
+    task = infill(body)
+
+    def make(patience: Patience) -> tuple[Prepared[object], InfillReply]:
+        work = service.worker.prepare(task, patience)
+        read = len(tokenizer.encode(prompts_of(body)[0] + (body.suffix or "")))
+        return work, InfillReply(body, service.name, tokenizer, read)
+
+    (work, reply), patience = await service.make(http, make)
+    stream, headers = service.stream([work], patience), service.headers(body)
+    if body.stream:
+        return Lines(_infilled(body, await begun(http, stream), reply), stream, headers)
+    for _, event in await gathered(http, stream):
+        if isinstance(event, FillResult):
+            return JSONResponse(reply.whole(event), headers=headers)
+    raise stopping()
+
+
+async def _infilled(
+    body: CompletionBody, events: AsyncIterator[tuple[int, object]], reply: InfillReply
+) -> AsyncIterator[str]:
+    """The events of an infilling as server-sent events."""
+    async for _, event in events:
+        if isinstance(event, Draft) and body.stream_drafts:
+            yield draft_event(0, event)
+        elif isinstance(event, FillResult):
+            whole = reply.whole(event)
+            usage = whole.pop("usage")
+            yield sse(whole)
+            if wants_usage(body):
+                yield sse({**whole, "choices": [], "usage": usage})

@@ -1,0 +1,59 @@
+"""Answers with an error status, in OpenAI's form, which the clients of every route can read."""
+
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+
+# Seconds that a refused client is asked to wait.
+RETRY_AFTER = 2
+
+# Characters of an error's message, which may quote what was sent.
+MOST_MESSAGE = 1000
+
+# What any route may answer instead, for the OpenAPI document.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"description": text}
+    for code, text in (
+        (400, "refused"),
+        (401, "no key"),
+        (403, "another host, or a page of another origin"),
+        (408, "the body came too slowly"),
+        (413, "too large"),
+        (415, "not JSON"),
+        (429, "busy"),
+        (503, "stopping"),
+        (504, "too slow"),
+    )
+}
+
+
+class Refused(Exception):
+    """A request that is answered with an error status."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+def stopping() -> Refused:
+    """The refusal of a request that the server's end cuts off."""
+    return Refused(503, "the server is shutting down", "stopping")
+
+
+def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error as JSON, as clients of OpenAI expect it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = shortened(message, MOST_MESSAGE)
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def refusal(error: Refused) -> Response:
+    """A refusal as an answer; one for a full queue says when to come again."""
+    body = error_body(error.status, error.message, error.code)
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
+    return JSONResponse(body, error.status, headers)
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most so many characters; what is cut says so."""
+    return text if len(text) <= most else text[: most - 3] + "..."

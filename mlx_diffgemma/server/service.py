@@ -1,0 +1,78 @@
+"""What routes are given: a worker that answers, and threads in which requests are prepared."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from fastapi import Request as Http
+
+from ..tasks.request import Prepared, Task
+from .body import Body, ignored
+from .preparing import QUICK_BYTES, Places
+from .refused import Refused
+from .stream import Stream, unless_gone
+from .worker import Patience, Timeout, Worker
+
+Result = TypeVar("Result")
+
+Item = TypeVar("Item")
+
+
+class Service:
+    """A model under a name, for the routes of any API.
+
+    Attributes:
+        worker: answers what is prepared.
+        name: the model's, as clients are told.
+        started: seconds since the epoch.
+    """
+
+    def __init__(self, worker: Worker, name: str):
+        self.worker = worker
+        self.name = name
+        self.started = int(time.time())
+        self._places = Places()
+
+    async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
+        """The task with its text encoded, and what is left of the time that it may take.
+
+        Raises:
+            Error: as the task's own `prepare`.
+            Refused: the client has gone, or the time is over.
+        """
+        return await self.make(http, lambda patience: self.worker.prepare(task, patience))
+
+    async def make(
+        self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False
+    ) -> tuple[Result, Patience]:
+        """As `prepare`, of whatever is to be made in a thread of its own.
+
+        Others go on meanwhile, in this loop and in the worker. What is `slow` for few bytes, such
+        as a schema, waits for others of its kind only.
+        """
+        patience = self.worker.patience()
+        length = http.headers.get("content-length", "")
+        quick = not slow and length.isdecimal() and int(length) <= QUICK_BYTES
+
+        def close() -> None:
+            patience.gone = True
+
+        work = self._places.prepare(partial(make, patience), quick=quick)
+        try:
+            return await unless_gone(http, work, close, patience.left), patience
+        except (TimeoutError, Timeout):
+            raise Refused(504, str(patience.timeout), "timeout") from None
+
+    def stream(self, works: Sequence[Prepared[object]], patience: Patience) -> Stream:
+        """Queue what is prepared, and give its events.
+
+        Raises:
+            Refused: the queue is full.
+        """
+        return Stream(self.worker, works, patience)
+
+    def headers(self, body: Body) -> dict[str, str]:
+        """Headers of an answer: what was sent and means nothing here."""
+        names = ",".join(ignored(body))
+        return {"X-Ignored-Parameters": names} if names else {}

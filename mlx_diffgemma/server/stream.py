@@ -1,0 +1,211 @@
+"""Events on their way from the worker's thread to a handler, and on to a client as a stream."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request as Http
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..diffusion.prompt_cache import ContextError
+from ..errors import Error
+from ..tasks.request import Draft, Prepared
+from .refused import Refused, error_body, stopping
+from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
+
+Result = TypeVar("Result")
+
+# Seconds between two looks at whether a client is still there.
+LOOK_SECONDS = 0.1
+
+
+class Stream:
+    """Events of several pieces of work, in the order in which they happen.
+
+    Raises:
+        Refused: the queue is full, when it is made; an error of the work, when it is read.
+    """
+
+    def __init__(self, worker: Worker, works: Sequence[Prepared[object]], patience: Patience):
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[list[Any]] = asyncio.Queue()
+        self._drafts: dict[int, list[Any]] = {}  # those that nobody has taken from the queue yet
+        self._tickets: list[Ticket] = []
+        self._open = len(works)
+        try:
+            for i, work in enumerate(works):
+                self._tickets.append(worker.submit(work, self._listener(i), patience))
+        except Busy:
+            self.close()
+            raise Refused(429, "the server is busy, try again soon", "queue_full") from None
+
+    def _listener(self, index: int) -> Callable[[object], None]:
+        def listen(event: object) -> None:
+            with suppress(RuntimeError):  # the loop has gone
+                self._loop.call_soon_threadsafe(self._put, index, event)
+
+        return listen
+
+    def _put(self, index: int, event: object) -> None:
+        """Queue an event. Whoever reads slowly misses drafts: thousands of them would pile up."""
+        waiting = self._drafts.pop(index, None)
+        if isinstance(event, Draft):
+            if waiting is None:
+                self._events.put_nowait(waiting := [index, event])
+            waiting[1] = event
+            self._drafts[index] = waiting
+        else:
+            self._events.put_nowait([index, event])
+
+    def close(self) -> None:
+        """Stop the work: nobody waits for it any more."""
+        for ticket in self._tickets:
+            self._worker.cancel(ticket)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, object]]:
+        while self._open:
+            item = await self._events.get()
+            index, event = item
+            if self._drafts.get(index) is item:
+                del self._drafts[index]
+            if event is None:
+                self._open -= 1
+            elif isinstance(event, Exception):
+                raise _refused(event)
+            else:
+                yield index, event
+
+
+def _refused(error: Exception) -> Refused:
+    """What a client is told of an error."""
+    match error:
+        case Timeout():
+            return Refused(504, str(error), "timeout")
+        case Stopped():
+            return Refused(503, str(error), "stopping")
+        case ContextError():
+            return Refused(400, str(error), "context_length_exceeded")
+        case Error():
+            return Refused(400, str(error))
+    return Refused(500, "a defect of the server")
+
+
+async def unless_gone(
+    http: Http,
+    work: Coroutine[Any, Any, Result],
+    close: Callable[[], None],
+    seconds: float | None = None,
+) -> Result:
+    """What the work gives. `close` is called where it fails, its time is over, or nobody waits.
+
+    Raises:
+        TimeoutError: after `seconds`; the work is cancelled.
+        Refused: the client has gone, or the server stops.
+    """
+
+    async def gone() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(LOOK_SECONDS)
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        first = asyncio.FIRST_COMPLETED
+        done, _ = await asyncio.wait({task, watch}, timeout=seconds, return_when=first)
+        if not done:
+            raise TimeoutError
+        if not task.done():
+            raise Refused(499, "the client has gone")
+        return task.result()
+    except asyncio.CancelledError:  # the time that a shutdown grants is over
+        close()
+        raise stopping() from None
+    except BaseException:
+        close()
+        raise
+    finally:
+        for each in (task, watch):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
+    """All events, but of the drafts only the last of each canvas."""
+
+    async def collect() -> list[tuple[int, object]]:
+        # Drafts are for those who watch; only the last of a canvas tells how sure the model was.
+        found: list[tuple[int, object]] = []
+        last: dict[int, Draft] = {}
+        async for index, event in stream:
+            if isinstance(event, Draft):
+                last[index] = event
+                continue
+            if index in last:
+                found.append((index, last.pop(index)))
+            found.append((index, event))
+        return found
+
+    return await unless_gone(http, collect(), stream.close)
+
+
+async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]:
+    """The events, once there is one: an error before it still has a status of its own."""
+    events = stream.__aiter__()
+
+    async def first() -> tuple[int, object]:
+        return await anext(events)
+
+    item = await unless_gone(http, first(), stream.close)
+
+    async def every() -> AsyncIterator[tuple[int, object]]:
+        yield item
+        async for each in events:
+            yield each
+
+    return every()
+
+
+class Lines(StreamingResponse):
+    """Server-sent events and their end; an error is one more of them."""
+
+    def __init__(self, lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]):
+        async def every() -> AsyncIterator[str]:
+            try:
+                async for line in lines:
+                    yield line
+                yield "data: [DONE]\n\n"
+            except Refused as error:
+                yield sse(error_body(error.status, error.message, error.code))
+
+        headers = {"Cache-Control": "no-store", **headers}
+        super().__init__(every(), media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # not in the generator: a client may be gone before its first line is asked for
+            self._stream.close()
+
+
+def draft_event(index: int, draft: Draft) -> str:
+    """A step as a server-sent event of its own type."""
+    facts = {
+        "index": index,
+        "canvas": draft.canvas,
+        "step": draft.step,
+        "steps": draft.steps,
+        "text": draft.text,
+        "accepted": sum(draft.accepted),
+        "length": len(draft.accepted),
+    }
+    return f"event: draft\ndata: {json.dumps(facts, ensure_ascii=False)}\n\n"
+
+
+def sse(value: object) -> str:
+    """A value as a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,185 @@
+"""Servers to ask: in a thread of this process, and one that is a process of its own."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from gemma import gemma_tokenizer
+from random_model import scripted, untrained
+from starlette.types import ASGIApp
+
+from mlx_diffgemma import DiffusionGemma, Tokenizer, load
+from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.connections import Connection
+from mlx_diffgemma.server.worker import Worker
+
+SUDOKU = Path(__file__).parent / "data" / "sudoku6"
+
+Load = Callable[[], tuple[DiffusionGemma, Tokenizer]]
+
+
+class Server:
+    """A running server; `url` is its address."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.port = int(url.rsplit(":", 1)[1])
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60, **settings
+        )
+
+    def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
+        # As json= does, but halves of surrogate pairs can be sent, too.
+        content = json.dumps(body)
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(
+            f"{self.url}{path}", content=content, headers=headers, timeout=60, **settings
+        )
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^diffgemma_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
+class Process(Server):
+    """A server that is a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str):
+        super().__init__(url)
+        self.process = process
+
+    def memory(self) -> int:
+        """Bytes of the process that are in memory."""
+        shown = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.process.pid)])
+        return 1024 * int(shown)
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[Process]:
+    """A server with these arguments, on a free port."""
+    made = subprocess.Popen(
+        [sys.executable, "-m", "mlx_diffgemma", "serve", "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert made.stderr
+    said: list[str] = []
+    for line in made.stderr:
+        said.append(line)
+        if found := re.search(r"running on (http://\S+)", line):
+            break
+    else:
+        raise AssertionError("".join(said))
+    threading.Thread(target=made.stderr.read, daemon=True).start()
+    try:
+        yield Process(made, found[1].replace("0.0.0.0", "127.0.0.1"))
+    finally:
+        made.terminate()
+        made.wait(30)
+
+
+@contextmanager
+def listening(app: ASGIApp, http: type[Connection] = Connection) -> Iterator[uvicorn.Server]:
+    """An application on a free port, in a thread; whoever is still asked at the end is cut off."""
+    config = uvicorn.Config(
+        app,
+        port=0,
+        http=http,
+        ws="none",
+        lifespan="off",
+        log_level="critical",
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def address(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@contextmanager
+def working(
+    model: Load = load,
+    *,
+    max_batch: int = 4,
+    max_queue: int = 64,
+    timeout: float = 600,
+) -> Iterator[Worker]:
+    """A worker that has loaded the small model, or another."""
+    worker = Worker(
+        model, max_batch=max_batch, max_queue=max_queue, timeout=timeout, cache_bytes=10**9
+    )
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+@contextmanager
+def serving(
+    model: Load = load,
+    *,
+    max_batch: int = 4,
+    max_queue: int = 64,
+    timeout: float = 600,
+    **settings: Any,
+) -> Iterator[Server]:
+    """A server in a thread, with settings of `make_app`."""
+    with working(model, max_batch=max_batch, max_queue=max_queue, timeout=timeout) as worker:
+        app = make_app(worker, name="diffgemma-small", **settings)
+        with listening(app) as server:
+            yield Server(address(server))
+
+
+def sudoku_model() -> tuple[DiffusionGemma, Tokenizer]:
+    return load(str(SUDOKU))
+
+
+def tiny(kind: type[DiffusionGemma] = DiffusionGemma) -> tuple[Any, Tokenizer]:
+    """A model that knows nothing, with canvases of 24 tokens."""
+    tokenizer = Tokenizer.from_directory(EMBEDDED)
+    return untrained(tokenizer.vocab_size, 24, kind=kind), tokenizer
+
+
+def writing(*script: str) -> Load:
+    """A model that writes these answers in turn, the last for ever, and whose template knows tools
+    and thoughts."""
+
+    def made() -> tuple[DiffusionGemma, Tokenizer]:
+        tokenizer = gemma_tokenizer()
+        model = scripted()
+        answers = [*script, *script[-1:] * 99]
+        model.begin(*([*tokenizer.encode(answer), 6][:64] for answer in answers))
+        return model, tokenizer
+
+    return made
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
