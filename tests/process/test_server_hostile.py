@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 from fastapi.responses import JSONResponse, StreamingResponse
 from gemma import gemma_tokenizer
-from process.test_server import Server, serving, wait_until
 from random_model import scripted
 from servers import Server, address, listening, serving, wait_until, working, writing
 from starlette.types import ASGIApp, Receive, Scope, Send
