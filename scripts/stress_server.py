@@ -206,6 +206,13 @@ def texts() -> dict[str, tuple[str, Any]]:
             "/v1/choose",
             {"prompt": "x", "labels": ["a" * 1_900_000, "b" * 1_900_000]},
         ),
+        "long edit": ("/v1/edit", {"text": long, "instruction": "x"}),
+        "edit of a line beside much": (
+            "/v1/edit",
+            {"text": "1\n" + "x" * 4_000, "instruction": "x", "lines": [1, 1]},
+        ),
+        "lines to edit": ("/v1/edit", {"text": "\n" * 1_900_000, "instruction": "x"}),
+        "1,000 lines to edit": ("/v1/edit", {"text": "12\n" * 1000, "instruction": "x"}),
         "long slot": ("/v1/choose", {"prompt": "x", "labels": {"n" * LONG: ["a", "b"]}}),
     }
     half = "\ud800"
@@ -216,6 +223,7 @@ def texts() -> dict[str, tuple[str, Any]]:
         ("stop", CHAT, {"messages": hello, "stop": half}),
         ("tool", CHAT, {"messages": [*hello, {"role": "assistant", "tool_calls": [call]}]}),
         ("template", "/v1/fill", {"template": half + "{{x}}"}),
+        ("edit", "/v1/edit", {"text": half, "instruction": "x"}),
         ("label", "/v1/choose", {"prompt": "x", "labels": [half, "b"]}),
         ("completion", "/v1/completions", {"prompt": half}),
     ):

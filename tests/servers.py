@@ -159,9 +159,9 @@ def sudoku_model() -> tuple[DiffusionGemma, Tokenizer]:
 
 
 def tiny(kind: type[DiffusionGemma] = DiffusionGemma) -> tuple[Any, Tokenizer]:
-    """A model that knows nothing, with canvases of 24 tokens."""
+    """A model that knows nothing, with canvases of 24 tokens and a context of ten of them."""
     tokenizer = Tokenizer.from_directory(EMBEDDED)
-    return untrained(tokenizer.vocab_size, 24, kind=kind), tokenizer
+    return untrained(tokenizer.vocab_size, 24, context=240, kind=kind), tokenizer
 
 
 def writing(*script: str) -> Load:

@@ -1,4 +1,4 @@
-"""What a request has to pass before it meets a route: who asks, how, and with how much."""
+"""Checks a request before it meets a route: who asks, how, and with how much."""
 
 import asyncio
 import hmac
@@ -36,7 +36,7 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 
 
 class Gate:
-    """ASGI: names that the server answers to, and whose pages may ask through a browser.
+    """Checks, as ASGI, the name that is asked for, and whose page asks through a browser.
 
     Args:
         app: what lies behind.
@@ -83,7 +83,7 @@ class Gate:
         )
 
     def _is_foreign(self, method: str, headers: dict[bytes, bytes]) -> bool:
-        """Whether a browser asks on behalf of a page that is not ours."""
+        """Say whether a browser asks on behalf of a page that is not ours."""
         origin = headers.get(b"origin")
         if origin is not None:
             given = origin.decode("latin-1").lower()
@@ -97,7 +97,7 @@ class Gate:
 
 
 def host_name(host: bytes) -> str:
-    """The name of a Host header, without its port."""
+    """Take the port off a Host header."""
     name = host.decode("latin-1").lower()
     return name if name.endswith("]") else name.rsplit(":", 1)[0]
 
@@ -111,7 +111,7 @@ def _is_address(name: str) -> bool:
 
 
 class Limits:
-    """ASGI: the API key, the kind and size of a body, the time it takes, and what it may say.
+    """Checks, as ASGI, the API key, and a body's kind, size, time and JSON.
 
     Args:
         app: what lies behind.
@@ -161,7 +161,7 @@ class Limits:
         await self._app(scope, replay, send)
 
     def _check_head(self, scope: Scope) -> None:
-        """Raises `Refused` for what need not be read."""
+        """Raise `Refused` for what need not be read."""
         headers = _headers(scope)
         if self._key is not None and scope["path"] not in ("/", "/health"):
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
@@ -181,7 +181,7 @@ class Limits:
         return Refused(413, f"bodies may have {self._most} bytes")
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client has gone.
+        """Receive the whole body; None if the client has gone.
 
         Raises:
             Refused: it is too large or too slow.

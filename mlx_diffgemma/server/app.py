@@ -1,5 +1,6 @@
-"""The HTTP server over one `Worker`: its APIs, who may ask, and how it feels. Needs the extra
-`server`; another API is one more router.
+"""Puts the HTTP server together over one `Worker`: middleware, errors, and a router for each API.
+
+Needs the extra `server`. Another API is one more file, and one more line in `make_app`.
 """
 
 import asyncio
@@ -37,10 +38,10 @@ def make_app(
     allowed_hosts: Sequence[str] = (),
     most_bytes: int = 4 << 20,
 ) -> FastAPI:
-    """The application; the worker runs from its start to its end.
+    """Make the application, which stops the worker at its end.
 
     Args:
-        worker: not yet started.
+        worker: started by whoever makes the application.
         name: the model's, as `/v1/models` lists it.
         api_key: what clients have to send, if anything.
         cors: origins whose pages may ask.
@@ -72,7 +73,7 @@ def make_app(
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Whatever goes wrong is told in OpenAI's form."""
+    """Tell whatever goes wrong in OpenAI's form."""
 
     @app.exception_handler(Refused)
     async def refused(http: Http, error: Refused) -> Response:
@@ -101,7 +102,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _state(worker: Worker) -> APIRouter:
-    """Whether the server is well, what it has done, and a page to chat on."""
+    """Make the routes that say how the server is, and the page to chat on."""
     routes = APIRouter()
 
     @routes.get("/health")

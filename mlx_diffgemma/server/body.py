@@ -1,4 +1,4 @@
-"""What the bodies of all routes share: types of fields, and names that are reported as ignored."""
+"""Holds what the bodies of all routes share: types of fields, and the report of ignored names."""
 
 from typing import Annotated, Any
 
@@ -34,17 +34,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Body(BaseModel):
-    """What is not named here is reported as ignored, never dropped in silence."""
+    """Reports a name that it does not know as ignored, and drops none in silence."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     def unused(self) -> set[str]:
-        """Names of fields that mean nothing beside what else was sent."""
+        """Name the fields that mean nothing beside what else was sent."""
         return set()
 
 
 def ignored(body: Body) -> list[str]:
-    """Parameters that were sent and mean nothing here, those of parts of the body with a dot.
+    """Name parameters that were sent and mean nothing here, those of a body's parts with a dot.
 
     They fit into a header: printable ASCII, and not too long.
     """

@@ -1,4 +1,4 @@
-"""Connections that take their time: uvicorn waits for ever for a request's head, and for a reader.
+"""Bounds the time of a connection: uvicorn waits for ever for a request's head, and for a reader.
 
 A client that opens many connections and says little on each would take all that a process may have.
 """
@@ -24,7 +24,7 @@ MOST_CONNECTIONS = 128
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with bounds on how long a client may hold a connection without asking anything."""
+    """Speaks HTTP/1.1, and bounds how long a client may hold a connection and ask nothing."""
 
     head_seconds: float = HEAD_SECONDS
     stall_seconds: float = STALL_SECONDS
@@ -58,7 +58,7 @@ class Connection(H11Protocol):
             self._stall_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets its answer as JSON, too; behind the beginning of another, none."""
+        """Answer what is no HTTP as JSON, too, but not behind the beginning of another answer."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
@@ -72,11 +72,11 @@ class Connection(H11Protocol):
 
     @property
     def _between(self) -> bool:
-        """Whether a head is awaited, or what is left of a request that has its answer already."""
+        """Say whether a head is awaited, or the rest of a request that has its answer already."""
         return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def _note(self) -> None:
-        """The client has said something; if that was no whole head, time is running."""
+        """Note that the client has said something; if that was no whole head, time is running."""
         self._heard = self.loop.time()
         if not self._between:
             if self._head_timer is not None:

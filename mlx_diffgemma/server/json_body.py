@@ -1,4 +1,4 @@
-"""JSON from strangers: it has one meaning, and bounds on depth, values and numbers."""
+"""Reads JSON from strangers, within bounds on depth, values and numbers, as of one meaning."""
 
 import json
 import math
@@ -18,11 +18,11 @@ MOST_DIGITS = 300
 
 
 class JsonError(Error, ValueError):
-    """Text that is not JSON, or that means more than is safe to work on."""
+    """Says that a text is not JSON, or means more than is safe to work on."""
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Read the value of a JSON text.
 
     Stricter than the standard library: bytes are UTF-8, a name stands once in its object, numbers
     are finite and short, and text is whole characters, never half of a surrogate pair.
@@ -80,7 +80,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _check(value: Any) -> None:
-    """Level by level: what is too deep must not be walked recursively.
+    """Check level by level: what is too deep must not be walked recursively.
 
     Raises:
         JsonError: too deep, too many values, or text that no encoding can write.

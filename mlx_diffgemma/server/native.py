@@ -1,4 +1,4 @@
-"""Our own routes: filling, editing and choosing, which OpenAI's API has no words for."""
+"""Answers our own routes: to fill, edit and choose, which OpenAI's API has no words for."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from .refused import RESPONSES, Refused, stopping
 from .service import Service
 from .stream import Lines, begun, draft_event, gathered, sse
 
-# What an event is to the client as JSON, once it is the result; empty before.
+# Gives an event as JSON for the client, once it is the result; empty before.
 Facts = Callable[[object], dict[str, Any]]
 
 
@@ -59,7 +59,7 @@ class ChooseBody(Body):
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """Make the routes of fills, edits and choices."""
     routes = APIRouter()
 
     @routes.post("/v1/fill", responses=RESPONSES)
@@ -98,7 +98,7 @@ async def _answered(
     facts: Facts,
     drafts: bool | None = False,
 ) -> Response:
-    """The result of a task, with `drafts` as the end of a stream of them."""
+    """Answer with the result of a task, with `drafts` as the end of a stream of them."""
     work, patience = await service.prepare(http, task)
     stream, headers = service.stream([work], patience), service.headers(body)
     if drafts:
@@ -110,7 +110,7 @@ async def _answered(
 
 
 async def _lines(events: AsyncIterator[tuple[int, object]], facts: Facts) -> AsyncIterator[str]:
-    """Drafts and the result as server-sent events."""
+    """Write drafts and the result as server-sent events."""
     async for _, event in events:
         if isinstance(event, Draft):
             yield draft_event(0, event)
@@ -119,7 +119,7 @@ async def _lines(events: AsyncIterator[tuple[int, object]], facts: Facts) -> Asy
 
 
 def canvas_request(body: FillBody, length: int) -> Request:
-    """A canvas of so many tokens, some of whose pieces are pinned."""
+    """Ask for a canvas of so many tokens, some of whose pieces are pinned."""
     pieces = tuple((piece.text, piece.pinned) for piece in body.canvas or ())
     shown = "".join(text if pinned else "..." for text, pinned in pieces)
     return Request(
@@ -132,7 +132,7 @@ def canvas_request(body: FillBody, length: int) -> Request:
 
 
 class FillFacts:
-    """A filled template as JSON, or a filled canvas, whose text comes piece by piece."""
+    """Gives a filled template as JSON, or a filled canvas, whose text comes piece by piece."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -155,12 +155,12 @@ class FillFacts:
 
 
 def choose_facts(event: object) -> dict[str, Any]:
-    """Probabilities as JSON."""
+    """Give probabilities as JSON."""
     return {} if isinstance(event, Reading) else {"probabilities": event}
 
 
 def edit_facts(event: object) -> dict[str, Any]:
-    """An edited text as JSON."""
+    """Give an edited text as JSON."""
     if not isinstance(event, EditResult):
         return {}
     return {"text": event.text, "denoising_steps": event.steps, "notes": list(event.notes)}

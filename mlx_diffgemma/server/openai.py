@@ -1,4 +1,4 @@
-"""OpenAI's requests, checked and translated. Nothing of HTTP and nothing of threads."""
+"""Checks and translates OpenAI's requests. Knows nothing of HTTP and nothing of threads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ MIDDLE = "middle"
 
 
 class Sampling(Body):
-    """What the answering routes have in common."""
+    """Holds what the answering routes have in common."""
 
     model: str | None = None
     max_tokens: Positive | None = None
@@ -100,7 +100,7 @@ class ChatBody(Sampling):
     thinking_budget: Positive | None = None
 
     def unused(self) -> set[str]:
-        """Beside a schema: a guaranteed document begins at once and is not cut."""
+        """Name what means nothing beside a schema, whose document begins at once and is not cut."""
         if _schema(self) is None:
             return set()
         told = {
@@ -120,7 +120,7 @@ class CompletionBody(Sampling):
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
-    """The chat as templates want it.
+    """Write the chat down as templates want it.
 
     Raises:
         Refused: content that is not text, or tool arguments that are no JSON object.
@@ -157,7 +157,7 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
 
 
 def _arguments(name: str, text: str) -> Any:
-    """What the text of a tool call's arguments says, checked as a body is.
+    """Read the text of a tool call's arguments, checked as a body is.
 
     Raises:
         Refused: it is not JSON.
@@ -170,7 +170,7 @@ def _arguments(name: str, text: str) -> Any:
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:
-    """The schema of a guaranteed document.
+    """Find the schema of a guaranteed document.
 
     Raises:
         Refused: there has to be one and is none.
@@ -186,7 +186,7 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
 
 
 def chat_request(body: ChatBody) -> Request:
-    """The request of a chat, without its seed.
+    """Translate a chat, without its seed.
 
     Raises:
         Refused: a combination that is not supported.
@@ -217,7 +217,7 @@ def chat_request(body: ChatBody) -> Request:
 
 
 def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
-    """How a call begins that has to be made.
+    """Write the beginning of a call that has to be made.
 
     Raises:
         Refused: there is no such tool.
@@ -235,14 +235,14 @@ def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -
 
 
 def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer]:
-    """The same answer with other seeds; it is encoded once."""
+    """Repeat an answer with other seeds; it is encoded once."""
     assert isinstance(work, Answer)
     seeds = [None if seed is None else seed + i for i in range(count)]
     return [replace(work, seed=each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Stop strings as a tuple.
+    """Give stop strings as a tuple.
 
     Raises:
         Refused: one is too long.
@@ -255,7 +255,7 @@ def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text that the model goes on with, without a chat around it, and how (`request`)."""
+    """Asks the model to go on with a text, without a chat around it, as `request` says."""
 
     text: str
     request: Request
@@ -280,12 +280,12 @@ class Continuation:
 
 
 def prompts_of(body: CompletionBody) -> list[str]:
-    """Prompts, each of which gets answers of its own."""
+    """List the prompts, each of which gets answers of its own."""
     return [body.prompt] if isinstance(body.prompt, str) else body.prompt
 
 
 def best_of(body: CompletionBody) -> int:
-    """Answers that are written for each prompt; the best of them are kept.
+    """Count the answers that are written for each prompt; the best of them are kept.
 
     Raises:
         Refused: they are wanted as a stream, which cannot wait for the best.
@@ -297,7 +297,7 @@ def best_of(body: CompletionBody) -> int:
 
 
 def continuations(body: CompletionBody) -> list[Continuation]:
-    """What each prompt of a completion asks for, without its seed.
+    """Translate a completion, prompt by prompt, without its seed.
 
     Raises:
         Refused: a stop string is too long.
@@ -314,7 +314,7 @@ def continuations(body: CompletionBody) -> list[Continuation]:
 
 
 def infill(body: CompletionBody) -> FillRequest:
-    """What is to be written between a prompt and a suffix, as the hole `MIDDLE`.
+    """Translate a completion with a suffix: what stands between is the hole `MIDDLE`.
 
     Raises:
         Refused: more than one prompt or answer, or an opening.
@@ -327,5 +327,5 @@ def infill(body: CompletionBody) -> FillRequest:
 
 
 def wants_usage(body: Sampling) -> bool:
-    """Whether a stream ends with how many tokens there were."""
+    """Say whether a stream ends with how many tokens there were."""
     return bool((body.stream_options or {}).get("include_usage"))

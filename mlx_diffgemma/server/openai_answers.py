@@ -1,4 +1,4 @@
-"""OpenAI's answers, put together from events: whole, or in the chunks of a stream."""
+"""Puts OpenAI's answers together from events: whole, or in the chunks of a stream."""
 
 import json
 import math
@@ -18,7 +18,7 @@ Common = dict[str, Any]
 
 
 def common(prefix: str, model: str) -> Common:
-    """What all chunks of an answer have alike, with an id of its own."""
+    """Make what all chunks of an answer have alike, with an id of its own."""
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -27,7 +27,7 @@ def common(prefix: str, model: str) -> Common:
 
 
 class Choice:
-    """One of the answers, put together from its events.
+    """Puts one of the answers together from its events.
 
     `pieces` gives the text of tokens, and asks for their log-probabilities; None does not.
     """
@@ -42,7 +42,7 @@ class Choice:
         self._draft: Draft | None = None
 
     def take(self, event: object) -> dict[str, Any]:
-        """What the event adds, as a chat's delta; empty if nothing."""
+        """Take an event, and give what it adds as a chat's delta; empty if nothing."""
         match event:
             case Text():
                 self.text += event.text
@@ -73,7 +73,7 @@ class Choice:
         return {}
 
     def _weigh(self, text: str) -> None:
-        """Log-probabilities of the tokens that make up a text, from the step it was taken from."""
+        """Note log-probabilities of a text's tokens, from the step that it was taken from."""
         if self._pieces is None or self._draft is None:
             return
         draft, self._draft = self._draft, None
@@ -90,7 +90,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """In OpenAI's words."""
+        """Say why it ended, in OpenAI's words."""
         assert self.done is not None
         if self.calls:
             return "tool_calls"
@@ -98,7 +98,7 @@ class Choice:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What OpenAI has no words for."""
+        """Give what OpenAI has no words for."""
         assert self.done is not None
         return {
             "finish": self.done.finish_reason,
@@ -109,7 +109,7 @@ class Choice:
 
 
 def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
-    """Tokens of all answers; each prompt counts once, with the first of its answers."""
+    """Count tokens of all answers; each prompt counts once, with the first of its answers."""
     done = [choice.done for choice in choices if choice.done is not None]
     prompt = sum(each.prompt_tokens for each in done[::per_prompt])
     written = sum(each.generated_tokens for each in done)
@@ -123,7 +123,7 @@ def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
 
 
 class Reply(Protocol):
-    """The choices of an answer, whole or in chunks.
+    """Puts the choices of an answer together, whole or in chunks.
 
     Attributes:
         choices: in the order of the work that answers.
@@ -134,14 +134,14 @@ class Reply(Protocol):
     per_prompt: int
 
     def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        """A delta as JSON; None is the beginning, which may be empty."""
+        """Give a delta as JSON; None is the beginning, which may be empty."""
 
     def whole(self) -> dict[str, Any]:
-        """The finished answer as JSON."""
+        """Give the finished answer as JSON."""
 
 
 class ChatReply:
-    """The answer to a chat, see `Reply`."""
+    """Answers a chat, see `Reply`."""
 
     def __init__(self, body: ChatBody, model: str, count: int, tokenizer: Tokenizer):
         self._common = common("chatcmpl", model)
@@ -151,7 +151,7 @@ class ChatReply:
         self.per_prompt = count
 
     def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        """A delta as JSON; the first says who speaks."""
+        """Give a delta as JSON; the first says who speaks."""
         shown = {"role": "assistant", "content": ""} if delta is None else delta
         choice = {"index": index, "delta": shown, "finish_reason": reason}
         known = self.choices[index]
@@ -163,7 +163,7 @@ class ChatReply:
         return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
 
     def whole(self) -> dict[str, Any]:
-        """The finished answer as JSON."""
+        """Give the finished answer as JSON."""
         answers = []
         for i, choice in enumerate(self.choices):
             message: dict[str, Any] = {"role": "assistant", "content": choice.text}
@@ -186,7 +186,7 @@ class ChatReply:
 
 
 class CompletionReply:
-    """Texts that go on from prompts, see `Reply`."""
+    """Goes on from prompts, see `Reply`."""
 
     def __init__(self, body: CompletionBody, model: str):
         self._common = {**common("cmpl", model), "object": "text_completion"}
@@ -197,7 +197,7 @@ class CompletionReply:
         self.choices = [Choice() for _ in range(len(self._prompts) * self.per_prompt)]
 
     def chunk(self, index: int, delta: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        """A delta as JSON; the first is the prompt, where it is wanted."""
+        """Give a delta as JSON; the first is the prompt, where it is wanted."""
         if delta is None and not self._echo:
             return {}
         prompt = self._prompts[index // self.per_prompt]
@@ -206,7 +206,7 @@ class CompletionReply:
         return {**self._common, "choices": [choice]}
 
     def whole(self) -> dict[str, Any]:
-        """The finished answers as JSON, of more than are wanted the surest."""
+        """Give the finished answers as JSON, of more than are wanted the surest."""
         answers: list[dict[str, Any]] = []
         for i, prompt in enumerate(self._prompts):
             tried = self.choices[i * self.per_prompt : (i + 1) * self.per_prompt]
@@ -227,7 +227,7 @@ class CompletionReply:
 
 
 class InfillReply:
-    """What stands between a prompt and a suffix; `read` is how many tokens those have."""
+    """Answers with what stands between a prompt and a suffix, which have `read` tokens."""
 
     def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, read: int):
         self._common = {**common("cmpl", model), "object": "text_completion"}
@@ -237,7 +237,7 @@ class InfillReply:
         self._read = read
 
     def whole(self, result: FillResult) -> dict[str, Any]:
-        """The answer as JSON, with its usage."""
+        """Give the answer as JSON, with its usage."""
         stop_strings = StopStrings(self._stop)
         text = stop_strings.feed(str(result.values[MIDDLE]))
         text += "" if stop_strings.hit else stop_strings.rest()

@@ -1,4 +1,4 @@
-"""OpenAI's routes: chats, completions with and without a suffix, and the model's name."""
+"""Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -29,7 +29,7 @@ from .worker import Patience
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """Make the routes of OpenAI's API."""
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", responses=RESPONSES)
@@ -84,7 +84,7 @@ async def _complete(service: Service, http: Http, body: CompletionBody) -> Respo
 async def _answered(
     service: Service, http: Http, body: Sampling, stream: Stream, reply: Reply
 ) -> Response:
-    """The choices of a reply, as they come or at the end."""
+    """Answer with the choices of a reply, as they come or at the end."""
     headers = service.headers(body)
     if body.stream:
         return Lines(_lines(body, await begun(http, stream), reply), stream, headers)
@@ -96,7 +96,7 @@ async def _answered(
 async def _lines(
     body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply
 ) -> AsyncIterator[str]:
-    """The events of a reply as server-sent events."""
+    """Write the events of a reply as server-sent events."""
     for i in range(len(reply.choices)):
         if head := reply.chunk(i, None, None):
             yield sse(head)
@@ -115,7 +115,7 @@ async def _lines(
 
 
 async def _infill(service: Service, http: Http, body: CompletionBody) -> Response:
-    """What stands between a prompt and a suffix."""
+    """Answer with what stands between a prompt and a suffix."""
     tokenizer = service.worker.tokenizer
     task = infill(body)
 
@@ -137,7 +137,7 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
 async def _infilled(
     body: CompletionBody, events: AsyncIterator[tuple[int, object]], reply: InfillReply
 ) -> AsyncIterator[str]:
-    """The events of an infilling as server-sent events."""
+    """Write the events of an infilling as server-sent events."""
     async for _, event in events:
         if isinstance(event, Draft) and body.stream_drafts:
             yield draft_event(0, event)

@@ -1,4 +1,4 @@
-"""Preparation of requests: encoding and compiling, in threads of their own, bounded in number."""
+"""Prepares requests (encodes, compiles) in threads of their own, bounded in number."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,14 +17,14 @@ QUICK_BYTES = 1 << 15
 
 
 class Places:
-    """Where requests are prepared; for one event loop."""
+    """Bounds how many requests are prepared side by side; for one event loop."""
 
     def __init__(self) -> None:
         self._slow = asyncio.Semaphore(MOST_SLOW)
         self._quick = asyncio.Semaphore(MOST_QUICK)
 
     async def prepare(self, make: Callable[[], Result], *, quick: bool) -> Result:
-        """What is made in a thread, once there is a place. Cancelled, this leaves at once.
+        """Call `make` in a thread, once there is a place. Cancelled, this leaves at once.
 
         A thread cannot be stopped, so it keeps its place until `make` sees that nobody waits.
         """

@@ -1,4 +1,4 @@
-"""Answers with an error status, in OpenAI's form, which the clients of every route can read."""
+"""Tells errors in OpenAI's form, which the clients of every route can read."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class Refused(Exception):
-    """A request that is answered with an error status."""
+    """Says that a request is answered with an error status."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -36,24 +36,24 @@ class Refused(Exception):
 
 
 def stopping() -> Refused:
-    """The refusal of a request that the server's end cuts off."""
+    """Refuse a request that the server's end cuts off."""
     return Refused(503, "the server is shutting down", "stopping")
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as JSON, as clients of OpenAI expect it."""
+    """Write an error as clients of OpenAI expect it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = shortened(message, MOST_MESSAGE)
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def refusal(error: Refused) -> Response:
-    """A refusal as an answer; one for a full queue says when to come again."""
+    """Answer with a refusal; one for a full queue says when to come again."""
     body = error_body(error.status, error.message, error.code)
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
     return JSONResponse(body, error.status, headers)
 
 
 def shortened(text: str, most: int) -> str:
-    """Text of at most so many characters; what is cut says so."""
+    """Cut a text to at most so many characters; what is cut says so."""
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,4 +1,4 @@
-"""What routes are given: a worker that answers, and threads in which requests are prepared."""
+"""Gives routes what they need: a worker that answers, and threads that prepare requests."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 class Service:
-    """A model under a name, for the routes of any API.
+    """Offers a model under a name to the routes of any API.
 
     Attributes:
         worker: answers what is prepared.
@@ -35,7 +35,7 @@ class Service:
         self._places = Places()
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
-        """The task with its text encoded, and what is left of the time that it may take.
+        """Prepare a task, and tell the patience that is left for it.
 
         Raises:
             Error: as the task's own `prepare`.
@@ -46,7 +46,7 @@ class Service:
     async def make(
         self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False
     ) -> tuple[Result, Patience]:
-        """As `prepare`, of whatever is to be made in a thread of its own.
+        """Call `make` in a thread of its own, as `prepare` does.
 
         Others go on meanwhile, in this loop and in the worker. What is `slow` for few bytes, such
         as a schema, waits for others of its kind only.
@@ -73,6 +73,6 @@ class Service:
         return Stream(self.worker, works, patience)
 
     def headers(self, body: Body) -> dict[str, str]:
-        """Headers of an answer: what was sent and means nothing here."""
+        """Name, in headers of the answer, what was sent and means nothing here."""
         names = ",".join(ignored(body))
         return {"X-Ignored-Parameters": names} if names else {}

@@ -1,4 +1,4 @@
-"""Events on their way from the worker's thread to a handler, and on to a client as a stream."""
+"""Brings events from the worker's thread to a handler, and on to a client as a stream."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.1
 
 
 class Stream:
-    """Events of several pieces of work, in the order in which they happen.
+    """Gives the events of several pieces of work, in the order in which they happen.
 
     Raises:
         Refused: the queue is full, when it is made; an error of the work, when it is read.
@@ -81,7 +81,7 @@ class Stream:
 
 
 def _refused(error: Exception) -> Refused:
-    """What a client is told of an error."""
+    """Tell a client of an error."""
     match error:
         case Timeout():
             return Refused(504, str(error), "timeout")
@@ -100,7 +100,7 @@ async def unless_gone(
     close: Callable[[], None],
     seconds: float | None = None,
 ) -> Result:
-    """What the work gives. `close` is called where it fails, its time is over, or nobody waits.
+    """Do the work, and call `close` where it fails, its time is over, or nobody waits.
 
     Raises:
         TimeoutError: after `seconds`; the work is cancelled.
@@ -134,7 +134,7 @@ async def unless_gone(
 
 
 async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
-    """All events, but of the drafts only the last of each canvas."""
+    """Collect all events, but of the drafts only the last of each canvas."""
 
     async def collect() -> list[tuple[int, object]]:
         # Drafts are for those who watch; only the last of a canvas tells how sure the model was.
@@ -153,7 +153,7 @@ async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
 
 
 async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]:
-    """The events, once there is one: an error before it still has a status of its own."""
+    """Give the events, once there is one: an error before it still has a status of its own."""
     events = stream.__aiter__()
 
     async def first() -> tuple[int, object]:
@@ -170,7 +170,7 @@ async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]
 
 
 class Lines(StreamingResponse):
-    """Server-sent events and their end; an error is one more of them."""
+    """Sends events and their end; an error is one more of them."""
 
     def __init__(self, lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]):
         async def every() -> AsyncIterator[str]:
@@ -193,7 +193,7 @@ class Lines(StreamingResponse):
 
 
 def draft_event(index: int, draft: Draft) -> str:
-    """A step as a server-sent event of its own type."""
+    """Write a step as a server-sent event of its own type."""
     facts = {
         "index": index,
         "canvas": draft.canvas,
@@ -207,5 +207,5 @@ def draft_event(index: int, draft: Draft) -> str:
 
 
 def sse(value: object) -> str:
-    """A value as a server-sent event."""
+    """Write a value as a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

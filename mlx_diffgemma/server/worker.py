@@ -1,4 +1,4 @@
-"""The thread that owns MLX in a server: it loads, generates and frees, and nobody else does."""
+"""Owns MLX in a server: one thread loads, generates and frees, and nobody else does."""
 
 import logging
 import threading
@@ -27,24 +27,24 @@ _log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class Busy(Exception):
-    """A request finds the queue full."""
+    """Says that the queue is full."""
 
 
 class Stopped(Error):
-    """A request is cut off by the server's end."""
+    """Says that the server's end has cut a request off."""
 
 
 class Timeout(Error):
-    """A request took longer than it may."""
+    """Says that a request took longer than it may."""
 
 
 class Gone(Error):
-    """A request has lost whoever waited for its answer."""
+    """Says that nobody waits for an answer any more."""
 
 
 @dataclass(eq=False)
 class Patience:
-    """How long somebody waits for an answer, its preparation included.
+    """Says how long somebody waits for an answer, its preparation included.
 
     Attributes:
         seconds: the whole time.
@@ -58,12 +58,12 @@ class Patience:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Give what is left, in seconds."""
         return max(self.ends - time.monotonic(), 0.0)
 
     @property
     def timeout(self) -> Timeout:
-        """The error that is told when the time is over."""
+        """Make the error that is told when the time is over."""
         return Timeout(f"the request took longer than {self.seconds:g} seconds")
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ class Patience:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way."""
+    """Stands for a request on its way."""
 
     work: Prepared[object]
     listen: Listener
@@ -91,7 +91,7 @@ class Ticket:
 
 @dataclass
 class Counters:
-    """What the server has done so far."""
+    """Counts what the server has done so far."""
 
     answered: int = 0
     failed: int = 0
@@ -164,31 +164,31 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is there to answer."""
+        """Say whether the thread is there to answer."""
         return self._thread.is_alive() and not self._stopping.is_set()
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Count requests in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests being answered."""
+        """Count requests that are being answered."""
         return len(self._running)
 
     @property
     def model(self) -> DiffusionGemma:
-        """The model; its arrays are for the worker's thread alone."""
+        """Give the model, whose arrays are for the worker's thread alone."""
         return self._model
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What the model's tokens can spell; for any thread."""
+        """Give what the model's tokens can spell; for any thread."""
         return Vocabulary(self._model, self.tokenizer)
 
     def patience(self) -> Patience:
-        """That of somebody who asks now."""
+        """Give the patience of somebody who asks now."""
         return Patience(self._timeout, time.monotonic() + self._timeout)
 
     def prepare(self, task: Task[Item], patience: Patience | None = None) -> Prepared[Item]:
@@ -266,7 +266,7 @@ class Worker:
                 self._end(ticket, error)
 
     def _next(self) -> Ticket | None:
-        """The first in the queue that may begin.
+        """Find the first in the queue that may begin.
 
         Fills, edits and choices, which have many canvases, leave half of the places to answers.
         """
