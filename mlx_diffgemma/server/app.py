@@ -56,7 +56,8 @@ def make_app(
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="mlx-diffgemma", lifespan=lifespan)
+    # Their pages would have the browser fetch scripts from elsewhere.
+    app = FastAPI(title="mlx-diffgemma", lifespan=lifespan, docs_url=None, redoc_url=None)
     # The last one added is met first.
     app.add_middleware(Limits, most_bytes=most_bytes, api_key=api_key)
     if cors:

@@ -242,6 +242,15 @@ def test_links_may_be_followed_and_nothing_else_be_taken(small: Server) -> None:
     )
 
 
+def test_no_page_has_scripts_from_elsewhere(small: Server) -> None:
+    """/docs and /redoc had the browser fetch scripts of a CDN."""
+    for path in ("/docs", "/redoc"):
+        refused(httpx.get(f"{small.url}{path}"), 404)
+    assert "http://" not in (page := httpx.get(small.url).text)
+    assert "https://" not in page
+    assert httpx.get(f"{small.url}/openapi.json").json()["paths"]
+
+
 def test_every_method_and_path_has_an_answer(small: Server) -> None:
     """HEAD was refused; a preflight for a foreign page, an unknown name and what is no HTTP were
     answered in words that are not JSON."""

@@ -200,9 +200,9 @@ def test_a_schema_is_compiled_by_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
     threads: list[str] = []
     compile_ = schema.compiled
 
-    def noted(*given: Any) -> Any:
+    def noted(*given: Any, **more: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return compile_(*given)
+        return compile_(*given, **more)
 
     monkeypatch.setattr(schema, "compiled", noted)
     with working() as (worker, model):
