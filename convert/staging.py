@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,9 +78,10 @@ def _take(workspace: Path, target: Path) -> int:
     for _ in range(_ATTEMPTS):
         with suppress(FileExistsError):
             workspace.mkdir()
-        if workspace.is_symlink() or (workspace.exists() and not workspace.is_dir()):
-            raise ConvertError(f"{workspace} is in the way")
         try:
+            # Looked at once: between two looks its last holder may remove it.
+            if not stat.S_ISDIR(os.lstat(workspace).st_mode):
+                raise ConvertError(f"{workspace} is in the way")
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # its last holder has just removed the directory
             continue
