@@ -1,0 +1,31 @@
+"""The server under requests that schemathesis makes: half a minute, so not among the fast tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from servers import serving, tiny
+
+
+def test_schemathesis_finds_no_crash(tmp_path: Path) -> None:
+    """Requests made from the OpenAPI document, and around it."""
+    with serving(tiny) as server:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "schemathesis.cli",
+                "run",
+                f"{server.url}/openapi.json",
+                "--checks=not_a_server_error",
+                "--max-examples=3",
+                "--phases=coverage,fuzzing",
+                "--request-timeout=240",
+                "--seed=1",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=550,
+            cwd=tmp_path,  # where it leaves a cache
+        )
+    assert done.returncode == 0, done.stdout[-3000:]
