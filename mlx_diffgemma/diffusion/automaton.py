@@ -510,9 +510,9 @@ class Plans:
         self._sets = [[np.array(ids) for ids in plan.machine.sets] for plan in self._plans]
         self._widest = max(map(len, self._sets))
 
-    def allowed(self, first: int, count: int, length: int) -> mx.array:
-        """(B, L, count) whether some allowed canvas has the id there."""
-        return self._table[:, first : first + count][self._index]
+    def allowed(self, first: int, count: int, positions: mx.array) -> mx.array:
+        """(B, P, count) whether some allowed canvas has the id there."""
+        return self._table[:, first : first + count][self._index[:, positions]]
 
     def noise(self, tokens: mx.array) -> mx.array:
         """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""

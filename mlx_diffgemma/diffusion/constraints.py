@@ -85,9 +85,9 @@ class Constraint(Protocol):
 
     joint: ClassVar[bool]
 
-    def allowed(self, first: int, count: int, length: int) -> mx.array | None:
-        """Which of `count` ids from `first` on may stand at each of L = `length` positions:
-        (L, count) or (B, L, count), or None for all."""
+    def allowed(self, first: int, count: int, positions: mx.array) -> mx.array | None:
+        """Which of `count` ids from `first` on may stand at each of the positions (P,):
+        (P, count) or (B, P, count), or None for all."""
 
     def score(self, logits: mx.array, first: int) -> Choices:
         """The best tokens of a block (B, L, C) whose ids begin at `first`, NEVER where none is."""
@@ -104,7 +104,7 @@ class Anything:
 
     joint: ClassVar[bool] = False
 
-    def allowed(self, first: int, count: int, length: int) -> mx.array | None:
+    def allowed(self, first: int, count: int, positions: mx.array) -> mx.array | None:
         return None
 
     def score(self, logits: mx.array, first: int) -> Choices:
@@ -130,6 +130,6 @@ class ForbidFirst(Anything):
 
     ids: tuple[int, ...]
 
-    def allowed(self, first: int, count: int, length: int) -> mx.array:
+    def allowed(self, first: int, count: int, positions: mx.array) -> mx.array:
         banned = mx.array(np.isin(np.arange(first, first + count), self.ids))
-        return ~(banned & (mx.arange(length) == 0)[:, None])
+        return ~(banned & (positions == 0)[:, None])

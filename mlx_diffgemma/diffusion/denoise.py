@@ -5,7 +5,8 @@ the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden st
 """
 
 from collections import deque
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -103,19 +104,38 @@ def denoise(
     canvas, constraint, steps = start.canvas, start.constraint, config.max_denoising_steps
     fixed = start.pinned
     history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
-    self_conditioning: mx.array | None = None
+    known: _Known | None = None
     last: DenoisingState | None = None
+    focus = _Focus(config, canvas, cache)
     for step in range(start.first_step, steps + 1):
         temperature = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
-        hidden = yield Pass(canvas, cache, self_conditioning)
+        asked = focus.ask(canvas, None if known is None else known.seen.self_conditioning)
+        hidden = yield asked
         assert hidden is not None
-        seen = read_out(
-            model, hidden, temperature, constraint, draws, self_conditioning=step < steps
+        known = _know(
+            known,
+            hidden,
+            asked.positions,
+            temperature,
+            read_out(
+                model,
+                hidden,
+                temperature,
+                constraint,
+                draws,
+                asked.positions,
+                self_conditioning=step < steps,
+            ),
         )
+        seen = known.seen
+        read, before = canvas, focus.argmax
         argmax = constraint.choose(seen.choices, fixed, canvas)
         sampled = _sampled(constraint, seen, fixed, canvas)
-        confidence = mx.exp(log_probability(model, hidden, sampled, temperature, seen))
-        entropy, confidence, self_conditioning = _certain(model, canvas, fixed, seen, confidence)
+        if focus.settled is not None:
+            sampled = mx.where(focus.settled, argmax, sampled)
+        confidence = mx.exp(log_probability(model, known.hidden, sampled, known.temperature, seen))
+        entropy, confidence, conditioning = _certain(model, canvas, fixed, seen, confidence)
+        known = replace(known, seen=replace(seen, self_conditioning=conditioning))
         accepted = rules.accept(config.sampler, entropy, confidence, fixed)
         was_fixed = fixed
         noise = start.background
@@ -129,17 +149,145 @@ def denoise(
             argmax = constraint.choose(seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
         history.append(argmax)
-        probability = mx.exp(log_probability(model, hidden, argmax, temperature, seen))
+        probability = mx.exp(log_probability(model, known.hidden, argmax, known.temperature, seen))
         if was_fixed is not None:
             probability = mx.where(was_fixed, 1.0, probability)
+        if focus.on:
+            settled = focus.settle(
+                read, argmax, entropy, accepted, asked.positions, start.pinned, config.eos_token_ids
+            )
+            canvas = mx.where(settled, argmax, canvas)
+            whole = asked.positions is None
+            due = (
+                rules.is_confident(entropy, config.confidence_threshold, start.pinned)
+                if config.settling.early
+                else stop
+            )
+            ready, stop = due, stop & whole
         now = DenoisingState(step, canvas, argmax, accepted, entropy, probability, stop)
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last))
+        if focus.on:
+            focus.choose(settled, entropy, ready, argmax)
         yield last
         if np.array(last.converged).all():
             break
     assert last is not None  # first_step is not behind the last
+    global COUNT
+    COUNT = focus.count
     return last
+
+
+COUNT = 0
+
+
+@dataclass(frozen=True)
+class _Known:
+    hidden: mx.array
+    temperature: float | mx.array
+    seen: Readout
+
+
+def _know(old, hidden, positions, temperature, seen):
+    if positions is None:
+        return _Known(hidden, temperature, seen)
+
+    def written(whole, part):
+        if whole is None or part is None:
+            return None
+        own = copy(whole)
+        own[:, positions] = part
+        return own
+
+    def choices(one, other):
+        if one is None:
+            return None
+        return replace(
+            one, scores=written(one.scores, other.scores), tokens=written(one.tokens, other.tokens)
+        )
+
+    past = old.seen
+    temperatures = copy(
+        mx.broadcast_to(mx.array(old.temperature), hidden.shape[:1] + (old.hidden.shape[1],))
+    )
+    temperatures[:, positions] = temperature
+    return _Known(
+        written(old.hidden, hidden),
+        temperatures,
+        Readout(
+            choices(past.choices, seen.choices),
+            choices(past.perturbed, seen.perturbed),
+            written(past.sampled, seen.sampled),
+            written(past.entropy, seen.entropy),
+            written(past.log_normalizer, seen.log_normalizer),
+            written(past.self_conditioning, seen.self_conditioning),
+        ),
+    )
+
+
+class _Focus:
+    def __init__(self, config, canvas, cache):
+        self.config, self.cache = config, cache
+        self.on = config.settling is not None and len(canvas) == 1
+        self.length = canvas.shape[1]
+        self.positions = None
+        self.settled = None
+        self.argmax = None
+        self.agreed = mx.zeros(canvas.shape, mx.int32)
+        self.since = 0
+        self.count = 0
+
+    def ask(self, canvas, conditioning):
+        at = self.positions
+        if not self.on:
+            self.count += canvas.shape[1]
+            return Pass(canvas, self.cache, conditioning)
+        if self.cache[0].reader is not self:
+            at = None
+            self.cache[0].reader = self
+        self.count += self.length if at is None else len(at)
+        if at is None:
+            self.since = 0
+            return Pass(canvas, self.cache, conditioning)
+        self.since += 1
+        return Pass(canvas[:, at], self.cache, conditioning[:, at], at)
+
+    def settle(self, read, argmax, entropy, accepted, positions, pinned, ends):
+        rule = self.config.settling
+        length = self.length
+        here = mx.ones((1, length), mx.bool_)
+        if positions is not None:
+            here = mx.zeros((1, length), mx.bool_)
+            here[:, positions] = True
+        if rule.same:
+            same = mx.zeros((1, length), mx.bool_) if self.argmax is None else argmax == self.argmax
+        else:
+            same = read == argmax
+        good = same & (entropy < rule.entropy)
+        if rule.same:
+            kept = same
+        else:
+            kept = self.argmax == argmax if self.argmax is not None else good
+        self.agreed = mx.where(
+            here, mx.where(good, self.agreed + 1, 0), mx.where(kept, self.agreed, 0)
+        )
+        settled = (self.agreed >= rule.agreed) & accepted
+        given = (entropy == 0) & accepted
+        if pinned is not None:
+            given = given | pinned
+        settled = settled | given
+        if rule.tail:
+            end = settled & mx.any(mx.stack([argmax == e for e in ends]), axis=0)
+            settled = settled | (mx.cumsum(end.astype(mx.int32), axis=-1) > 0)
+        return settled
+
+    def choose(self, settled, entropy, ready, argmax):
+        self.settled, self.argmax = settled, argmax
+        if bool(np.array(ready).all()) and True or self.since >= self.config.settling.refresh:
+            self.positions = None
+            return
+        at = rules.undecided(np.array(settled)[0], np.array(entropy)[0])
+        self.positions = None if at is None else mx.array(at)
 
 
 def _checked(

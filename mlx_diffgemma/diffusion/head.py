@@ -49,11 +49,16 @@ def read_out(
     temperature: float,
     constraint: Constraint = ANYTHING,
     draws: Draws | None = None,
+    positions: mx.array | None = None,
     *,
     self_conditioning: bool = False,
 ) -> Readout:
-    """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once."""
+    """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once.
+
+    They may be those of some `positions` (L,) of a canvas.
+    """
     shape = hidden.shape[:2]
+    positions = mx.arange(shape[1]) if positions is None else positions
     cap, divisor = mx.array(model.config.final_logit_softcapping), mx.array(temperature)
     categorical = None
     if draws is not None and not constraint.joint:
@@ -65,7 +70,7 @@ def read_out(
     soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
     for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
         raw = hidden @ table.T
-        allowed = constraint.allowed(first, table.shape[0], shape[1])
+        allowed = constraint.allowed(first, table.shape[0], positions)
         if allowed is not None:
             raw = mx.where(allowed, raw, NEVER)
         found = constraint.score(raw, first)
@@ -111,9 +116,16 @@ def read_out(
 
 
 def log_probability(
-    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, temperature: float, seen: Readout
+    model: DiffusionGemma,
+    hidden: mx.array,
+    tokens: mx.array,
+    temperature: float | mx.array,
+    seen: Readout,
 ) -> mx.array:
-    """Log-probability (B, L) of allowed `tokens` (B, L), of hidden states that were read off."""
+    """Log-probability (B, L) of allowed `tokens` (B, L), of hidden states that were read off.
+
+    The temperature is that at which they were, of all or (L,) of each.
+    """
     rows = model.embedding(tokens).astype(mx.float32)
     raw = (hidden.astype(mx.float32) * rows).sum(axis=-1)
     cap = mx.array(model.config.final_logit_softcapping)

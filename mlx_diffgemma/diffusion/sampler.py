@@ -7,6 +7,8 @@ along the last axis of (B, L, C) arrays.
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from ..model.settings import EntropyBound, GenerationConfig, Sampler
 from .constraints import fold
@@ -98,3 +100,25 @@ def stops(
     if config.plateau is not None:
         stop = stop | is_stable(argmax, history, config.plateau)
     return stop
+
+
+# Which positions are decoded next -----------------------------------------------------------------
+
+# Sizes of a pass over some positions, as shares of a canvas: compiled kernels are few then.
+SIZES = 8
+
+
+def undecided(
+    settled: npt.NDArray[np.bool_], entropies: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int32] | None:
+    """Positions (P,) that are decoded next, of a canvas (L,); None is all.
+
+    They are those not settled and, up to the next size of a pass, the least certain others.
+    """
+    length = len(settled)
+    size = -(-length // SIZES)
+    count = max(-(-int((~settled).sum()) // size), 1) * size
+    if count >= length:
+        return None
+    order = np.argsort(np.where(settled, -entropies, -np.inf), kind="stable")
+    return np.sort(order[:count]).astype(np.int32)

@@ -41,24 +41,33 @@ class LayerCache:
         self.size = 0
         self._buffer: mx.array | None = None
         self._capacity = 0  # tokens that the next larger buffer shall hold at least
+        self._canvas = 0  # tokens behind what is kept, of the canvas that was read last
+        # Whose canvas that is; whoever finds that it is another's decodes all positions.
+        self.reader: object | None = None
 
     @property
     def state(self) -> mx.array | None:
         """Keys and values of the tokens kept; None is none."""
-        return None if self._buffer is None else self._buffer[:, :, : self.size]
+        return None if self._buffer is None or not self.size else self._buffer[:, :, : self.size]
 
     def set_state(self, length: int, state: mx.array | None) -> None:
         """Replace everything: `length` tokens have been seen, and these are kept."""
         self.length = length
         self.size = 0 if state is None else state.shape[2]
         self._buffer = state
+        self.reader = None
 
-    def read(self, new: mx.array) -> mx.array:
-        """Give what is kept, followed by new keys and values, which are not kept.
+    def read(self, new: mx.array, positions: mx.array | None = None) -> mx.array:
+        """Give what is kept, followed by new keys and values of a canvas, which are not kept.
 
-        A held batch of one serves any number of new rows.
+        Those of one row stand in the buffer until the next call, which may say of which
+        `positions` (P,) of them its own are. A held batch of one serves any number of new rows.
         """
-        if self._buffer is None:
+        if positions is not None:
+            return self._reread(new, positions)
+        self._canvas = new.shape[2]
+        if self._buffer is None or not self.size:
+            self._buffer = new
             return new
         end = self.size + new.shape[2]
         if len(new) != len(self._buffer):
@@ -71,6 +80,14 @@ class LayerCache:
         own[:, :, self.size : end] = new
         self._buffer = own
         return self._buffer[:, :, :end]
+
+    def _reread(self, new: mx.array, positions: mx.array) -> mx.array:
+        """Give what is kept and the canvas, in which new keys and values stand at `positions`."""
+        assert self._buffer is not None and self._canvas
+        own = copy(self._buffer)
+        own[:, :, positions + self.size] = new
+        self._buffer = own
+        return own[:, :, : self.size + self._canvas]
 
     def reserve(self, count: int) -> None:
         """That many tokens will come: appending them then copies nothing that is held."""
@@ -87,13 +104,15 @@ class LayerCache:
     def append(self, new: mx.array) -> mx.array:
         """Give what `read` gives, and keep the new ones for later calls."""
         count = new.shape[2]
+        first = not self.size
         seen = self.read(new)
         self.length += count
+        self.reader = None
         drop = 0 if self.window is None else seen.shape[2] - (self.window - 1)
         if drop > 0:
             self.set_state(self.length, mx.contiguous(seen[:, :, drop:]))
             return seen
-        if self._buffer is None:
+        if first:
             self._buffer = self._with_capacity(seen, count)
         self.size += count
         return seen
@@ -110,6 +129,7 @@ class LayerCache:
             self.set_state(snapshot.length, snapshot.state)
         else:
             self.length = self.size = snapshot.length
+            self.reader = None
 
     def fork(self) -> "LayerCache":
         """Another that holds the same; memory is shared until one of them writes."""

@@ -7,12 +7,13 @@ and a cache that is only read. The model builds graphs and its caller evaluates 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import EncoderMask, Evaluate, LayerCache
+from .cache import CacheUpdate, EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
 from .settings import GenerationConfig
@@ -67,14 +68,23 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """Asks for canvases (B, L) behind one prompt cache to be decoded.
+    """Asks for canvases (B, L) behind one prompt cache to be decoded, or for some positions of one.
 
-    `self_conditioning` (B, L, hidden) is the embedding that the last step expects, or None.
+    Attributes:
+        canvas: ids of what is decoded: all positions, or (1, P) of those in `positions`.
+        self_conditioning: (B, L or P, hidden), the embedding that the last step expects, or None.
+        positions: (P,) of the canvas whose keys and values the last pass left in the cache; those
+            of the others stay as they are, and are attended to.
     """
 
     canvas: mx.array
     cache: list[LayerCache]
     self_conditioning: mx.array | None = None
+    positions: mx.array | None = None
+
+    def read(self, layer: int) -> CacheUpdate:
+        """What a layer's new keys and values attend to."""
+        return partial(self.cache[layer].read, positions=self.positions)
 
 
 class DiffusionGemma(nn.Module):
@@ -132,54 +142,66 @@ class DiffusionGemma(nn.Module):
             evaluate: called with parts of long prompts, so that their scores do not pile up.
         """
         x = self.embed(tokens) if input_embeddings is None else input_embeddings
-        rotations = self._rotations([cache[0].length], x.shape[1])
+        first = cache[0].length
+        rotations = self._rotations(mx.array([[float(first + i) for i in range(x.shape[1])]]))
         scalars = self.model.encoder.language_model.layers
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             # Nothing is evaluated in the last layer: its output may not be wanted.
             on_the_way = None if layer is cache[-1] else evaluate
-            view = View(x.shape[0], mask(layer, x.shape[1]), layer.append, on_the_way)
+            view = View(*x.shape[:2], mask(layer, x.shape[1]), layer.append, on_the_way)
             x = block(x, [view], rotations[block.self_attn.layer], own.layer_scalar)
         return self.model.decoder.norm(x)
 
     def decode(self, passes: Sequence[Pass], evaluate: Evaluate | None = None) -> list[mx.array]:
-        """Hidden states (B, L, hidden) of each pass's canvases; all have the same L.
+        """Hidden states (B, L or P, hidden) of what each pass asks for.
 
         Every canvas position sees the whole canvas and, of its cache, all that is held: in a
         sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
         called with each layer's output.
         """
-        canvas, self_conditioning = passes[0].canvas, passes[0].self_conditioning
-        if len(passes) > 1:
-            canvas = mx.concatenate([each.canvas for each in passes])
-            if known := [
-                each.self_conditioning for each in passes if each.self_conditioning is not None
-            ]:
-                # None is one of zeros: norm and MLP leave them zero.
-                shape = (*canvas.shape[1:], self.config.hidden_size)
-                none = (mx.zeros((len(p.canvas), *shape), known[0].dtype) for p in passes)
-                self_conditioning = mx.concatenate(
-                    [
-                        z if p.self_conditioning is None else p.self_conditioning
-                        for p, z in zip(passes, none, strict=True)
-                    ]
-                )
-        x = self.model.decoder.self_conditioning(self.embed(canvas), self_conditioning)
-        offsets = [each.cache[0].length for each in passes for _ in range(len(each.canvas))]
-        rotations = self._rotations(offsets[:1] if len(passes) == 1 else offsets, canvas.shape[1])
+        shapes = [each.canvas.shape for each in passes]
+        x = self.model.decoder.self_conditioning(
+            self.embed(_in_a_row([each.canvas for each in passes])), self._expected(passes)
+        )
+        rotations = self._rotations(_in_a_row([self._positions(each) for each in passes]))
         for i, block in enumerate(self.model.decoder.layers):
-            layers = [(len(each.canvas), each.cache[i]) for each in passes]
-            views = [View(rows, None, layer.read) for rows, layer in layers]
+            views = [
+                View(*shape, None, each.read(i)) for shape, each in zip(shapes, passes, strict=True)
+            ]
             x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
             if evaluate is not None:
                 evaluate(x)
         x = self.model.decoder.norm(x)
         if len(passes) == 1:
             return [x]
-        return list(mx.split(x, list(accumulate(len(each.canvas) for each in passes))[:-1]))
+        ends = list(accumulate(rows * count for rows, count in shapes))[:-1]
+        parts = mx.split(x[0], ends)
+        return [part.reshape(*shape, -1) for shape, part in zip(shapes, parts, strict=True)]
 
-    def _rotations(self, offsets: list[int], count: int) -> dict[LayerConfig, mx.array]:
-        """Rotation of `count` positions from each row's offset on, for each kind of layer."""
-        positions = mx.array([[float(offset + i) for i in range(count)] for offset in offsets])
+    def _expected(self, passes: Sequence[Pass]) -> mx.array | None:
+        """The passes' self-conditioning; None is one of zeros: norm and MLP leave them zero."""
+        known = [each.self_conditioning for each in passes]
+        given = next((each for each in known if each is not None), None)
+        if given is None:
+            return None
+        shapes = [(*each.canvas.shape, self.config.hidden_size) for each in passes]
+        return _in_a_row(
+            [
+                mx.zeros(shape, given.dtype) if each is None else each
+                for shape, each in zip(shapes, known, strict=True)
+            ]
+        )
+
+    def _positions(self, asked: Pass) -> mx.array:
+        """Where the canvases' tokens stand, behind what the cache has read: float32 (1 or B, T)."""
+        rows, count = asked.canvas.shape
+        behind = asked.cache[0].length
+        if asked.positions is None:
+            return mx.array([[float(behind + i) for i in range(count)]] * rows)
+        return (asked.positions + behind).astype(mx.float32)[None]
+
+    def _rotations(self, positions: mx.array) -> dict[LayerConfig, mx.array]:
+        """Rotation at float32 positions (B or 1, T), for each kind of layer."""
         kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
         return {layer: attention.rotation(positions) for layer, attention in kinds.items()}
 
@@ -251,6 +273,13 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass: canvas (B, L) -> float32 logits (B, L, vocabulary)."""
         return self.logits(self.decode([Pass(canvas, cache, self_conditioning)])[0])
+
+
+def _in_a_row(parts: Sequence[mx.array]) -> mx.array:
+    """One array (B, T, ...) as it is; several as one row, token after token."""
+    if len(parts) == 1:
+        return parts[0]
+    return mx.concatenate([mx.flatten(part, 0, 1) for part in parts])[None]
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

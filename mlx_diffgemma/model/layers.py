@@ -22,13 +22,15 @@ SCORE_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class View:
-    """Says what the next `rows` rows attend to: their mask, and how they update the cache.
+    """Says what the next `rows` times `count` tokens attend to: their mask, and how they update
+    the cache.
 
     Where attention is computed in blocks of queries, `evaluate` is called with each block before
     the next is begun, or several would be under way.
     """
 
     rows: int
+    count: int
     mask: Mask
     update: CacheUpdate
     evaluate: Evaluate | None = None
@@ -155,17 +157,20 @@ class Attention(nn.Module):
         queries, new = turned[:, :, : self.heads], turned[:, :, self.heads :]
         if self.layer.window is None:
             new = mx.concatenate([new, normed[:, :, self.heads :]], axis=2)
-        queries, new = queries.swapaxes(1, 2), new.swapaxes(1, 2)
         if len(views) == 1:
             seen = self._attend(queries, new, views[0])
         else:
-            # PrefixCache differ in length: rows of each attend by themselves, without padding.
-            ends = list(accumulate(view.rows for view in views))[:-1]
-            parts = zip(mx.split(queries, ends), mx.split(new, ends), views, strict=True)
-            seen = mx.concatenate([self._attend(*part) for part in parts])
-        return self.o_proj(seen.swapaxes(1, 2).reshape(batch, length, -1))
+            # Prompt caches differ in length: the tokens of each attend by themselves, unpadded.
+            ends = list(accumulate(view.rows * view.count for view in views))[:-1]
+            parts = zip(mx.split(queries, ends, 1), mx.split(new, ends, 1), views, strict=True)
+            seen = mx.concatenate(
+                [mx.flatten(self._attend(*_in_rows(*part)), 0, 1) for part in parts]
+            )
+        return self.o_proj(seen.reshape(batch, length, -1))
 
     def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
+        """What (rows, count, heads, head_dim) see, of this shape."""
+        queries, new = queries.swapaxes(1, 2), new.swapaxes(1, 2)
         keys, values = mx.split(view.update(new), 2, axis=1)
         count, seen = queries.shape[2], keys.shape[2]
         # Heads this wide are not fused, so all scores exist at once: in blocks of queries, then.
@@ -186,7 +191,14 @@ class Attention(nn.Module):
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
             if view.evaluate is not None and rows < count:
                 view.evaluate(parts[-1])
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        seen = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return seen.swapaxes(1, 2)
+
+
+def _in_rows(queries: mx.array, new: mx.array, view: View) -> tuple[mx.array, mx.array, View]:
+    """Tokens that stand in a row (1, rows x count, ...), as the rows that they are of."""
+    shape = view.rows, view.count
+    return mx.unflatten(queries[0], 0, shape), mx.unflatten(new[0], 0, shape), view
 
 
 def _spread(heads: int, layer: LayerConfig, queries: mx.array, keys: mx.array) -> mx.array:

@@ -27,6 +27,28 @@ class ConfidenceThreshold:
 
 Sampler = EntropyBound | ConfidenceThreshold
 
+
+@dataclass(frozen=True)
+class Settling:
+    """Says when a position is settled, and so not decoded again until a pass over all of them.
+
+    It is where it is accepted, the model has `agreed` so many times in a row that the token which
+    it reads there is the best one, and the entropy is below a bound.
+
+    Attributes:
+        entropy: nats.
+        agreed: decodings.
+        refresh: a pass over all positions follows so many that were not.
+    """
+
+    entropy: float = 0.05
+    agreed: int = 1
+    refresh: int = 8
+    same: bool = False
+    early: bool = False
+    tail: bool = False
+
+
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
 
 Speed = Literal["faithful", "balanced", "fast"]
@@ -50,6 +72,7 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] = (1,)
     plateau: int | None = None
     min_steps: int = 1
+    settling: Settling | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
