@@ -29,7 +29,7 @@ def best_canvas(
     canvas: mx.array | None = None,
 ) -> mx.array:
     """(B, L) ids of the allowed canvas with the highest sum of logits (B, L, V)."""
-    allowed = constraint.allowed(0, logits.shape[-1], logits.shape[1])
+    allowed = constraint.allowed(0, logits.shape[-1], mx.arange(logits.shape[1]))
     masked = logits if allowed is None else mx.where(allowed, logits, NEVER)
     given = mx.zeros(logits.shape[:2], dtype=mx.int32) if canvas is None else canvas
     return constraint.choose(constraint.score(masked, 0), fixed, given)

@@ -512,7 +512,7 @@ class Plans:
 
     def allowed(self, first: int, count: int, positions: mx.array) -> mx.array:
         """(B, P, count) whether some allowed canvas has the id there."""
-        return self._table[:, first : first + count][self._index[:, positions]]
+        return self._table[:, first : first + count][mx.take(self._index, positions, axis=1)]
 
     def noise(self, tokens: mx.array) -> mx.array:
         """Uniform tokens (B, L) turned into noise that cannot be taken for an answer."""
