@@ -119,7 +119,7 @@ def test_the_chosen_canvas_is_the_best_allowed_one(
     best = max(expected, key=lambda t: sum(np.array(logits)[0, i, x] for i, x in enumerate(t)))
     assert chosen == best
     # The mask leaves exactly the tokens that some allowed canvas has at a position.
-    open_to = np.array(plans.allowed(0, VOCAB, length))[0]
+    open_to = np.array(plans.allowed(0, VOCAB, mx.arange(length)))[0]
     for i in range(length):
         assert set(np.flatnonzero(open_to[i]).tolist()) == {t[i] for t in expected}
     assert machine.accepts(chosen)

@@ -60,7 +60,7 @@ def test_pins_and_patterns_hold_at_every_step(
         assert (canvas[held] == np.array(allowed)[held]).all()
         assert (argmax[held] == np.array(allowed)[held]).all()
         assert (np.array(state.entropy)[held] == 0).all()
-        open_to = np.array(constraint.allowed(0, VOCAB, LENGTH))
+        open_to = np.array(constraint.allowed(0, VOCAB, mx.arange(LENGTH)))
         for row, machine in enumerate(machines):
             assert machine.accepts(argmax[row].tolist())
             for i in np.flatnonzero(np.array(state.accepted)[row]):

@@ -65,7 +65,7 @@ def test_blocks_give_what_all_logits_give(
         "plans": lambda: plans(rows),
     }[kind]()
     logits = MODEL.logits(hidden) / temperature
-    allowed = constraint.allowed(0, VOCAB, LENGTH)
+    allowed = constraint.allowed(0, VOCAB, mx.arange(LENGTH))
     if allowed is not None:
         logits = mx.where(allowed, logits, NEVER)
     seen = read_in_blocks(MODEL, hidden, block, temperature, constraint, SeededDraws(seed, VOCAB))
@@ -135,7 +135,7 @@ def test_other_types_and_quantized_tables(kind: str) -> None:
     hidden = mx.random.normal((2, LENGTH, 32), key=mx.random.key(6)).astype(dtype)
     seen = read_in_blocks(model, hidden, 32, 0.7, ForbidFirst((1,)), SeededDraws(1, VOCAB))
     logits = mx.where(
-        ForbidFirst((1,)).allowed(0, VOCAB, LENGTH), model.logits(hidden) / 0.7, NEVER
+        ForbidFirst((1,)).allowed(0, VOCAB, mx.arange(LENGTH)), model.logits(hidden) / 0.7, NEVER
     )
     assert seen.self_conditioning is not None
     assert seen.self_conditioning.dtype == dtype
