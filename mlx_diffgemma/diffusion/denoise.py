@@ -5,7 +5,6 @@ the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden st
 """
 
 from collections import deque
-from copy import copy
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -19,7 +18,8 @@ from . import sampler as rules
 from .constraints import ANYTHING, Constraint
 from .decoding import Decoding
 from .draws import Draws, SeededDraws
-from .head import Readout, log_probability, read_out
+from .head import Readout, read_out
+from .undecided import Known, Undecided
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class DenoisingState:
         entropy: nats, of the temperature-scaled distribution; 0 where pinned.
         probability: of `argmax` under that distribution.
         converged: (B,) the stop rule has held; such a row no longer changes.
+        settled: positions that the next step does not decode, see `settings.Settling`.
+        decoded: positions a row that this step has decoded.
     """
 
     step: int
@@ -43,6 +45,8 @@ class DenoisingState:
     entropy: mx.array
     probability: mx.array
     converged: mx.array
+    settled: mx.array
+    decoded: int
 
 
 @dataclass(frozen=True)
@@ -104,39 +108,22 @@ def denoise(
     canvas, constraint, steps = start.canvas, start.constraint, config.max_denoising_steps
     fixed = start.pinned
     history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
-    known: _Known | None = None
+    undecided = Undecided(config, cache, canvas)
+    known: Known | None = None
     last: DenoisingState | None = None
-    focus = _Focus(config, canvas, cache)
     for step in range(start.first_step, steps + 1):
         temperature = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
-        asked = focus.ask(canvas, None if known is None else known.seen.self_conditioning)
+        asked = undecided.ask(canvas, known, last=step == steps)
         hidden = yield asked
         assert hidden is not None
-        known = _know(
-            known,
-            hidden,
-            asked.positions,
-            temperature,
-            read_out(
-                model,
-                hidden,
-                temperature,
-                constraint,
-                draws,
-                asked.positions,
-                self_conditioning=step < steps,
-            ),
-        )
-        seen = known.seen
-        read, before = canvas, focus.argmax
-        argmax = constraint.choose(seen.choices, fixed, canvas)
-        sampled = _sampled(constraint, seen, fixed, canvas)
-        if focus.settled is not None:
-            sampled = mx.where(focus.settled, argmax, sampled)
-        confidence = mx.exp(log_probability(model, known.hidden, sampled, known.temperature, seen))
-        entropy, confidence, conditioning = _certain(model, canvas, fixed, seen, confidence)
-        known = replace(known, seen=replace(seen, self_conditioning=conditioning))
-        accepted = rules.accept(config.sampler, entropy, confidence, fixed)
+        new = _read(model, hidden, temperature, constraint, draws, asked, more=step < steps)
+        known = new if known is None else known.updated(asked.positions, new)
+        read = canvas
+        argmax = constraint.choose(known.seen.choices, fixed, canvas)
+        sampled = _sampled(constraint, known.seen, fixed, canvas)
+        confidence = mx.exp(known.log_probability(model, sampled))
+        known, entropy, confidence = _certain(model, canvas, fixed, known, confidence)
+        accepted = rules.accept(config.sampler, undecided.certain(entropy), confidence, fixed)
         was_fixed = fixed
         noise = start.background
         if noise is None:
@@ -146,148 +133,48 @@ def denoise(
         if config.sampler.keeps:
             # What is kept is committed, whatever the model would now rather have there.
             fixed = accepted
-            argmax = constraint.choose(seen.choices, fixed, canvas)
+            argmax = constraint.choose(known.seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
         history.append(argmax)
-        probability = mx.exp(log_probability(model, known.hidden, argmax, known.temperature, seen))
+        probability = mx.exp(known.log_probability(model, argmax))
         if was_fixed is not None:
             probability = mx.where(was_fixed, 1.0, probability)
-        if focus.on:
-            settled = focus.settle(
-                read, argmax, entropy, accepted, asked.positions, start.pinned, config.eos_token_ids
-            )
-            canvas = mx.where(settled, argmax, canvas)
-            whole = asked.positions is None
-            due = (
-                rules.is_confident(entropy, config.confidence_threshold, start.pinned)
-                if config.settling.early
-                else stop
-            )
-            ready, stop = due, stop & whole
-        now = DenoisingState(step, canvas, argmax, accepted, entropy, probability, stop)
+        canvas = undecided.settle(asked, read, argmax, canvas, accepted, entropy)
+        now = DenoisingState(
+            step=step,
+            canvas=canvas,
+            argmax=argmax,
+            accepted=accepted,
+            entropy=entropy,
+            probability=probability,
+            converged=undecided.confirmed(asked, stop),
+            settled=undecided.settled,
+            decoded=asked.canvas.shape[1],
+        )
         last = now if last is None else _hold(last, now)
-        mx.eval(vars(last))
-        if focus.on:
-            focus.choose(settled, entropy, ready, argmax)
+        mx.eval(vars(last), undecided.state)
+        undecided.turn(last.entropy)
         yield last
         if np.array(last.converged).all():
             break
     assert last is not None  # first_step is not behind the last
-    global COUNT
-    COUNT = focus.count
     return last
 
 
-COUNT = 0
-
-
-@dataclass(frozen=True)
-class _Known:
-    hidden: mx.array
-    temperature: float | mx.array
-    seen: Readout
-
-
-def _know(old, hidden, positions, temperature, seen):
-    if positions is None:
-        return _Known(hidden, temperature, seen)
-
-    def written(whole, part):
-        if whole is None or part is None:
-            return None
-        own = copy(whole)
-        own[:, positions] = part
-        return own
-
-    def choices(one, other):
-        if one is None:
-            return None
-        return replace(
-            one, scores=written(one.scores, other.scores), tokens=written(one.tokens, other.tokens)
-        )
-
-    past = old.seen
-    temperatures = copy(
-        mx.broadcast_to(mx.array(old.temperature), hidden.shape[:1] + (old.hidden.shape[1],))
+def _read(
+    model: DiffusionGemma,
+    hidden: mx.array,
+    temperature: float,
+    constraint: Constraint,
+    draws: Draws,
+    asked: Pass,
+    more: bool,
+) -> Known:
+    """What a pass has given, and what the next one expects if there are `more`."""
+    seen = read_out(
+        model, hidden, temperature, constraint, draws, asked.positions, self_conditioning=more
     )
-    temperatures[:, positions] = temperature
-    return _Known(
-        written(old.hidden, hidden),
-        temperatures,
-        Readout(
-            choices(past.choices, seen.choices),
-            choices(past.perturbed, seen.perturbed),
-            written(past.sampled, seen.sampled),
-            written(past.entropy, seen.entropy),
-            written(past.log_normalizer, seen.log_normalizer),
-            written(past.self_conditioning, seen.self_conditioning),
-        ),
-    )
-
-
-class _Focus:
-    def __init__(self, config, canvas, cache):
-        self.config, self.cache = config, cache
-        self.on = config.settling is not None and len(canvas) == 1
-        self.length = canvas.shape[1]
-        self.positions = None
-        self.settled = None
-        self.argmax = None
-        self.agreed = mx.zeros(canvas.shape, mx.int32)
-        self.since = 0
-        self.count = 0
-
-    def ask(self, canvas, conditioning):
-        at = self.positions
-        if not self.on:
-            self.count += canvas.shape[1]
-            return Pass(canvas, self.cache, conditioning)
-        if self.cache[0].reader is not self:
-            at = None
-            self.cache[0].reader = self
-        self.count += self.length if at is None else len(at)
-        if at is None:
-            self.since = 0
-            return Pass(canvas, self.cache, conditioning)
-        self.since += 1
-        return Pass(canvas[:, at], self.cache, conditioning[:, at], at)
-
-    def settle(self, read, argmax, entropy, accepted, positions, pinned, ends):
-        rule = self.config.settling
-        length = self.length
-        here = mx.ones((1, length), mx.bool_)
-        if positions is not None:
-            here = mx.zeros((1, length), mx.bool_)
-            here[:, positions] = True
-        if rule.same:
-            same = mx.zeros((1, length), mx.bool_) if self.argmax is None else argmax == self.argmax
-        else:
-            same = read == argmax
-        good = same & (entropy < rule.entropy)
-        if rule.same:
-            kept = same
-        else:
-            kept = self.argmax == argmax if self.argmax is not None else good
-        self.agreed = mx.where(
-            here, mx.where(good, self.agreed + 1, 0), mx.where(kept, self.agreed, 0)
-        )
-        settled = (self.agreed >= rule.agreed) & accepted
-        given = (entropy == 0) & accepted
-        if pinned is not None:
-            given = given | pinned
-        settled = settled | given
-        if rule.tail:
-            end = settled & mx.any(mx.stack([argmax == e for e in ends]), axis=0)
-            settled = settled | (mx.cumsum(end.astype(mx.int32), axis=-1) > 0)
-        return settled
-
-    def choose(self, settled, entropy, ready, argmax):
-        self.settled, self.argmax = settled, argmax
-        if bool(np.array(ready).all()) and True or self.since >= self.config.settling.refresh:
-            self.positions = None
-            return
-        at = rules.undecided(np.array(settled)[0], np.array(entropy)[0])
-        self.positions = None if at is None else mx.array(at)
+    return Known(hidden, temperature, seen)
 
 
 def _checked(
@@ -321,16 +208,17 @@ def _certain(
     model: DiffusionGemma,
     canvas: mx.array,
     fixed: mx.array | None,
-    seen: Readout,
+    known: Known,
     confidence: mx.array,
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Entropy, confidence and self-conditioning, in which a fixed position is certain."""
-    conditioning = seen.self_conditioning
+) -> tuple[Known, mx.array, mx.array]:
+    """What is known, entropy and confidence, in which a fixed position is certain."""
+    seen = known.seen
     if fixed is None:
-        return seen.entropy, confidence, conditioning
-    if conditioning is not None:
-        conditioning = mx.where(fixed[..., None], model.embed(canvas), conditioning)
-    return mx.where(fixed, 0.0, seen.entropy), mx.where(fixed, 1.0, confidence), conditioning
+        return known, seen.entropy, confidence
+    if (expected := seen.self_conditioning) is not None:
+        expected = mx.where(fixed[..., None], model.embed(canvas), expected)
+        known = replace(known, seen=replace(seen, self_conditioning=expected))
+    return known, mx.where(fixed, 0.0, seen.entropy), mx.where(fixed, 1.0, confidence)
 
 
 def _hold(last: DenoisingState, now: DenoisingState) -> DenoisingState:
@@ -343,7 +231,15 @@ def _hold(last: DenoisingState, now: DenoisingState) -> DenoisingState:
     )
     canvas, argmax, accepted, entropy, probability = held
     converged = last.converged | now.converged
-    return DenoisingState(now.step, canvas, argmax, accepted, entropy, probability, converged)
+    return replace(
+        now,
+        canvas=canvas,
+        argmax=argmax,
+        accepted=accepted,
+        entropy=entropy,
+        probability=probability,
+        converged=converged,
+    )
 
 
 @mx.compile

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..model.settings import EntropyBound, GenerationConfig, Sampler
+from ..model.settings import EntropyBound, GenerationConfig, Sampler, Settling
 from .constraints import fold
 
 
@@ -104,8 +104,32 @@ def stops(
 
 # Which positions are decoded next -----------------------------------------------------------------
 
-# Sizes of a pass over some positions, as shares of a canvas: compiled kernels are few then.
-SIZES = 8
+# Sizes of a pass are multiples of this part of a canvas: shapes are few then.
+SIZES = 32
+
+
+@mx.compile
+def agreeing(agreed: mx.array, decoded: mx.array, read: mx.array, argmax: mx.array) -> mx.array:
+    """(B, L) how many decodings in a row found best what they read there.
+
+    A token of noise is no answer's: keys and values that were computed in its place are not those
+    of the token that comes to stand there.
+    """
+    return mx.where(read == argmax, agreed + decoded, 0)
+
+
+def settled(
+    rule: Settling,
+    agreed: mx.array,
+    accepted: mx.array,
+    entropies: mx.array,
+    ends: mx.array,
+) -> mx.array:
+    """(B, L) what need not be decoded again, see `Settling`; `ends` marks tokens that end."""
+    sure = accepted & (entropies < rule.entropy)
+    certain_ends = (sure & ends).astype(mx.int32)
+    behind = mx.cumsum(certain_ends, axis=-1) > certain_ends
+    return sure & ((agreed >= rule.agreed) | behind)
 
 
 def undecided(

@@ -30,23 +30,21 @@ Sampler = EntropyBound | ConfidenceThreshold
 
 @dataclass(frozen=True)
 class Settling:
-    """Says when a position is settled, and so not decoded again until a pass over all of them.
+    """Says when a position is settled, and so is not decoded again until a pass over all of them.
 
-    It is where it is accepted, the model has `agreed` so many times in a row that the token which
-    it reads there is the best one, and the entropy is below a bound.
+    It is where it is accepted, its entropy is below a bound, and decoding it has `agreed` so many
+    times in a row that the token which stands there is the best one. Behind a certain end token it
+    need not have. What is given agrees at once.
 
     Attributes:
         entropy: nats.
         agreed: decodings.
-        refresh: a pass over all positions follows so many that were not.
+        refresh: so many passes over some positions are followed by one over all.
     """
 
     entropy: float = 0.05
     agreed: int = 1
-    refresh: int = 8
-    same: bool = False
-    early: bool = False
-    tail: bool = False
+    refresh: int = 16
 
 
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them

@@ -1,0 +1,162 @@
+"""What is known of a canvas of which a pass decodes some positions, and which those are.
+
+What a settled position held when it was last decoded stays known: its hidden state, entropy and
+expected embedding here, its keys and values in the prompt cache.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+from typing import overload
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.cache import LayerCache
+from ..model.diffusion_gemma import DiffusionGemma, Pass
+from ..model.settings import GenerationConfig
+from . import sampler as rules
+from .constraints import Choices
+from .head import Readout, log_probability
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of each position (B, L) of a canvas, what its last decoding gave, and at what temperature."""
+
+    hidden: mx.array
+    temperature: float | mx.array
+    seen: Readout
+
+    def log_probability(self, model: DiffusionGemma, tokens: mx.array) -> mx.array:
+        """Log-probability (B, L) of allowed tokens (B, L)."""
+        return log_probability(model, self.hidden, tokens, self.temperature, self.seen)
+
+    def updated(self, positions: mx.array | None, new: "Known") -> "Known":
+        """This, but what is new (B, P) at the positions (P,); None is all."""
+        if positions is None:
+            return new
+        old, seen = self.seen, new.seen
+        shape = self.hidden.shape[:2]
+        before = mx.broadcast_to(mx.array(self.temperature), shape)
+        now = mx.broadcast_to(mx.array(new.temperature), new.hidden.shape[:2])
+        return Known(
+            _updated(self.hidden, positions, new.hidden),
+            _updated(before, positions, now),
+            Readout(
+                _chosen(old.choices, positions, seen.choices),
+                _chosen(old.perturbed, positions, seen.perturbed),
+                _updated(old.sampled, positions, seen.sampled),
+                _updated(old.entropy, positions, seen.entropy),
+                _updated(old.log_normalizer, positions, seen.log_normalizer),
+                _updated(old.self_conditioning, positions, seen.self_conditioning),
+            ),
+        )
+
+
+@overload
+def _updated(old: mx.array, positions: mx.array, new: mx.array) -> mx.array: ...
+
+
+@overload
+def _updated(
+    old: mx.array | None, positions: mx.array, new: mx.array | None
+) -> mx.array | None: ...
+
+
+def _updated(old: mx.array | None, positions: mx.array, new: mx.array | None) -> mx.array | None:
+    if old is None or new is None:  # what a run, or its last step, does not need
+        return None
+    own = copy(old)  # the object, not the numbers
+    own[:, positions] = new
+    return own
+
+
+@overload
+def _chosen(old: Choices, positions: mx.array, new: Choices) -> Choices: ...
+
+
+@overload
+def _chosen(old: Choices | None, positions: mx.array, new: Choices | None) -> Choices | None: ...
+
+
+def _chosen(old: Choices | None, positions: mx.array, new: Choices | None) -> Choices | None:
+    if old is None or new is None:
+        return None
+    scores = _updated(old.scores, positions, new.scores)
+    return Choices(scores, _updated(old.tokens, positions, new.tokens))
+
+
+class Undecided:
+    """Says which positions of a canvas are decoded next: at first, and where none settles, all.
+
+    Only a canvas that is denoised by itself has the choice.
+    """
+
+    def __init__(self, config: GenerationConfig, cache: list[LayerCache], canvas: mx.array):
+        self._rule = config.settling if len(canvas) == 1 else None
+        self._ends = mx.array(config.eos_token_ids)
+        self._cache = cache
+        self._positions: mx.array | None = None
+        self._partial = 0  # passes over some positions, since one over all
+        self._agreed = mx.zeros(canvas.shape, dtype=mx.int32)
+        self._due = mx.zeros((len(canvas),), dtype=mx.bool_)
+        self.settled = mx.zeros(canvas.shape, dtype=mx.bool_)
+
+    def ask(self, canvas: mx.array, known: Known | None, last: bool) -> Pass:
+        """The next pass over a canvas (B, L); the last that it may take is over all of it."""
+        expected = None if known is None else known.seen.self_conditioning
+        if self._rule is None:
+            return Pass(canvas, self._cache, expected)
+        mine = self._cache[0].reader is self
+        self._cache[0].reader = self
+        if self._positions is None or last or not mine:  # another has read its canvas since
+            self._partial = 0
+            return Pass(canvas, self._cache, expected)
+        assert expected is not None
+        self._partial += 1
+        at = self._positions
+        return Pass(canvas[:, at], self._cache, expected[:, at], at)
+
+    def certain(self, entropies: mx.array) -> mx.array:
+        """Entropies (B, L) for acceptance, to which what is settled adds nothing."""
+        return entropies if self._rule is None else mx.where(self.settled, 0.0, entropies)
+
+    def settle(
+        self,
+        asked: Pass,
+        read: mx.array,
+        argmax: mx.array,
+        canvas: mx.array,
+        accepted: mx.array,
+        entropies: mx.array,
+    ) -> mx.array:
+        """Take in what a pass has given for the canvas that it has `read`, and give the next one,
+        in which the best tokens stand where they are settled; all (B, L)."""
+        if self._rule is None:
+            return canvas
+        decoded = mx.array(1) if asked.positions is None else mx.zeros(read.shape, dtype=mx.int32)
+        if asked.positions is not None:
+            decoded[:, asked.positions] = 1
+        self._agreed = rules.agreeing(self._agreed, decoded, read, argmax)
+        ends = (argmax[..., None] == self._ends).any(axis=-1)
+        self.settled = rules.settled(self._rule, self._agreed, accepted, entropies, ends)
+        return mx.where(self.settled, argmax, canvas)
+
+    def confirmed(self, asked: Pass, stop: mx.array) -> mx.array:
+        """(B,) whether a canvas that would stop may: a pass over all of it has said so."""
+        self._due = stop
+        return stop if asked.positions is None else mx.zeros_like(stop)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Lists what the next step needs, for the caller to evaluate."""
+        return [self._agreed, self._due]
+
+    def turn(self, entropies: mx.array) -> None:
+        """Choose what the next pass decodes."""
+        if self._rule is None:
+            return
+        at = None
+        if not np.array(self._due).all() and self._partial < self._rule.refresh:
+            at = rules.undecided(np.array(self.settled)[0], np.array(entropies)[0])
+        self._positions = None if at is None else mx.array(at)
