@@ -42,6 +42,9 @@ def generate(
     thinking: Annotated[
         bool, typer.Option("--thinking", help="Ask for thoughts first; they go to stderr.")
     ] = False,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Say how likely the encoder finds the answer.")
+    ] = False,
     prompt_cache: Annotated[
         Path | None,
         typer.Option(help="Keep what was read in this file; the next run pays for the rest."),
@@ -66,6 +69,7 @@ def generate(
         seed=answering.seed,
         schema=None if schema is None else read_supported(schema),
         enable_thinking=thinking,
+        likelihood=likelihood,
     )
     request.check_options()
     if not quiet:

@@ -309,6 +309,7 @@ def continuations(body: CompletionBody) -> list[Continuation]:
         guards=Guards(),
         stop=stops(body.stop),
         opening=body.opening or "",
+        likelihood=best_of(body) > (body.n or 1),
     )
     return [Continuation(prompt, request) for prompt in prompts_of(body)]
 

@@ -10,6 +10,7 @@ from random_model import untrained
 from mlx_diffgemma import (
     ContextError,
     DiffusionGemma,
+    Done,
     Error,
     PromptCache,
     Reading,
@@ -19,9 +20,11 @@ from mlx_diffgemma import (
     Tokenizer,
     load,
     score,
+    stream_generate,
 )
 from mlx_diffgemma.diffusion import head
-from mlx_diffgemma.tasks.request import stream
+from mlx_diffgemma.tasks import generate
+from mlx_diffgemma.tasks.request import encode_prompt, stream
 from mlx_diffgemma.tasks.score import MOST_TOP
 
 
@@ -118,3 +121,43 @@ def test_the_logits_of_a_text_are_never_whole(
     score(model, loaded[1], [2], text, top=top)
     whole = 4 * len(text) * model.config.vocab_size
     assert mx.get_peak_memory() - before < whole / 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most"), [([5, 361, 359], 150), ([2], 64), ("What is the capital of Norway?", 64)]
+)
+def test_an_answer_knows_how_likely_it_is(
+    loaded: tuple[DiffusionGemma, Tokenizer], prompt: Any, most: int
+) -> None:
+    """Of one canvas and of several, of a prompt that is new and of one that is known."""
+    model, tokenizer = loaded
+    ids = encode_prompt(tokenizer, prompt)
+    cache = PromptCache(model)
+    for known in (0, len(ids) - 1):
+        done, written = answered(loaded, prompt, cache, max_tokens=most, likelihood=True)
+        assert done.cached_tokens == known
+        found = score(model, tokenizer, ids, written)
+        assert done.mean_log_probability == pytest.approx(found.mean, abs=1e-4)
+        assert done.least_log_probability == pytest.approx(found.least, abs=1e-4)
+        assert cache.tokens == (*ids, *written)  # a next turn encodes nothing again
+    plain, same = answered(loaded, prompt, PromptCache(model), max_tokens=most)
+    assert same == written
+    assert plain.mean_log_probability is plain.least_log_probability is None
+
+
+def answered(
+    loaded: tuple[DiffusionGemma, Tokenizer], prompt: Any, cache: PromptCache, **options: Any
+) -> tuple[Done, list[int]]:
+    """The end of an answer, and the tokens that were committed."""
+    written: list[int] = []
+    commit = generate._Teller._commit
+
+    def noted(self: Any, item: generate.Committed) -> Any:
+        written.extend(item.tokens)
+        return commit(self, item)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate._Teller, "_commit", noted)
+        *_, done = stream_generate(*loaded, prompt, prompt_cache=cache, seed=1, steps=6, **options)
+    assert isinstance(done, Done)
+    return done, written
