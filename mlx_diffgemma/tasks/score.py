@@ -34,12 +34,14 @@ class ScoreResult:
         pieces: the text of each token; part of a character is U+FFFD.
         log_probabilities: of each token, behind the prompt and the tokens before it.
         top: of each place, the likeliest ids with their log-probabilities, the best first.
+        following: as an entry of `top`, of the place behind the text.
     """
 
     tokens: tuple[int, ...]
     pieces: tuple[str, ...]
     log_probabilities: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...]
+    following: tuple[tuple[int, float], ...]
 
     @property
     def total(self) -> float:
@@ -143,24 +145,25 @@ class Reader:
         """What the encoder says of the text, which is the last item."""
         yield from prompt_cache.reading(self.prompt[:-1], self.prefill_chunk)
         # The last token of the prompt is read with the text: it says what begins that.
-        read = [self.prompt[-1], *self.text[:-1]]
+        read, asked = [self.prompt[-1], *self.text], [*self.text, 0]  # behind it, any token
         found: list[float] = []
         top: list[tuple[tuple[int, float], ...]] = []
         # No more at once than a prompt is read in: the head holds some arrays a position.
         for hidden in prompt_cache.encoding(read, min(self.prefill_chunk, PREFILL_CHUNK)):
-            asked = self.text[len(found) : len(found) + hidden.shape[1]]
-            seen = read_causally(self.model, hidden, mx.array([asked]), self.top)
+            some = asked[len(found) : len(found) + hidden.shape[1]]
+            seen = read_causally(self.model, hidden, mx.array([some]), self.top)
             found += np.array(seen.log_probability)[0].tolist()
             ids, chances = np.array(seen.top)[0], np.array(seen.top_log_probability)[0]
             pairs = zip(ids.tolist(), chances.tolist(), strict=True)
             top += [tuple(zip(*pair, strict=True)) for pair in pairs]
-            if len(found) < len(self.text):
-                yield Reading(len(prompt_cache), len(self.prompt) + len(self.text) - 1)
+            if len(found) < len(read):
+                yield Reading(len(prompt_cache), len(self.prompt) + len(self.text))
         yield ScoreResult(
             tuple(self.text),
             tuple(self.tokenizer.pieces(self.text)),
-            tuple(found),
-            tuple(top),
+            tuple(found[:-1]),
+            tuple(top[:-1]),
+            top[-1],
         )
 
 

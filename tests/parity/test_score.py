@@ -52,7 +52,7 @@ def test_random_checkpoint(
     monkeypatch.setattr(head, "_tokens_at_once", lambda model, positions: 32)  # of 97
     rng = random.Random(pattern)
     ids = [rng.randrange(97) for _ in range(prompt + text)]
-    expected = reference_log_p(reference, ids[:-1])[prompt - 1 :]
+    expected = reference_log_p(reference, ids)[prompt - 1 :]
     cache = PromptCache(model)
     for _ in range(2):  # the second time, the prompt is known
         found = score(
@@ -62,11 +62,12 @@ def test_random_checkpoint(
         wanted = expected[np.arange(text), ids[prompt:]]
         assert np.abs(np.array(found.log_probabilities) - wanted).max() <= 1e-4
         assert [len(best) for best in found.top] == [top] * text
-        best = np.array([[token for token, _ in best] for best in found.top])
+        told = [*found.top, found.following]
+        best = np.array([[token for token, _ in best] for best in told])
         assert np.array_equal(best, np.argsort(-expected, axis=-1)[:, :top])
-        chances = np.array([[chance for _, chance in best] for best in found.top])
+        chances = np.array([[chance for _, chance in best] for best in told])
         assert np.abs(chances - np.take_along_axis(expected, best, -1)).max() <= 1e-4
-    assert cache.tokens == tuple(ids[:-1])
+    assert cache.tokens == tuple(ids)
 
 
 def test_trained_checkpoint() -> None:

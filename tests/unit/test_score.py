@@ -59,7 +59,7 @@ def test_a_prompt_is_read_once_for_several_texts(
     for i in (9, 10):
         assert cache.shared(asked) == (0 if i == 9 else len(asked) - 1)
         found.append(score(model, tokenizer, asked, [i, 300, 301], top=2, prompt_cache=cache))
-        assert cache.tokens == (*asked, i, 300)
+        assert cache.tokens == (*asked, i, 300, 301)
     for one, other in zip(found, alone, strict=True):
         assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4)
         assert [[t for t, _ in best] for best in one.top] == [
@@ -71,7 +71,7 @@ def test_a_long_text_is_read_in_chunks_between_which_others_go_on(
     loaded: tuple[DiffusionGemma, Tokenizer],
 ) -> None:
     items: list[Any] = list(stream(*loaded, ScoreRequest([2, 5, 6], [300] * 10, prefill_chunk=4)))
-    assert [(i.done, i.total) for i in items if isinstance(i, Reading)] == [(6, 12), (10, 12)]
+    assert [(i.done, i.total) for i in items if isinstance(i, Reading)] == [(6, 13), (10, 13)]
     assert isinstance(items[-1], ScoreResult)
     assert len(items[-1].log_probabilities) == 10
 
