@@ -197,9 +197,11 @@ class ChatReply:
 class CompletionReply:
     """Goes on from prompts, see `Reply`."""
 
-    def __init__(self, body: CompletionBody, model: str):
+    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer):
         self._common = {**common("cmpl", model), "object": "text_completion"}
-        self._prompts = prompts_of(body)
+        self._prompts = [
+            each if isinstance(each, str) else tokenizer.decode(each) for each in prompts_of(body)
+        ]
         self._echo = bool(body.echo)
         self._kept = body.n or 1
         self.per_prompt = best_of(body)
@@ -236,14 +238,14 @@ class CompletionReply:
 
 
 class InfillReply:
-    """Answers with what stands between a prompt and a suffix, which have `read` tokens."""
+    """Answers with what stands between a prompt and a suffix, whose text is `before`."""
 
-    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, read: int):
+    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, before: str):
         self._common = {**common("cmpl", model), "object": "text_completion"}
-        self._shown = prompts_of(body)[0] if body.echo else ""
+        self._shown = before if body.echo else ""
         self._stop = stops(body.stop)
         self._tokenizer = tokenizer
-        self._read = read
+        self._read = len(tokenizer.encode(before + (body.suffix or "")))
 
     def whole(self, result: FillResult) -> dict[str, Any]:
         """Give the answer as JSON, with its usage."""

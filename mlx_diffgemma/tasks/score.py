@@ -119,7 +119,9 @@ class ScoreRequest:
                 f"the prompt has {len(prompt):,} tokens and the text {len(ids):,}, together more "
                 f"than the context of {most:,}"
             )
-        return Reader(model, tokenizer, prompt, ids, self.top, self.prefill_chunk)
+        check()
+        pieces = tuple(tokenizer.pieces(ids))
+        return Reader(model, prompt, ids, pieces, self.top, self.prefill_chunk)
 
 
 def _beginning(tokenizer: Tokenizer) -> int:
@@ -135,9 +137,9 @@ class Reader:
     """A text that is ready to be read, see `request.Prepared`."""
 
     model: DiffusionGemma
-    tokenizer: Tokenizer
     prompt: list[int]
     text: list[int]
+    pieces: tuple[str, ...]
     top: int
     prefill_chunk: int
 
@@ -160,7 +162,7 @@ class Reader:
                 yield Reading(len(prompt_cache), len(self.prompt) + len(self.text))
         yield ScoreResult(
             tuple(self.text),
-            tuple(self.tokenizer.pieces(self.text)),
+            self.pieces,
             tuple(found[:-1]),
             tuple(top[:-1]),
             top[-1],
