@@ -48,6 +48,9 @@ if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .tasks.request import Notice as Notice
     from .tasks.request import Options as Options
     from .tasks.request import Settings as Settings
+    from .tasks.score import ScoreRequest as ScoreRequest
+    from .tasks.score import ScoreResult as ScoreResult
+    from .tasks.score import score as score
     from .tasks.session import ChatSession as ChatSession
     from .tasks.session import ToolResult as ToolResult
     from .tasks.session import Truncated as Truncated
@@ -78,6 +81,7 @@ _EXPORTS = {
     "tasks.fill": "FillRequest FillResult fill stream_fill",
     "tasks.generate": "Request generate stream_generate",
     "tasks.request": "Done Draft Event Notice Options Settings",
+    "tasks.score": "ScoreRequest ScoreResult score",
     "tasks.session": "ChatSession ToolResult Truncated",
     "tasks.starts": "CanvasError Pieces",
     "text.schema": "SchemaError",

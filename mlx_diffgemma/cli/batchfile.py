@@ -152,12 +152,15 @@ class Answers:
                 parts.setdefault("tool_calls", []).append(vars(event))
             case Done():
                 del self._parts[index]
-                known = {
+                known: dict[str, Any] = {
                     "finish_reason": event.finish_reason,
                     "prompt_tokens": event.prompt_tokens,
                     "generated_tokens": event.generated_tokens,
                     "denoising_steps": event.denoising_steps,
                 }
+                if event.mean_log_probability is not None:
+                    known["mean_log_probability"] = event.mean_log_probability
+                    known["least_log_probability"] = event.least_log_probability
                 return json.dumps(parts | known, ensure_ascii=False)
             case Error():
                 del self._parts[index]

@@ -260,13 +260,17 @@ def progress(draft: Draft, seconds: float | None = None) -> str:
 def summary(done: Done) -> str:
     """One line of statistics."""
     cached = f" ({done.cached_tokens} of them cached)" if done.cached_tokens else ""
+    likely = ""
+    if done.mean_log_probability is not None and done.least_log_probability is not None:
+        likely = f"log-probability of a token {done.mean_log_probability:.3f} in the mean and "
+        likely += f"{done.least_log_probability:.3f} at least; "
     return (
         f"{done.prompt_tokens} prompt tokens{cached} in {done.prompt_seconds:.2f} s; "
         f"{done.generated_tokens} tokens in {done.generation_seconds:.2f} s, "
         f"{done.canvases} canvas{'es' if done.canvases > 1 else ''}, "
         f"{done.denoising_steps} steps: {done.tokens_per_forward:.1f} tokens per forward pass, "
         f"{done.tokens_per_second:.1f} tokens/s; peak memory {done.peak_memory / 1e9:.2f} GB; "
-        f"finished: {done.finish_reason.replace('_', ' ')}"
+        f"{likely}finished: {done.finish_reason.replace('_', ' ')}"
     )
 
 

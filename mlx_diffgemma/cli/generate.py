@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import Answering, Load, Quiet, Show, System, from_argument, with_options
+from .options import Answering, Load, Quiet, Show, System, from_argument, messages_of, with_options
 from .terminal import fail
 
 app = typer.Typer()
@@ -42,6 +42,9 @@ def generate(
     thinking: Annotated[
         bool, typer.Option("--thinking", help="Ask for thoughts first; they go to stderr.")
     ] = False,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Say how likely the encoder finds the answer.")
+    ] = False,
     prompt_cache: Annotated[
         Path | None,
         typer.Option(help="Keep what was read in this file; the next run pays for the rest."),
@@ -54,7 +57,7 @@ def generate(
 ) -> None:
     """Answer one prompt, or with --batch the prompts of a file."""
     if many.batch is None:
-        messages = _messages(from_argument(prompt, "the prompt"), system)
+        messages = messages_of(from_argument(prompt, "the prompt"), system)
     elif prompt != "-" or prompt_cache is not None or show:
         fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
     from ..tasks.generate import Request
@@ -66,6 +69,7 @@ def generate(
         seed=answering.seed,
         schema=None if schema is None else read_supported(schema),
         enable_thinking=thinking,
+        likelihood=likelihood,
     )
     request.check_options()
     if not quiet:
@@ -78,10 +82,3 @@ def generate(
     from .answer import answer_one
 
     answer_one(request, load, prompt_cache, show=show, as_json=as_json, quiet=quiet)
-
-
-def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    if not prompt.strip():
-        fail("the prompt is empty", code=2)
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": prompt}]

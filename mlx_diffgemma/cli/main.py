@@ -20,6 +20,7 @@ FILES = [
     "generate",
     "talk",
     "write",
+    "score",
     "serve",
     "measure",
     "checkpoints",

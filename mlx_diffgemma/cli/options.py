@@ -249,6 +249,14 @@ def size(given: str | None) -> int | None:
     return read_size(given)
 
 
+def messages_of(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    """A chat of one question, with a system message before it if there is one."""
+    if not prompt.strip():
+        fail("the prompt is empty", code=2)
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": prompt}]
+
+
 def from_argument(given: str, what: str, *, holes: bool = False) -> str:
     """An argument, or stdin for "-"; with `holes`, a name of a file stands for its text."""
     if given == "-":

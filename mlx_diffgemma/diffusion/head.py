@@ -217,3 +217,57 @@ def _mixed(reference: mx.array, peaks: Sequence[mx.array], soft: Sequence[mx.arr
     that is the log-normalizer."""
     parts = [mx.exp(p - reference) * part for p, part in zip(peaks, soft, strict=True)]
     return fold(mx.add, parts).astype(soft[0].dtype)
+
+
+# Reading causally: what the encoder's hidden states say of the tokens that follow them.
+
+
+@dataclass(frozen=True)
+class CausalReadout:
+    """What hidden states say of the next token; float32 log-probabilities at temperature 1.
+
+    Attributes:
+        log_probability: of the tokens that were asked about, (B, T).
+        top: the likeliest ids, the first the best, (B, T, K).
+        top_log_probability: theirs, (B, T, K).
+    """
+
+    log_probability: mx.array
+    top: mx.array
+    top_log_probability: mx.array
+
+
+def read_causally(
+    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, top: int = 1
+) -> CausalReadout:
+    """Read the encoder's hidden states (B, T, hidden) off, for tokens (B, T): each the next one.
+
+    More than the best token, `top` > 1, takes the head's product once more.
+    """
+    seen = read_out(model, hidden, 1.0)
+    best = seen.choices.tokens if top == 1 else _likeliest(model, hidden, top)
+    chances = [log_probability(model, hidden, best[..., i], 1.0, seen) for i in range(top)]
+    levels = mx.stack(chances, axis=-1)
+    order = mx.argsort(-levels, axis=-1)  # the product was rounded to the model's type
+    return CausalReadout(
+        log_probability=log_probability(model, hidden, tokens, 1.0, seen),
+        top=mx.take_along_axis(best, order, axis=-1),
+        top_log_probability=mx.take_along_axis(levels, order, axis=-1),
+    )
+
+
+def _likeliest(model: DiffusionGemma, hidden: mx.array, count: int) -> mx.array:
+    """The ids with the `count` highest logits, (B, T, count) in no order."""
+    scores: mx.array | None = None
+    ids: mx.array | None = None
+    for first, table in model.vocabulary(_tokens_at_once(model, hidden.shape[0] * hidden.shape[1])):
+        raw = hidden @ table.T
+        some = mx.broadcast_to(mx.arange(first, first + raw.shape[-1]), raw.shape)
+        if scores is not None and ids is not None:
+            raw, some = mx.concatenate([scores, raw], -1), mx.concatenate([ids, some], -1)
+        at = mx.argpartition(-raw, min(count, raw.shape[-1]) - 1, axis=-1)[..., :count]
+        scores, ids = mx.take_along_axis(raw, at, -1), mx.take_along_axis(some, at, -1)
+        # As in `read_out`, blocks must not pile up.
+        mx.async_eval(scores, ids)  # type: ignore[no-untyped-call]
+    assert ids is not None
+    return ids

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -76,8 +76,11 @@ def prefill(
     tokens: Sequence[int],
     cache: list[LayerCache],
     chunk: int = PREFILL_CHUNK,
+    take: Callable[[mx.array], None] | None = None,
 ) -> None:
     """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`.
+
+    `take` is given each chunk's hidden states (1, T, hidden), which else are not computed.
 
     Raises:
         SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
@@ -88,9 +91,11 @@ def prefill(
         layer.reserve(len(tokens) + model.config.canvas_length)
     for start in range(0, len(tokens), chunk):
         some = mx.array([list(tokens[start : start + chunk])])
-        model.encode(some, cache, evaluate=mx.eval)
-        mx.eval([layer.state for layer in cache])
+        hidden = model.encode(some, cache, evaluate=mx.eval)
+        mx.eval([layer.state for layer in cache], [] if take is None else hidden)
         mx.clear_cache()
+        if take is not None:
+            take(hidden)
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,32 @@ class PromptCache:
                     yield Reading(len(self), len(tokens))
             self.snapshot()
 
-    def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> None:
+    def encoding(
+        self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
+    ) -> Generator[mx.array, None, None]:
+        """Encode more tokens: the hidden states (1, T, hidden) of one chunk after another.
+
+        Raises:
+            SettingError: as `reading`.
+        """
+        tokens = token_ids(tokens, self._model.config.vocab_size)
+        whole_number("prefill_chunk", chunk, 1)
+        for layer in self.cache:
+            layer.reserve(len(tokens) + self._model.config.canvas_length)
+        for start in range(0, len(tokens), chunk):
+            found: list[mx.array] = []
+            self.extend(tokens[start : start + chunk], chunk, found.append)
+            yield found.pop()
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        chunk: int = PREFILL_CHUNK,
+        take: Callable[[mx.array], None] | None = None,
+    ) -> None:
         """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
+
+        `take` is as in `prefill`.
 
         Raises:
             SettingError: as `reading`.
@@ -187,7 +216,7 @@ class PromptCache:
         if not tokens:
             return
         try:
-            prefill(self._model, tokens, self.cache, chunk)
+            prefill(self._model, tokens, self.cache, chunk, take)
         except BaseException:
             self.clear()
             raise

@@ -112,11 +112,30 @@ class ChatBody(Sampling):
         return {name for name, value in told.items() if value}
 
 
+# Ids of a text, which are read as they are.
+Ids = Annotated[list[NonNegative], Field(min_length=1, fail_fast=True)]
+
+
 class CompletionBody(Sampling):
-    prompt: NotBlank | Annotated[list[NotBlank], Field(min_length=1, max_length=256)]
+    prompt: (
+        NotBlank
+        | Annotated[list[NotBlank], Field(min_length=1, max_length=256, fail_fast=True)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=256, fail_fast=True)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     suffix: str | None = None
     echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+
+    def unused(self) -> set[str]:
+        """Name what means nothing to scores, and those where an answer is denoised."""
+        if asks_scores(self):
+            told = {"seed": self.seed, "steps": self.steps, "stop": self.stop}
+        else:
+            told = {"logprobs": self.logprobs}
+        return {name for name, value in told.items() if value is not None}
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
@@ -255,9 +274,12 @@ def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Asks the model to go on with a text, without a chat around it, as `request` says."""
+    """Asks the model to go on with a text, without a chat around it, as `request` says.
 
-    text: str
+    Ids are taken as they are; text stands behind the token that begins texts.
+    """
+
+    text: str | list[int]
     request: Request
 
     def prepare(
@@ -266,22 +288,32 @@ class Continuation:
         vocabulary: Vocabulary,
         check: Callable[[], None] = no_check,
     ) -> Answer:
-        """Encode the text behind the token that begins texts, see `request.Task`.
+        """Encode the text, see `request.Task`.
 
         Raises:
             ContextError: the text does not fit.
             Error: as `Request.prepare`.
         """
-        tokenizer = vocabulary.tokenizer
-        ids = encode_text(tokenizer, self.text, model.context, check)
-        bos = tokenizer.token_id("<bos>")
-        ids = ids if bos is None else [bos, *ids]
+        tokenizer, ids = vocabulary.tokenizer, self.text
+        if isinstance(ids, str):
+            ids = encode_text(tokenizer, ids, model.context, check)
+            bos = tokenizer.token_id("<bos>")
+            ids = ids if bos is None else [bos, *ids]
         return replace(self.request, prompt=ids).prepare(model, vocabulary, check)
 
 
-def prompts_of(body: CompletionBody) -> list[str]:
-    """List the prompts, each of which gets answers of its own."""
-    return [body.prompt] if isinstance(body.prompt, str) else body.prompt
+def prompts_of(body: CompletionBody) -> list[str | list[int]]:
+    """List the prompts, text or ids, each of which gets answers of its own."""
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    prompts = [each for each in body.prompt if not isinstance(each, int)]
+    return [*prompts] or [[each for each in body.prompt if isinstance(each, int)]]
+
+
+def asks_scores(body: CompletionBody) -> bool:
+    """Say whether only the prompt is to be scored, see `openai_scores.py`."""
+    alone = bool(body.echo) and body.logprobs is not None and not body.suffix
+    return body.max_tokens == 0 or (body.max_tokens == 1 and alone)
 
 
 def best_of(body: CompletionBody) -> int:
@@ -309,6 +341,7 @@ def continuations(body: CompletionBody) -> list[Continuation]:
         guards=Guards(),
         stop=stops(body.stop),
         opening=body.opening or "",
+        likelihood=best_of(body) > (body.n or 1),
     )
     return [Continuation(prompt, request) for prompt in prompts_of(body)]
 
@@ -317,12 +350,14 @@ def infill(body: CompletionBody) -> FillRequest:
     """Translate a completion with a suffix: what stands between is the hole `MIDDLE`.
 
     Raises:
-        Refused: more than one prompt or answer, or an opening.
+        Refused: more than one prompt or answer, a prompt of ids, or an opening.
     """
-    prompts = prompts_of(body)
-    if len(prompts) > 1 or (body.n or 1) > 1 or (body.best_of or 1) > 1 or body.opening:
+    prompt, *others = prompts_of(body)
+    if others or (body.n or 1) > 1 or (body.best_of or 1) > 1 or body.opening:
         raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
-    parts: list[str | Hole] = [prompts[0], Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
+    if not isinstance(prompt, str):
+        raise Refused(400, "a suffix goes with a prompt of text, not of token ids")
+    parts: list[str | Hole] = [prompt, Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
     return FillRequest(parts, steps=body.steps, seed=body.seed)
 
 

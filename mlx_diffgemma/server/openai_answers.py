@@ -97,6 +97,13 @@ class Choice:
         return {"stop": "stop", "length": "length"}.get(self.done.finish_reason, "stop")
 
     @property
+    def likelihood(self) -> float:
+        """Give the mean log-probability of its tokens, by the encoder, which has read them."""
+        assert self.done is not None
+        assert self.done.mean_log_probability is not None
+        return self.done.mean_log_probability
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Give what OpenAI has no words for."""
         assert self.done is not None
@@ -105,6 +112,8 @@ class Choice:
             "denoising_steps": self.done.denoising_steps,
             "canvases": self.done.canvases,
             "mean_entropy": self.mean_entropy,
+            "mean_log_probability": self.done.mean_log_probability,
+            "least_log_probability": self.done.least_log_probability,
         }
 
 
@@ -188,9 +197,11 @@ class ChatReply:
 class CompletionReply:
     """Goes on from prompts, see `Reply`."""
 
-    def __init__(self, body: CompletionBody, model: str):
+    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer):
         self._common = {**common("cmpl", model), "object": "text_completion"}
-        self._prompts = prompts_of(body)
+        self._prompts = [
+            each if isinstance(each, str) else tokenizer.decode(each) for each in prompts_of(body)
+        ]
         self._echo = bool(body.echo)
         self._kept = body.n or 1
         self.per_prompt = best_of(body)
@@ -206,12 +217,12 @@ class CompletionReply:
         return {**self._common, "choices": [choice]}
 
     def whole(self) -> dict[str, Any]:
-        """Give the finished answers as JSON, of more than are wanted the surest."""
+        """Give the finished answers as JSON, of more than are wanted the likeliest."""
         answers: list[dict[str, Any]] = []
         for i, prompt in enumerate(self._prompts):
             tried = self.choices[i * self.per_prompt : (i + 1) * self.per_prompt]
             if self.per_prompt > self._kept:
-                tried = sorted(tried, key=lambda choice: choice.mean_entropy)
+                tried = sorted(tried, key=lambda choice: -choice.likelihood)
             for choice in tried[: self._kept]:
                 answers.append(
                     {
@@ -227,14 +238,14 @@ class CompletionReply:
 
 
 class InfillReply:
-    """Answers with what stands between a prompt and a suffix, which have `read` tokens."""
+    """Answers with what stands between a prompt and a suffix, whose text is `before`."""
 
-    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, read: int):
+    def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer, before: str):
         self._common = {**common("cmpl", model), "object": "text_completion"}
-        self._shown = prompts_of(body)[0] if body.echo else ""
+        self._shown = before if body.echo else ""
         self._stop = stops(body.stop)
         self._tokenizer = tokenizer
-        self._read = read
+        self._read = len(tokenizer.encode(before + (body.suffix or "")))
 
     def whole(self, result: FillResult) -> dict[str, Any]:
         """Give the answer as JSON, with its usage."""

@@ -1,5 +1,6 @@
 """Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,10 +10,12 @@ from fastapi.responses import JSONResponse, Response
 
 from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
+from ..tasks.score import ScoreResult
 from .openai import (
     ChatBody,
     CompletionBody,
     Sampling,
+    asks_scores,
     best_of,
     chat_request,
     continuations,
@@ -22,6 +25,7 @@ from .openai import (
     wants_usage,
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
+from .openai_scores import ScoreReply, score_requests
 from .refused import RESPONSES, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
@@ -38,6 +42,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/completions", responses=RESPONSES)
     async def complete(http: Http, body: CompletionBody) -> Response:
+        if asks_scores(body):
+            return await _score(service, http, body)
         answer = _infill if body.suffix else _complete
         return await answer(service, http, body)
 
@@ -77,8 +83,27 @@ async def _complete(service: Service, http: Http, body: CompletionBody) -> Respo
 
     each_once, patience = await service.make(http, make)
     works = [work for each in each_once for work in several(each, count, body.seed)]
-    reply = CompletionReply(body, service.name)
+    reply = CompletionReply(body, service.name, service.worker.tokenizer)
     return await _answered(service, http, body, service.stream(works, patience), reply)
+
+
+async def _score(service: Service, http: Http, body: CompletionBody) -> Response:
+    """Answer with how likely the prompts are."""
+    tasks = score_requests(body)
+
+    def make(patience: Patience) -> list[Prepared[object]]:
+        return [service.worker.prepare(task, patience) for task in tasks]
+
+    works, patience = await service.make(http, make)
+    reply = ScoreReply(body, service.name, service.worker.tokenizer)
+    events = await gathered(http, service.stream(works, patience))
+    found = {index: event for index, event in events if isinstance(event, ScoreResult)}
+    if len(found) < len(works):
+        raise stopping()
+    results = [found[index] for index in range(len(works))]
+    # In a thread: of a whole context, thousands of tokens are named.
+    whole, _ = await service.make(http, lambda _: json.dumps(reply.whole(results)))
+    return Response(whole, headers=service.headers(body), media_type="application/json")
 
 
 async def _answered(
@@ -121,8 +146,7 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
 
     def make(patience: Patience) -> tuple[Prepared[object], InfillReply]:
         work = service.worker.prepare(task, patience)
-        read = len(tokenizer.encode(prompts_of(body)[0] + (body.suffix or "")))
-        return work, InfillReply(body, service.name, tokenizer, read)
+        return work, InfillReply(body, service.name, tokenizer, str(prompts_of(body)[0]))
 
     (work, reply), patience = await service.make(http, make)
     stream, headers = service.stream([work], patience), service.headers(body)

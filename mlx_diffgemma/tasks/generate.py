@@ -26,6 +26,7 @@ from ..diffusion.guards import (
     judge_by,
     trust,
 )
+from ..diffusion.head import read_causally
 from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache, Reading, remaining_context
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
@@ -75,6 +76,17 @@ class Committed:
     guard: Guard | None = None
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """The encoder has read what was committed: log-probabilities, each behind all before it."""
+
+    log_probabilities: tuple[float, ...]
+
+
+# What canvas after canvas tells.
+Told = Reading | Encoded | DenoisingState | Retry | Committed | Weighed
+
+
 def generate_tokens(
     model: DiffusionGemma,
     prompt: Sequence[int],
@@ -82,7 +94,7 @@ def generate_tokens(
     draws: Draws,
     prefill_chunk: int = PREFILL_CHUNK,
     start: CanvasStart | None = None,
-) -> Generator[Reading | Encoded | DenoisingState | Retry | Committed, None, None]:
+) -> Generator[Told, None, None]:
     """Canvas after canvas: a state a step, then what is committed. Nothing runs ahead.
 
     Raises:
@@ -105,17 +117,22 @@ def decode_tokens(
     prompt_cache: PromptCache,
     judge: Judge,
     ended: Callable[[], bool] = lambda: False,
-) -> Decoding[Reading | Encoded | DenoisingState | Retry | Committed, None]:
+    likelihood: bool = False,
+) -> Decoding[Told, None]:
     """Canvas after canvas: a state a step, then what is committed.
 
     `judge` says what becomes of a canvas; `ended`, once it is committed, whether the text is
-    complete. The last canvas is not encoded: a next prompt reads it.
+    complete. The last canvas is not encoded, a next prompt reads it; but with `likelihood` it is,
+    and each canvas is `Weighed`.
     """
     remaining = remaining_context(model, prompt)
     length = model.config.canvas_length
     budget = config.max_new_tokens
-    new = len(prompt) - prompt_cache.shared(prompt)
-    yield from prompt_cache.reading(prompt, prefill_chunk)
+    # The prompt's last token is encoded apart where its hidden state is wanted.
+    apart = len(prompt) - likelihood
+    new = len(prompt) - prompt_cache.shared(prompt[:apart])
+    yield from prompt_cache.reading(prompt[:apart], prefill_chunk)
+    hidden = list(prompt_cache.encoding(prompt[apart:]))
     yield Encoded(new)
     generated: list[int] = []
     while True:
@@ -146,9 +163,18 @@ def decode_tokens(
                 reason = "not_converged"
         yield Committed(tokens, reason, verdict.guard)
         mx.clear_cache()
-        if reason or ended():
+        complete = reason is not None or ended()
+        if likelihood:
+            states = mx.concatenate(
+                [*hidden, *prompt_cache.encoding(tokens, prefill_chunk)], axis=1
+            )
+            seen = read_causally(model, states[:, :-1], mx.array([tokens]))
+            yield Weighed(tuple(np.array(seen.log_probability)[0].tolist()))
+            hidden = [states[:, -1:]]
+        elif not complete:
+            prompt_cache.extend(tokens, prefill_chunk)
+        if complete:
             return
-        prompt_cache.extend(tokens, prefill_chunk)
         generated += tokens
 
 
@@ -181,6 +207,7 @@ class Request:
     tools: Sequence[Declaration] = ()
     stop: Sequence[str] = ()
     opening: str | Sequence[int] = ""
+    likelihood: bool = False
 
     def prepare(
         self,
@@ -231,6 +258,7 @@ class Request:
             draws=self.draws,
             prefill_chunk=self.prefill_chunk,
             stop=tuple(self.stop),
+            likelihood=self.likelihood,
         )
 
     def check_options(self) -> None:
@@ -297,6 +325,7 @@ class Answer:
     draws: Draws | None
     prefill_chunk: int
     stop: tuple[str, ...]
+    likelihood: bool = False
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
         """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
@@ -312,6 +341,7 @@ class Answer:
             prompt_cache,
             self.judge,
             lambda: teller.reason is not None,
+            self.likelihood,
         )
         yield from relay(tokens, teller.tell, teller.clock)
         yield from teller.end()
@@ -327,10 +357,11 @@ class _Teller:
         self._text = ""
         self._encoded = self._generated = self._canvases = self._passes = 0
         self._prompt_seconds = 0.0
+        self._log_probabilities: list[float] = []
         self.clock = Clock()
         self.reason: FinishReason | None = None
 
-    def tell(self, item: Reading | Encoded | DenoisingState | Retry | Committed) -> Iterator[Event]:
+    def tell(self, item: Told) -> Iterator[Event]:
         """Tell an item as events."""
         answer = self._answer
         match item:
@@ -345,6 +376,8 @@ class _Teller:
                 yield Notice(item.guard, again=True)
             case Committed():
                 yield from self._commit(item)
+            case Weighed():
+                self._log_probabilities += item.log_probabilities
 
     def _commit(self, item: Committed) -> Iterator[Event]:
         self._canvases += 1
@@ -375,6 +408,7 @@ class _Teller:
         assert self.reason is not None
         seconds = self.clock.seconds - self._prompt_seconds
         prompt_tokens = len(self._answer.prompt)
+        chances = self._log_probabilities
         yield Done(
             finish_reason=self.reason,
             prompt_tokens=prompt_tokens,
@@ -387,6 +421,8 @@ class _Teller:
             generation_seconds=seconds,
             tokens_per_second=self._generated / seconds,
             peak_memory=mx.get_peak_memory(),
+            mean_log_probability=sum(chances) / len(chances) if chances else None,
+            least_log_probability=min(chances) if chances else None,
         )
 
 

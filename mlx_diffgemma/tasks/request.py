@@ -122,6 +122,8 @@ class Options(Settings, total=False):
         stop: strings before which the text ends.
         opening: what the answer begins with, as text, in which special tokens are recognised, or
             as ids; not together with `start`.
+        likelihood: have the encoder read the answer, too, so that `Done` says how likely it is:
+            one more pass over its tokens.
     """
 
     seed: int | None
@@ -132,6 +134,7 @@ class Options(Settings, total=False):
     tools: Sequence[Declaration]
     stop: Sequence[str]
     opening: str | Sequence[int]
+    likelihood: bool
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,8 @@ class Done:
     `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
     end token, as the reference does. Times are seconds of computing:
     `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
-    divides by the latter. Memory is in bytes, weights included.
+    divides by the latter. Memory is in bytes, weights included. Log-probabilities (nats) are the
+    encoder's, of the tokens committed, the end token included; None where it has not read them.
     """
 
     finish_reason: FinishReason
@@ -184,6 +188,8 @@ class Done:
     generation_seconds: float
     tokens_per_second: float
     peak_memory: int
+    mean_log_probability: float | None = None
+    least_log_probability: float | None = None
 
 
 Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done

@@ -361,6 +361,20 @@ def test_completions_and_infilling(random_one: Server) -> None:
     assert read[2] == read[0] + read[1]
 
 
+def test_the_best_of_several_is_the_likeliest(small: Server) -> None:
+    """It was the one with the lowest mean entropy, which is right less often."""
+    ask = {"prompt": "The capital of", "steps": 4, "max_tokens": 12, "seed": 0}
+    kept = small.post("/v1/completions", {**ask, "best_of": 6, "n": 5}).json()["choices"]
+    known = [choice["diffusion"]["mean_log_probability"] for choice in kept]
+    assert known == sorted(known, reverse=True)
+    entropies = [choice["diffusion"]["mean_entropy"] for choice in kept]
+    assert entropies != sorted(entropies)
+    every = small.post("/v1/completions", {**ask, "n": 6}).json()["choices"]
+    assert {choice["diffusion"]["mean_log_probability"] for choice in every} == {None}
+    best = small.post("/v1/completions", {**ask, "best_of": 6}).json()["choices"]
+    assert [choice["text"] for choice in best] == [kept[0]["text"]]
+
+
 def test_infilling_as_editors_ask(random_one: Server) -> None:
     """More than a canvas used to be refused, a backslash before the hole hid it, `stop` and
     `stream_options` were dropped."""
