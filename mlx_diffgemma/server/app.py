@@ -21,6 +21,7 @@ from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
 from . import native, openai_routes
 from .access import Gate, Limits
+from .invalid import mistake
 from .refused import Refused, error_body, refusal
 from .service import Service
 from .worker import Worker
@@ -92,9 +93,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(error_body(400, f"{where}: {first['msg']}".lstrip(": ")), 400)
+        said, field = mistake(error.errors(), error.body)
+        return JSONResponse(error_body(400, said, param=field), 400)
 
     @app.exception_handler(Exception)
     async def defect(http: Http, error: Exception) -> Response:

@@ -22,7 +22,7 @@ from .openai import (
     wants_usage,
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
-from .refused import RESPONSES, stopping
+from .refused import RESPONSES, Refused, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
 from .worker import Patience
@@ -43,16 +43,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = service.worker.model
-        facts = {
-            "id": service.name,
-            "object": "model",
-            "created": service.started,
-            "owned_by": "local",
-            "context_length": model.context,
-            "canvas_length": model.config.canvas_length,
-        }
-        return {"object": "list", "data": [facts]}
+        return {"object": "list", "data": [service.facts]}
+
+    @routes.get("/v1/models/{name:path}", responses=RESPONSES)
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
+        return service.facts
 
     return routes
 

@@ -494,6 +494,8 @@ def test_keys_of_any_bytes(key: str) -> None:
         (b"x" * 10_000, 401),
     ):
         assert asked(app, headers={b"Authorization": given}).status_code == status
+        other = {b"x-api-key": given.removeprefix(b"Bearer ")}
+        assert asked(app, headers=other).status_code == status
     refused(asked(app), 401)
 
 
