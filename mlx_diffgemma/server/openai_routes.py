@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
+from ..text.tokenizer import Tokenizer
 from .openai import (
     ChatBody,
     CompletionBody,
@@ -84,14 +85,15 @@ async def _answered(
     """Answer with the choices of a reply, as they come or at the end."""
     headers = service.headers(body)
     if body.stream:
-        return Lines(_lines(body, await begun(http, stream), reply), stream, headers)
+        lines = _lines(body, await begun(http, stream), reply, service.worker.tokenizer)
+        return Lines(lines, stream, headers)
     for index, event in await gathered(http, stream):
         reply.choices[index].take(event)
     return JSONResponse(reply.whole(), headers=headers)
 
 
 async def _lines(
-    body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply
+    body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply, tokenizer: Tokenizer
 ) -> AsyncIterator[str]:
     """Write the events of a reply as server-sent events."""
     for i in range(len(reply.choices)):
@@ -101,7 +103,7 @@ async def _lines(
         choice = reply.choices[index]
         delta = choice.take(event)
         if isinstance(event, Draft) and body.stream_drafts:
-            yield draft_event(index, event)
+            yield draft_event(index, event, tokenizer)
         elif isinstance(event, Done):
             yield sse(reply.chunk(index, {}, choice.reason))
         elif delta:
@@ -124,7 +126,8 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
     (work, reply), patience = await service.make(http, make)
     stream, headers = service.stream([work], patience), service.headers(body)
     if body.stream:
-        return Lines(_infilled(body, await begun(http, stream), reply), stream, headers)
+        lines = _infilled(body, await begun(http, stream), reply, tokenizer)
+        return Lines(lines, stream, headers)
     for _, event in await gathered(http, stream):
         if isinstance(event, FillResult):
             return JSONResponse(reply.whole(event), headers=headers)
@@ -132,12 +135,15 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
 
 
 async def _infilled(
-    body: CompletionBody, events: AsyncIterator[tuple[int, object]], reply: InfillReply
+    body: CompletionBody,
+    events: AsyncIterator[tuple[int, object]],
+    reply: InfillReply,
+    tokenizer: Tokenizer,
 ) -> AsyncIterator[str]:
     """Write the events of an infilling as server-sent events."""
     async for _, event in events:
         if isinstance(event, Draft) and body.stream_drafts:
-            yield draft_event(0, event)
+            yield draft_event(0, event, tokenizer)
         elif isinstance(event, FillResult):
             whole = reply.whole(event)
             usage = whole.pop("usage")
