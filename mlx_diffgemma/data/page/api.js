@@ -123,7 +123,7 @@ async function read(reader) {
   }
 }
 
-// [type, value]; null at the end of all, undefined for a comment.
+// [type, value]; null at the end of all, undefined for what is no event of ours.
 function parse(part) {
   let type = "message", data = "";
   for (const line of part.split("\n")) {
@@ -138,6 +138,7 @@ function parse(part) {
   } catch {
     throw new ApiError(0, BROKEN);
   }
-  if (value?.error) throw new ApiError(0, String(value.error.message ?? value.error));
+  if (value === null || typeof value !== "object") return undefined;
+  if (value.error) throw new ApiError(0, String(value.error.message ?? value.error));
   return [type, value];
 }
