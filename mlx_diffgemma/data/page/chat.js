@@ -7,7 +7,7 @@ import { render } from "./markdown.js";
 import { newChat, read, save, titleOf } from "./store.js";
 
 // Answers whose drafts can be watched again, the last ones.
-const MOST_REPLAYS = 20;
+const MOST_REPLAYS = 5;
 
 const CURRENT = "diffgemma.current";
 
@@ -142,6 +142,7 @@ export class Chat {
         if (type === "draft") view.draft(value);
         else this.#take(value, reply, view, facts);
       }
+      if (!reply.content && !reply.note) reply.note = "The model wrote nothing.";
       reply.facts = told(facts, (performance.now() - started) / 1000);
     } catch (error) {
       this.#cut(error, reply, view);
@@ -152,10 +153,11 @@ export class Chat {
     if (chat !== this.chat) { // another one was opened meanwhile
       save(chat);
       this.page.listed();
-      return;
+      this.#say("");
+    } else {
+      this.#save();
+      this.#say(reply.note || "The answer is complete.");
     }
-    this.#save();
-    this.#say(reply.note || "The answer is complete.");
     this.draw();
     if (document.activeElement === document.body) this.input.focus();
   }

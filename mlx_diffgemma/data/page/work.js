@@ -27,6 +27,7 @@ class Work {
   async run() {
     const body = { ...this.bodyOf(), stream_drafts: true };
     if (this.page.seed() !== null) body.seed = this.page.seed();
+    if (this.page.steps()) body.steps = this.page.steps();
     this.stopper = new AbortController();
     const canvas = new Canvas();
     find(`${this.name}-draft`).replaceChildren(canvas.element);
