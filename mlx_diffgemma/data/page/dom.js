@@ -43,11 +43,11 @@ function copied(text) {
   return done;
 }
 
-// Lets a text area be as high as its text.
+// Lets a text area be as high as its text, and never lower than it was made.
 export function grow(area) {
   const fit = () => {
     area.style.height = "auto";
-    area.style.height = `${area.scrollHeight + 2}px`;
+    if (area.scrollHeight > area.clientHeight) area.style.height = `${area.scrollHeight + 2}px`;
   };
   area.addEventListener("input", fit);
   return fit;

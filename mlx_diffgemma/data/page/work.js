@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { Canvas, replay } from "./canvas.js";
 import { draw } from "./diff.js";
-import { button, copyButton, find, make } from "./dom.js";
+import { button, copyButton, find, grow, make } from "./dom.js";
 
 // One of the two tabs. `bodyOf` gives what the form asks for, `show` the elements of a result.
 class Work {
@@ -34,6 +34,7 @@ class Work {
     this.result.replaceChildren();
     this.#busy(true);
     this.status.textContent = "The model is writing.";
+    this.status.parentElement.scrollIntoView({ block: "nearest" });
     const asking = {
       signal: this.stopper.signal,
       wantKey: this.page.wantKey,
@@ -63,6 +64,7 @@ class Work {
       copyButton(() => value.text, "the text"), this.#watch(canvas.drafts));
     this.result.replaceChildren(...this.show(body, value, actions), ...notes, actions);
     this.status.textContent = `Done in ${value.denoising_steps} steps.`;
+    this.status.parentElement.scrollIntoView({ block: "nearest" });
   }
 
   #watch(drafts) {
@@ -137,6 +139,7 @@ function wholeLines() {
 }
 
 export function addWork(page) {
+  ["fill-template", "edit-text"].forEach((id) => grow(find(id)));
   new Work("fill", page, () => {
     const prompt = find("fill-prompt").value.trim();
     return { template: find("fill-template").value, ...(prompt ? { prompt } : {}) };
