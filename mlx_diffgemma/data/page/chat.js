@@ -156,7 +156,7 @@ export class Chat {
       this.#say("");
     } else {
       this.#save();
-      this.#say(reply.note || "The answer is complete.");
+      this.#say(reply.note ? "" : "The answer is complete."); // a note stands there already
     }
     this.draw();
     if (document.activeElement === document.body) this.input.focus();
