@@ -1,8 +1,9 @@
-"""Pictures of the terminal for the README, from real runs of the small model.
+"""Pictures of the terminal and of the page for README and docs/, from real runs of the small model.
 
     python scripts/screenshots.py docs
 
-Needs tmux. Writes demo.svg (a Sudoku half solved) and chat.svg (a session).
+Needs tmux, and Chromium for the page. Writes demo.svg (a Sudoku half solved), chat.svg (a session),
+and what page_pictures.py says.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from page_pictures import page_pictures
 from rich.console import Console
 from rich.text import Text
 
@@ -73,6 +75,8 @@ def main() -> None:
     chat.wait("canvas 1, step 2/")
     chat.picture(directory / "chat.svg", "mlx-diffgemma chat")
     chat.close()
+
+    page_pictures(directory)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def serving(
 ) -> Iterator[Server]:
     """A server in a thread, with settings of `make_app`."""
     with working(model, max_batch=max_batch, max_queue=max_queue, timeout=timeout) as worker:
-        app = make_app(worker, name="diffgemma-small", **settings)
+        app = make_app(worker, name="tiny", **settings)
         with listening(app) as server:
             yield Server(address(server))
 

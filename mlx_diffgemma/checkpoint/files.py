@@ -55,6 +55,8 @@ SHIPPED = {
     for name in ("tiny", "tiny-puzzles")
 }
 
+DEFAULT = "tiny"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -66,6 +68,22 @@ class Tensor:
     file: Path
     start: int
     end: int
+
+
+def name_of(path_or_repo: str | None) -> str:
+    """Call a model as it was asked for: a directory by its own name, all else as it is.
+
+    None is the model that `load` takes then. Bytes that are no text become U+FFFD.
+    """
+    if path_or_repo is None:
+        return DEFAULT
+    try:
+        path = Path(path_or_repo).expanduser()
+        name = path.absolute().resolve().name if path.name in ("", "..") else path.name
+        name = name if path.is_dir() else path_or_repo
+    except (OSError, RuntimeError):  # ~nobody: `resolve` says so
+        name = path_or_repo
+    return os.fsencode(name or path_or_repo).decode("utf-8", "replace")
 
 
 def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:

@@ -15,6 +15,7 @@ from ..model.diffusion_gemma import DiffusionGemma, is_text, parameter_name, san
 from ..model.settings import GenerationConfig, Speed
 from ..text.tokenizer import Tokenizer, TokenizerError
 from .files import (
+    DEFAULT,
     FLOATS,
     SHIPPED,
     Headers,
@@ -31,7 +32,7 @@ from .quantization import quantization_of
 
 DType = Literal["float32", "bfloat16", "float16"]
 
-EMBEDDED = SHIPPED["tiny"]
+EMBEDDED = SHIPPED[DEFAULT]
 
 SENTENCE_LIMIT = 300  # characters of a library's message, which may quote a whole file
 

@@ -63,6 +63,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         from ..server.connections import Connection
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
+    from ..checkpoint.files import name_of
     from ..server.worker import Worker
 
     load.introduce()
@@ -78,7 +79,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         say("Anybody who reaches this machine can ask; --api-key changes that.")
     served = make_app(
         worker,
-        name=load.model or "diffgemma-small",
+        name=name_of(load.model),
         api_key=reach.api_key,
         cors=reach.cors or (),
         loopback=reach.loopback,

@@ -7,25 +7,24 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import mlx.core as mx
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as Http
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
 from . import native, openai_routes
 from .access import Gate, Limits
+from .invalid import mistake
+from .page import add_page
 from .refused import Refused, error_body, refusal
 from .service import Service
 from .worker import Worker
-
-PAGE = Path(__file__).parent.parent / "data" / "page.html"
 
 
 def make_app(
@@ -70,6 +69,7 @@ def make_app(
     app.include_router(openai_routes.router(service))
     app.include_router(native.router(service))
     app.include_router(_state(worker))
+    add_page(app)
     return app
 
 
@@ -92,9 +92,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(error_body(400, f"{where}: {first['msg']}".lstrip(": ")), 400)
+        said, field = mistake(error.errors(), error.body)
+        return JSONResponse(error_body(400, said, param=field), 400)
 
     @app.exception_handler(Exception)
     async def defect(http: Http, error: Exception) -> Response:
@@ -103,7 +102,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _state(worker: Worker) -> APIRouter:
-    """Make the routes that say how the server is, and the page to chat on."""
+    """Make the routes that say how the server is."""
     routes = APIRouter()
 
     @routes.get("/health")
@@ -125,11 +124,5 @@ def _state(worker: Worker) -> APIRouter:
             for key, value in values.items():
                 lines += [f"# TYPE diffgemma_{key} {kind}", f"diffgemma_{key} {value}"]
         return "\n".join(lines) + "\n"
-
-    @routes.get("/", include_in_schema=False)
-    async def page() -> Response:
-        # Nobody else's page may lay itself over this one and have its buttons pressed.
-        headers = {"Content-Security-Policy": "frame-ancestors 'none'"}
-        return FileResponse(PAGE, media_type="text/html", headers=headers)
 
     return routes

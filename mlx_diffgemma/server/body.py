@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from .refused import shortened
 
@@ -11,6 +11,14 @@ NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _no_limit(given: object) -> object:
+    return None if given == -1 else given
+
+
+# Most tokens of an answer; -1, which some clients send, says as little as nothing does.
+Budget = Annotated[Positive | None, BeforeValidator(_no_limit)]
 
 NotBlank = Annotated[str, StringConstraints(min_length=1)]
 

@@ -15,6 +15,7 @@ from ..tasks.fill import FillRequest, FillResult
 from ..tasks.generate import Request
 from ..tasks.request import Done, Draft, Task
 from ..tasks.starts import Pieces
+from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text
 from .body import Body, NonNegative, NotBlank, Steps
 from .refused import RESPONSES, Refused, stopping
@@ -102,18 +103,21 @@ async def _answered(
     work, patience = await service.prepare(http, task)
     stream, headers = service.stream([work], patience), service.headers(body)
     if drafts:
-        return Lines(_lines(await begun(http, stream), facts), stream, headers)
+        lines = _lines(await begun(http, stream), facts, service.worker.tokenizer)
+        return Lines(lines, stream, headers)
     for _, event in await gathered(http, stream):
         if found := facts(event):
             return JSONResponse(found, headers=headers)
     raise stopping()
 
 
-async def _lines(events: AsyncIterator[tuple[int, object]], facts: Facts) -> AsyncIterator[str]:
+async def _lines(
+    events: AsyncIterator[tuple[int, object]], facts: Facts, tokenizer: Tokenizer
+) -> AsyncIterator[str]:
     """Write drafts and the result as server-sent events."""
     async for _, event in events:
         if isinstance(event, Draft):
-            yield draft_event(0, event)
+            yield draft_event(0, event, tokenizer)
         if found := facts(event):
             yield sse(found)
 

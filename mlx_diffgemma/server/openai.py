@@ -14,7 +14,7 @@ from ..tasks.request import Prepared, encode_text
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
-from .body import MOST_NAME_CHARACTERS, Body, NonNegative, NotBlank, Positive, Steps
+from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
 from .json_body import JsonError, read_json
 from .refused import Refused, shortened
 
@@ -29,7 +29,7 @@ class Sampling(Body):
     """Holds what the answering routes have in common."""
 
     model: str | None = None
-    max_tokens: Positive | None = None
+    max_tokens: Budget = None
     seed: NonNegative | None = None
     steps: Steps | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
@@ -90,7 +90,7 @@ class ResponseFormat(Body):
 
 class ChatBody(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: Budget = None
     logprobs: bool | None = None
     tools: list[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
 from ..tasks.score import ScoreResult
+from ..text.tokenizer import Tokenizer
 from .openai import (
     ChatBody,
     CompletionBody,
@@ -26,7 +27,7 @@ from .openai import (
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
-from .refused import RESPONSES, stopping
+from .refused import RESPONSES, Refused, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
 from .worker import Patience
@@ -49,16 +50,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = service.worker.model
-        facts = {
-            "id": service.name,
-            "object": "model",
-            "created": service.started,
-            "owned_by": "local",
-            "context_length": model.context,
-            "canvas_length": model.config.canvas_length,
-        }
-        return {"object": "list", "data": [facts]}
+        return {"object": "list", "data": [service.facts]}
+
+    @routes.get("/v1/models/{name:path}", responses=RESPONSES)
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
+        return service.facts
 
     return routes
 
@@ -112,14 +110,15 @@ async def _answered(
     """Answer with the choices of a reply, as they come or at the end."""
     headers = service.headers(body)
     if body.stream:
-        return Lines(_lines(body, await begun(http, stream), reply), stream, headers)
+        lines = _lines(body, await begun(http, stream), reply, service.worker.tokenizer)
+        return Lines(lines, stream, headers)
     for index, event in await gathered(http, stream):
         reply.choices[index].take(event)
     return JSONResponse(reply.whole(), headers=headers)
 
 
 async def _lines(
-    body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply
+    body: Sampling, events: AsyncIterator[tuple[int, object]], reply: Reply, tokenizer: Tokenizer
 ) -> AsyncIterator[str]:
     """Write the events of a reply as server-sent events."""
     for i in range(len(reply.choices)):
@@ -129,7 +128,7 @@ async def _lines(
         choice = reply.choices[index]
         delta = choice.take(event)
         if isinstance(event, Draft) and body.stream_drafts:
-            yield draft_event(index, event)
+            yield draft_event(index, event, tokenizer)
         elif isinstance(event, Done):
             yield sse(reply.chunk(index, {}, choice.reason))
         elif delta:
@@ -151,7 +150,8 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
     (work, reply), patience = await service.make(http, make)
     stream, headers = service.stream([work], patience), service.headers(body)
     if body.stream:
-        return Lines(_infilled(body, await begun(http, stream), reply), stream, headers)
+        lines = _infilled(body, await begun(http, stream), reply, tokenizer)
+        return Lines(lines, stream, headers)
     for _, event in await gathered(http, stream):
         if isinstance(event, FillResult):
             return JSONResponse(reply.whole(event), headers=headers)
@@ -159,12 +159,15 @@ async def _infill(service: Service, http: Http, body: CompletionBody) -> Respons
 
 
 async def _infilled(
-    body: CompletionBody, events: AsyncIterator[tuple[int, object]], reply: InfillReply
+    body: CompletionBody,
+    events: AsyncIterator[tuple[int, object]],
+    reply: InfillReply,
+    tokenizer: Tokenizer,
 ) -> AsyncIterator[str]:
     """Write the events of an infilling as server-sent events."""
     async for _, event in events:
         if isinstance(event, Draft) and body.stream_drafts:
-            yield draft_event(0, event)
+            yield draft_event(0, event, tokenizer)
         elif isinstance(event, FillResult):
             whole = reply.whole(event)
             usage = whole.pop("usage")

@@ -10,6 +10,9 @@ RETRY_AFTER = 2
 # Characters of an error's message, which may quote what was sent.
 MOST_MESSAGE = 1000
 
+# Characters of a field's name, which may have been sent, too.
+MOST_PARAM = 200
+
 # What any route may answer instead, for the OpenAPI document.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"description": text}
@@ -40,11 +43,14 @@ def stopping() -> Refused:
     return Refused(503, "the server is shutting down", "stopping")
 
 
-def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """Write an error as clients of OpenAI expect it."""
+def error_body(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """Write an error as clients of OpenAI expect it; `param` names the field that is wrong."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = shortened(message, MOST_MESSAGE)
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    param = None if param is None else shortened(param, MOST_PARAM)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def refusal(error: Refused) -> Response:

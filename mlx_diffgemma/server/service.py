@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from fastapi import Request as Http
 
@@ -33,6 +33,22 @@ class Service:
         self.name = name
         self.started = int(time.time())
         self._places = Places()
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Describe the model as `/v1/models` does; lengths are in tokens."""
+        model, tokenizer = self.worker.model, self.worker.tokenizer
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "local",
+            "context_length": model.context,
+            "canvas_length": model.config.canvas_length,
+            "denoising_steps": model.generation.max_denoising_steps,
+            "thinking": tokenizer.knows_thinking,
+            "tools": tokenizer.knows_tools,
+        }
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
         """Prepare a task, and tell the patience that is left for it.

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import Any, TypeVar
 
 from fastapi import Request as Http
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
 from ..tasks.request import Draft, Prepared
+from ..text.tokenizer import Tokenizer
 from .refused import Refused, error_body, stopping
 from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
 
@@ -192,8 +194,8 @@ class Lines(StreamingResponse):
             self._stream.close()
 
 
-def draft_event(index: int, draft: Draft) -> str:
-    """Write a step as a server-sent event of its own type."""
+def draft_event(index: int, draft: Draft, tokenizer: Tokenizer) -> str:
+    """Write a step as a server-sent event of its own type, with how sure each token is."""
     facts = {
         "index": index,
         "canvas": draft.canvas,
@@ -202,8 +204,36 @@ def draft_event(index: int, draft: Draft) -> str:
         "text": draft.text,
         "accepted": sum(draft.accepted),
         "length": len(draft.accepted),
+        "tokens": shown_tokens(draft, tokenizer),
+        "positions": "".join(map(_sign, draft.accepted, draft.probabilities)),
     }
     return f"event: draft\ndata: {json.dumps(facts, ensure_ascii=False)}\n\n"
+
+
+def shown_tokens(draft: Draft, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Give the tokens that a reader sees, which together are the draft's text.
+
+    Bytes of one character, which are no text by themselves, are one entry, as sure as the least of
+    them.
+    """
+    shown = [i for i in range(draft.end) if draft.visible[i]]
+    pieces = tokenizer.pieces([draft.tokens[i] for i in shown])
+    found: list[dict[str, Any]] = []
+    pairs = zip(shown, pieces, strict=True)
+    for whole, run in groupby(pairs, key=lambda pair: "\ufffd" not in pair[1]):
+        for part in [[each] for each in run] if whole else [[*run]]:
+            places = [i for i, _ in part]
+            text = part[0][1] if whole else tokenizer.decode([draft.tokens[i] for i in places])
+            accepted = all(draft.accepted[i] for i in places)
+            probability = min(draft.probabilities[i] for i in places)
+            facts = {"text": text, "accepted": accepted, "probability": round(probability, 3)}
+            found.append(facts)
+    return found
+
+
+def _sign(accepted: bool, probability: float) -> str:
+    """Write a position of a canvas as `#`, or its probability as a digit."""
+    return "#" if accepted else str(int(9 * probability))
 
 
 def sse(value: object) -> str:

@@ -98,7 +98,7 @@ class ChatSession:
         self.enable_thinking = enable_thinking
         if not all(map(_is_declaration, self._tools)):
             raise SessionError("a tool is no declaration of a function")
-        if tools and self._render([_HELLO]) == self._render([_HELLO], tools=[]):
+        if tools and not tokenizer.knows_tools:
             raise SessionError("this model's chat template knows no tools")
         self.system = system
 
@@ -131,9 +131,7 @@ class ChatSession:
 
     @enable_thinking.setter
     def enable_thinking(self, wanted: bool) -> None:
-        if wanted and self._render([_HELLO], thinking=True) == self._render(
-            [_HELLO], thinking=False
-        ):
+        if wanted and not self._tokenizer.knows_thinking:
             raise SessionError("this model's chat template knows no thinking")
         self._thinking = wanted
 
@@ -255,17 +253,9 @@ class ChatSession:
                 return i
         raise SessionError("there is no message yet")
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Declaration] | None = None,
-        thinking: bool | None = None,
-    ) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.apply_chat_template(
-            messages,
-            enable_thinking=self._thinking if thinking is None else thinking,
-            tools=(self._tools if tools is None else tools) or None,
+            messages, enable_thinking=self._thinking, tools=self._tools or None
         )
 
     def _fits(self, ids: list[int], free: float = 0) -> bool:
@@ -405,9 +395,6 @@ def _is_declaration(tool: object) -> bool:
         case {"function": {"name": str(), **rest}}:
             return isinstance(rest.get("parameters", {}), dict)
     return False
-
-
-_HELLO: Message = {"role": "user", "content": "Hello"}
 
 
 def _assistant(text: str, thought: str, calls: list[dict[str, Any]]) -> Message:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..arguments import shown
 from ..diffusion.automaton import Plan, Plans
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
@@ -142,6 +143,22 @@ class Pieces:
     """
 
     pieces: tuple[tuple[str, bool], ...]
+
+    def __post_init__(self) -> None:
+        match self.pieces:
+            case [(str(), bool()), *rest] if all(map(_is_piece, rest)):
+                return
+        raise CanvasError(
+            f"pieces are pairs of a text and whether it is given, at least one; not "
+            f"{shown(self.pieces)}"
+        )
+
+
+def _is_piece(piece: object) -> bool:
+    match piece:
+        case (str(), bool()):
+            return True
+    return False
 
 
 def forced_tokens(

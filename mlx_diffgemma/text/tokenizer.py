@@ -11,6 +11,7 @@ import jinja2
 from tokenizers import Tokenizer as Backend
 
 from ..errors import Error
+from ..files import is_text
 from .rendering_budget import within
 from .templating import MOST_SOURCE, Environment
 
@@ -26,6 +27,18 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a byte is spelled in a vocabulary
 # Characters of a long text that are encoded at once to count its tokens: a few hundredths of a
 # second, and some ten megabytes.
 COUNTED_AT_ONCE = 1 << 16
+
+# What a template is tried with, to see what it makes of tools and thoughts.
+_HELLO: Message = {"role": "user", "content": "hello"}
+
+_TOOL: Declaration = {
+    "type": "function",
+    "function": {
+        "name": "now",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 MOST_BYTES = 4  # of a character in UTF-8: a tokenizer may take a token for each
 
@@ -219,12 +232,35 @@ class Tokenizer:
                     tools=tools,
                     **self._special,
                 )
-            text.encode()  # half a character cannot become ids
-            return text
         except Exception as error:  # a template may raise whatever Python can
             raise TokenizerError(
                 f"the chat template refuses these messages: {_said(error)}"
             ) from None
+        if not is_text(text):  # which cannot become ids
+            raise TokenizerError("a message has half of a surrogate pair, no character")
+        return text
+
+    @cached_property
+    def knows_thinking(self) -> bool:
+        """Tell whether asking for thoughts changes what the chat template writes."""
+        return self._changes(enable_thinking=True)
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Tell whether the chat template writes tools down, and calls of them are marked."""
+        return self.token_id("<|tool_call>") is not None and self._changes(tools=[_TOOL])
+
+    def _changes(
+        self, *, enable_thinking: bool = False, tools: Sequence[Declaration] | None = None
+    ) -> bool:
+        if self._template_source is None:
+            return False
+        try:
+            plain = self.apply_chat_template([_HELLO])
+            asked = self.apply_chat_template([_HELLO], enable_thinking=enable_thinking, tools=tools)
+        except TokenizerError:  # whoever asks for it is told why
+            return True
+        return plain != asked
 
     @cached_property
     def _template(self) -> jinja2.Template:

@@ -110,6 +110,7 @@ def test_show_in_a_pipe_prints_a_line_a_step() -> None:
         (["convert", SUDOKU, "out", "--recipe", "huge"], 2, "no recipe huge"),
         (["convert", SUDOKU, "out", "--q-bits", "9"], 1, "affine takes"),
         (["convert", SUDOKU, "out", "-d", "-q"], 2, "neither"),
+        (["generate", "-q", "--thinking", "hi"], 1, "this model's chat template knows no thinking"),
         (["chat", "-m", "/dev/null"], 1, "/dev/null is neither"),
     ],
 )

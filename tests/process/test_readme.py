@@ -136,7 +136,7 @@ def ask() -> Iterator[Callable[[str], str]]:
         lambda: shipped(None), max_batch=4, max_queue=16, timeout=600, cache_bytes=1 << 28
     )
     worker.start()
-    with TestClient(make_app(worker, name="diffgemma-small"), "http://localhost") as client:
+    with TestClient(make_app(worker, name="tiny"), "http://localhost") as client:
 
         def answer(code: str) -> str:
             head, _, body = code.partition("\n")

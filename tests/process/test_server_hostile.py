@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -237,6 +238,7 @@ def test_links_may_be_followed_and_nothing_else_be_taken(small: Server) -> None:
     page = httpx.get(small.url, headers=foreign)
     assert page.status_code == 200
     assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    refused(httpx.get(f"{small.url}/page/app.js", headers={"Sec-Fetch-Site": "cross-site"}), 403)
     refused(
         httpx.get(f"{small.url}/metrics", headers={**foreign, "Sec-Fetch-Mode": "no-cors"}), 403
     )
@@ -246,9 +248,43 @@ def test_no_page_has_scripts_from_elsewhere(small: Server) -> None:
     """/docs and /redoc had the browser fetch scripts of a CDN."""
     for path in ("/docs", "/redoc"):
         refused(httpx.get(f"{small.url}{path}"), 404)
-    assert "http://" not in (page := httpx.get(small.url).text)
-    assert "https://" not in page
+    for file in re.findall(r'(?:src|href)="([^"#]+)"', httpx.get(small.url).text):
+        assert file.startswith("/page/")
+        script = httpx.get(f"{small.url}{file}")
+        policy = script.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+        assert "unsafe" not in policy
+        assert script.headers["x-content-type-options"] == "nosniff"
     assert httpx.get(f"{small.url}/openapi.json").json()["paths"]
+
+
+def test_the_page_needs_no_key_and_gives_away_no_other_file() -> None:
+    with serving(writing("Fine."), api_key="s3cret") as server:
+        page = httpx.get(f"{server.url}/page/app.js")
+        assert page.status_code == 200
+        known = httpx.get(
+            f"{server.url}/page/app.js", headers={"If-None-Match": page.headers["etag"]}
+        )
+        assert (known.status_code, known.content) == (304, b"")
+        paths = ["/page/", "/page/vendor", "/page/x", "/page/../tiny/config.json", "/page/%00"]
+        paths += ["/page/..%2ftiny%2fconfig.json", "/page/vendor/..%2f..%2fheldout.jsonl"]
+        paths += ["/page//etc/passwd", "/page/%2fetc%2fpasswd", "/page/" + "x" * 5000]
+        for path in paths:
+            refused(raw(server.url, f"GET {path}"), 404)
+        for path in ("/page/../v1/models", "/page/%2e%2e/v1/models", "//page/../v1/models"):
+            assert raw(server.url, f"GET {path}").status_code in (401, 404)
+        refused(raw(server.url, "DELETE /page/app.js"), 405)
+
+
+def raw(url: str, line: str) -> httpx.Response:
+    """Send a line of request as it is: clients tidy paths up."""
+    with connected(url) as sent:
+        sent.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        said = b""
+        while more := sent.recv(1 << 16):
+            said += more
+    head, _, body = said.partition(b"\r\n\r\n")
+    return httpx.Response(int(head.split()[1]), content=body)
 
 
 def test_every_method_and_path_has_an_answer(small: Server) -> None:
@@ -494,6 +530,8 @@ def test_keys_of_any_bytes(key: str) -> None:
         (b"x" * 10_000, 401),
     ):
         assert asked(app, headers={b"Authorization": given}).status_code == status
+        other = {b"x-api-key": given.removeprefix(b"Bearer ")}
+        assert asked(app, headers=other).status_code == status
     refused(asked(app), 401)
 
 

@@ -21,6 +21,7 @@ from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import files
 from mlx_diffgemma.checkpoint.files import (
     SHIPPED,
+    name_of,
     read_header,
     read_json,
     read_tensors,
@@ -30,6 +31,30 @@ from mlx_diffgemma.checkpoint.load import keep_in_memory, read_generation
 from mlx_diffgemma.checkpoint.quantization import Quantization, quantization_of
 
 NORM = "model.decoder.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (None, "tiny"),
+        ("tiny-puzzles", "tiny-puzzles"),
+        ("org/name", "org/name"),
+        ("sub/model/", "model"),
+        ("sub/../sub", "sub"),
+        ("sub/model/..", "sub"),
+        ("bad\udcff", "bad\ufffd"),
+        ("~nobody-here/x", "~nobody-here/x"),
+        ("/", "/"),
+        ("x" * 9000, "x" * 9000),
+    ],
+)
+def test_a_model_is_called_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, name: str
+) -> None:
+    """The small model was listed as `diffgemma-small`, and a directory with all of its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub" / "model").mkdir(parents=True)
+    assert name_of(given) == name
 
 
 @pytest.fixture
