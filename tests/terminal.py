@@ -66,7 +66,7 @@ class Terminal:
         """Type a line, wait for the next prompt; the lines between."""
         before = len(self.lines())
         self.child.sendline(line)
-        self.wait(re.escape(line.splitlines()[0][:20].removesuffix("\\")))
+        self.wait(re.escape(line.partition("\n")[0][:20].removesuffix("\\").rstrip()))
         self.wait(pattern)
         return self.lines()[before:-1] if pattern.endswith(">$") else self.lines()[before:]
 
@@ -88,10 +88,11 @@ class Terminal:
         return bool(termios.tcgetattr(self.child.child_fd)[3] & termios.ECHO)
 
     def leaves(self) -> int | None:
-        """Read to the end; the exit code."""
+        """Read to the end; the exit code. `echoed` says how the terminal was left."""
         try:
             while True:
                 self._stream.feed(self.child.read_nonblocking(1 << 16, timeout=60))
         except pexpect.EOF:
+            self.echoed = self.echoes()
             self.child.close()
         return self.child.exitstatus  # type: ignore[no-any-return]

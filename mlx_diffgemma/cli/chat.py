@@ -144,9 +144,10 @@ class Chat:
 
     def run(self) -> None:
         """Until /quit, the end of input, or Ctrl-C twice."""
-        if sys.stdin.isatty():
-            self._say("Type a message; /help lists commands, /quit leaves.")
-        with suppress(Leave):
+        # Not only while answers are drawn: there is some time between an answer and its prompt.
+        with suppress(Leave), self._lines.ahead():
+            if sys.stdin.isatty():
+                self._say("Type a message; /help lists commands, /quit leaves.")
             for line in messages(self._lines):
                 try:
                     self._take(line)
@@ -248,7 +249,8 @@ class Chat:
             if self._typed("[y/N] ").lower() != "y":
                 self._say("[not called]")
                 return ToolResult(call.name, "error: the user does not allow this call")
-        result = tool.call(call.arguments)
+        with self._lines.aside():  # it may ask something
+            result = tool.call(call.arguments)
         self._say(f"[{shown} gives {result}]")
         return ToolResult(call.name, result)
 
@@ -275,7 +277,9 @@ class Chat:
         if not sys.stdin.isatty():
             self._say("/editor needs a terminal.")
             return
-        message = self._reviewed(edited(rest))
+        with self._lines.aside():
+            text = edited(rest)
+        message = self._reviewed(text)
         if message is not None:
             self._ask(message)
 

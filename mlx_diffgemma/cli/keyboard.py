@@ -85,18 +85,17 @@ def silenced(descriptor: int | None, *, by_key: bool = False) -> Iterator[None]:
     def aside(number: int, frame: FrameType | None) -> None:
         os.write(descriptor, LEAVE)  # a handler may interrupt a stream's own write
         put_back()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, handlers[signal.Signals(number)])
         signal.raise_signal(number)
         signal.signal(number, aside)  # it was continued
         silence()
 
     silence()
-    signals = [signal.SIGTERM, signal.SIGTSTP]
-    handlers = [signal.signal(number, aside) for number in signals]
+    handlers = {n: signal.signal(n, aside) for n in (signal.SIGTERM, signal.SIGTSTP)}
     try:
         yield
     finally:
-        for number, handler in zip(signals, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         put_back()
 

@@ -33,6 +33,9 @@ class Lines(Protocol):
     def ahead(self) -> AbstractContextManager[Callable[[], None]]:
         """While open, nothing typed is echoed; what is given takes it for the next `read`."""
 
+    def aside(self) -> AbstractContextManager[None]:
+        """While open, the terminal is as other programs expect it."""
+
 
 class Plain:
     """Lines from a pipe, or from a terminal that can do nothing."""
@@ -63,6 +66,10 @@ class Plain:
     def ahead(self) -> AbstractContextManager[Callable[[], None]]:
         """Nothing is drawn here, so nothing is kept from the screen."""
         return nullcontext(lambda: None)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Nothing was changed."""
+        return nullcontext()
 
     def _line(self, prompt: str) -> str:
         try:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from select import select
 from typing import TextIO
@@ -94,6 +94,10 @@ class Prompt:
                 yield self._take
             finally:
                 self._take()
+
+    def aside(self) -> AbstractContextManager[None]:
+        """While open, the terminal is as other programs expect it."""
+        return self._input.cooked_mode()
 
     def _take(self) -> None:
         # Until the queue is empty: the terminal's holds 4,096 bytes, or 1,024 on macOS.

@@ -363,7 +363,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs a terminal that rewraps its lines")
-def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
+def test_another_window_leaves_no_rows_behind(tmp_path: Path) -> None:
     """Frames used to be erased by the rows they had when they were drawn."""
 
     def tmux(*arguments: str) -> str:
@@ -373,7 +373,7 @@ def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
     script = json.dumps(["word after word " * 20])
     run = f"PYTHONPATH={HERE} SCRIPT='{script}' DELAY=0.05 {sys.executable} {HERE}/scripted_cli.py"
     size = ["-x", "100", "-y", "30"]
-    run += " chat --guards none --max-tokens 256"
+    run += " chat --guards none --max-tokens 900"
     tmux("-f", "/dev/null", "new-session", "-d", *size, run)
     try:
         for _ in range(200):
@@ -381,9 +381,9 @@ def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
                 break
             time.sleep(0.1)
         tmux("send-keys", "talk", "Enter")
-        for width in (60, 40, 90, 30, 70):
+        for width, height in ((60, 30), (40, 20), (90, 12), (50, 20), (60, 14), (80, 30)):
             time.sleep(0.15)
-            tmux("resize-window", "-x", str(width), "-y", "30")
+            tmux("resize-window", "-x", str(width), "-y", str(height))
         for _ in range(200):
             if "finished: length" in tmux("capture-pane", "-p", "-J", "-S", "-100"):
                 break
