@@ -1,9 +1,11 @@
 """The chat in a terminal: messages and commands in, answers out."""
 
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
@@ -18,7 +20,7 @@ from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
 from .display import Screen, summary, tell, told
 from .keyboard import Interrupts
-from .lines import DIRECTORIES, FILES, Lines, lines_of, message_in, messages
+from .lines import DIRECTORIES, FILES, Arguments, Lines, Plain, message_in, messages
 from .outside import copied, edited, given_path, text_of_file, with_files
 from .terminal import quoted
 
@@ -410,3 +412,20 @@ def left_out(event: Truncated) -> str:
     """One line on what the model no longer knows."""
     turns = "turn was" if event.turns == 1 else f"{event.turns} turns were"
     return f"[the conversation is longer than the context: its oldest {turns} left out]"
+
+
+def lines_of(commands: Arguments) -> Lines:
+    """What the standard input allows: a prompt that can be edited, or plain lines.
+
+    Args:
+        commands: names, each with words that may follow it, for completion.
+    """
+    # Into a file go answers, and no prompts.
+    screen = next((each for each in (sys.stderr, sys.stdout) if each.isatty()), None)
+    dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+    if dumb or screen is None or not sys.stdin.isatty():
+        return Plain()
+    from .prompt import Prompt
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Prompt(screen, state / "mlx-diffgemma" / "history", commands)

@@ -1,11 +1,9 @@
 """Messages as they are typed: how a prompt is asked for them, and what a message is."""
 
-import os
 import sys
 import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from select import select
 from typing import Protocol
 
@@ -80,23 +78,6 @@ class Plain:
 
     def _waiting(self) -> bool:
         return self._terminal and bool(select([sys.stdin], [], [], 0)[0])
-
-
-def lines_of(commands: Arguments) -> Lines:
-    """What the standard input allows: a prompt that can be edited, or plain lines.
-
-    Args:
-        commands: names, each with words that may follow it, for completion.
-    """
-    # Into a file go answers, and no prompts.
-    screen = next((each for each in (sys.stderr, sys.stdout) if each.isatty()), None)
-    dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
-    if dumb or screen is None or not sys.stdin.isatty():
-        return Plain()
-    from .prompt import Prompt
-
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return Prompt(screen, state / "mlx-diffgemma" / "history", commands)
 
 
 def messages(lines: Lines) -> Iterator[str]:
