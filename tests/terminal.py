@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 import termios
 import time
@@ -24,15 +25,20 @@ class Terminal:
         command: str = "chat",
         size: tuple[int, int] = (24, 80),
         begins: str = "\n>$",
+        shell: bool = False,
         **environment: str,
     ):
         program = ["-m", "mlx_diffgemma"]
         if script is not None:
             environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
             program = [str(HERE / "scripted_cli.py")]
+        words = [sys.executable, *program, command, *arguments]
+        self.command = shlex.join(words)
+        if shell:  # in which somebody types the command
+            words, environment = ["bash", "--norc", "-i"], environment | {"PS1": "$ "}
         self.child = pexpect.spawn(
-            sys.executable,
-            [*program, command, *arguments],
+            words[0],
+            words[1:],
             env={**os.environ, "TERM": "xterm-256color", **environment},
             dimensions=size,
             timeout=60,

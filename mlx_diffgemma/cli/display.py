@@ -16,7 +16,7 @@ from ..diffusion.guards import Guard
 from ..tasks.request import Done, Draft, Item, Notice
 from ..text.tokenizer import Tokenizer
 from . import markdown
-from .keyboard import silenced
+from .keyboard import in_foreground, silenced
 from .terminal import say, visible, write
 
 if TYPE_CHECKING:
@@ -86,10 +86,16 @@ class Frame:
 
     def __init__(self, console: Console):
         self._console = console
+        self._descriptor = descriptor_of(console)
         self._drawn = False
 
     def draw(self, content: Styled) -> None:
-        """Put these lines in the place of the last ones; the lowest that fit are shown."""
+        """Put these lines in the place of the last ones; the lowest that fit are shown.
+
+        Nothing is drawn in the background, where it would stand amid what another process shows.
+        """
+        if self._descriptor is not None and not in_foreground(self._descriptor):
+            return
         size = self._console.size
         lines = content.wrap(self._console, size.width)[-max(1, size.height // 2) :]
         with self._console.capture() as drawn:

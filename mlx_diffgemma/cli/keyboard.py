@@ -67,24 +67,26 @@ def silenced(descriptor: int | None, *, by_key: bool = False) -> Iterator[None]:
         by_key: keys can be read as they come, and not only whole lines; pastes are marked, and
             Ctrl-Z is a key as others are.
     """
-    if descriptor is None or not _ours(descriptor):
+    main = threading.current_thread() is threading.main_thread()  # the one that gets signals
+    if descriptor is None or not main or not in_foreground(descriptor):
         yield
         return
     before = termios.tcgetattr(descriptor)
 
-    def put_back() -> None:
+    def change(mode: list[Any]) -> None:
+        # In the background it may be continued, too, and would be stopped for changing the mode.
         with suppress(termios.error):  # it has hung up
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+            if in_foreground(descriptor):
+                termios.tcsetattr(descriptor, termios.TCSANOW, mode)
 
     def silence() -> None:
-        with suppress(termios.error):
-            termios.tcsetattr(descriptor, termios.TCSANOW, _quiet(descriptor, before, by_key))
+        change(_quiet(descriptor, before, by_key))
         if by_key:
             os.write(descriptor, PASTES)
 
     def aside(number: int, frame: FrameType | None) -> None:
         os.write(descriptor, LEAVE)  # a handler may interrupt a stream's own write
-        put_back()
+        change(before)
         signal.signal(number, handlers[signal.Signals(number)])
         signal.raise_signal(number)
         signal.signal(number, aside)  # it was continued
@@ -97,17 +99,17 @@ def silenced(descriptor: int | None, *, by_key: bool = False) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        put_back()
+        change(before)
 
 
-def _ours(descriptor: int) -> bool:
-    """Whether the terminal obeys: one in the background would be stopped for asking."""
-    if threading.current_thread() is not threading.main_thread() or not os.isatty(descriptor):
+def in_foreground(descriptor: int) -> bool:
+    """Whether a terminal is this process's to draw on and to change; in a shell's `&` it is not."""
+    if not os.isatty(descriptor):
         return False
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # not this process's terminal
-        return False
+    except OSError:  # it controls no process, as in some containers
+        return True
 
 
 def _quiet(descriptor: int, mode: list[Any], by_key: bool) -> list[Any]:

@@ -249,3 +249,34 @@ def test_generate_shows_how_far_it_is_and_nothing_of_it_stays() -> None:
     quiet = Terminal("hello", "-q", command="generate", script=["end"], begins="end")
     assert quiet.leaves() == 0
     assert quiet.lines() == ["end"]
+
+
+def test_in_the_background_nothing_is_drawn() -> None:
+    """Over what somebody types into the shell; nor is it stopped for changing the terminal."""
+    at = Terminal(
+        "hello",
+        *TALKS,
+        command="generate",
+        script=[WORDS],
+        shell=True,
+        begins=r"\$$",
+        DELAY="0.1",
+    )
+    at.press(f"{at.command} > /dev/null\r")
+    at.wait("canvas 1, step")
+    at.press("\x1a")
+    at.wait(r"Stopped[^$]*\n\$$")
+    assert "accepted" not in "\n".join(at.lines())
+    at.press("fg\r")
+    at.wait("canvas 3, step")
+    at.press("\x1a")
+    at.wait(r"fg\n[^$]*Stopped[^$]*\n\$$")
+    at.press("bg\r")
+    at.wait("finished: length")
+    at.press("echo $((6 * 7))\r")
+    at.wait("\n42\n")
+    assert "accepted" not in "\n".join(at.lines())
+    at.press("wait\r")
+    at.wait("Done")
+    at.press("exit\r")
+    at.leaves()
