@@ -281,7 +281,7 @@ class Chat:
             return
         with self._lines.aside():
             text = edited(rest)
-        message = self._reviewed(text)
+        message = self._reviewed(text) if text.strip() else None
         if message is not None:
             self._ask(message)
 
@@ -313,6 +313,9 @@ class Chat:
             return
         path = given_path(rest)
         text = text_of_file(path)
+        if not text.strip():
+            self._say(f"{path} is empty.")
+            return
         self._files.append((path.name, text))
         self._say(f"{path.name}: {len(text):,} characters stand before the next message.")
 

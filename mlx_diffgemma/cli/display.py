@@ -15,7 +15,6 @@ from rich.text import Text as Styled
 from ..diffusion.guards import Guard
 from ..tasks.request import Done, Draft, Item, Notice
 from ..text.tokenizer import Tokenizer
-from . import markdown
 from .keyboard import in_foreground, silenced
 from .terminal import say, visible, write
 
@@ -194,6 +193,8 @@ class Screen:
             return
         self._held += visible(text)
         if self._rendered:
+            from . import markdown
+
             complete, rest = markdown.complete(self._held)
         else:
             complete, newline, rest = self._held.rpartition("\n")
@@ -221,6 +222,8 @@ class Screen:
         if not self._rendered:
             self._print(complete)
         elif complete.strip():
+            from . import markdown
+
             if self._begun:
                 self._print("\n")
             markdown.show(complete, Console(file=self._out, highlight=False))

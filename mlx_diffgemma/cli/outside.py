@@ -45,7 +45,7 @@ def text_of_file(path: Path) -> str:
     """A file's text.
 
     Raises:
-        Error: it is no file, empty, too long or no text.
+        Error: it is no file, too long or no text.
     """
     try:
         found = path.stat()
@@ -55,10 +55,7 @@ def text_of_file(path: Path) -> str:
         raise Error(f"{path} is not a file")
     if found.st_size > MOST_FILE:
         raise Error(f"{path} has more than {MOST_FILE:,} bytes")
-    text = read_text(path)
-    if not text.strip():
-        raise Error(f"{path} is empty")
-    return text
+    return read_text(path)
 
 
 def with_files(files: list[tuple[str, str]], message: str) -> str:

@@ -9,8 +9,13 @@ import stat
 import time
 from pathlib import Path
 
+import pyte
 import pytest
+from rich.console import Console
+from rich.text import Text as Styled
 from terminal import Terminal
+
+from mlx_diffgemma.cli.display import Frame
 
 TALKS = ["--guards", "none", "--max-tokens", "640"]
 WORDS = "word after word " * 20
@@ -119,6 +124,21 @@ def test_no_line_of_a_draft_stays_when_the_window_changes() -> None:
     assert not [line for line in lines if "accep" in line or "step 1" in line]
     assert [line[:20] for line in before[:-1]] == lines[: len(before) - 1]
     assert lines[len(before) - 1] == "> talk"
+
+
+def test_a_frame_goes_from_a_terminal_that_measures_otherwise() -> None:
+    """Lines that it wrapped took more rows than were counted."""
+    out = io.StringIO()
+    frame = Frame(Console(file=out, force_terminal=True, width=80, height=24))
+    screen = pyte.Screen(40, 24)  # as if its characters were twice as wide
+    screen.set_mode(pyte.modes.LNM)
+    for step in range(3):
+        frame.draw(Styled(WORDS + str(step)))
+    pyte.Stream(screen).feed(out.getvalue())
+    assert screen.display[3].startswith("word after word word after word word a")
+    frame.erase()
+    pyte.Stream(screen).feed(out.getvalue())
+    assert not "".join(screen.display).strip()
 
 
 def test_a_dumb_terminal_gets_lines_and_no_escapes() -> None:
@@ -272,9 +292,12 @@ def test_in_the_background_nothing_is_drawn() -> None:
     at.press("\x1a")
     at.wait(r"fg\n[^$]*Stopped[^$]*\n\$$")
     at.press("bg\r")
-    at.wait("finished: length")
     at.press("echo $((6 * 7))\r")
     at.wait("\n42\n")
+    time.sleep(0.3)
+    at.press("echo $((6 * 8))\r")
+    at.wait("\n48\n")
+    assert "finished" not in "\n".join(at.lines())
     assert "accepted" not in "\n".join(at.lines())
     at.press("wait\r")
     at.wait("Done")

@@ -160,7 +160,7 @@ def test_stopping_keeps_what_is_committed() -> None:
 
 def test_undo_takes_back_a_message_that_was_stopped_before_its_answer_began() -> None:
     """It used to forget the message before, and its answer."""
-    talk, _ = speaking("one", "two", "three")
+    talk, _ = speaking(*["one"] * 4)
     list(talk.stream("first"))
     for ask in (lambda: talk.stream("second"), talk.retry):
         stopped = ask()
