@@ -27,7 +27,7 @@ def answer_one(
     if file is not None and file.exists():
         cache, _ = PromptCache.load(file, model)
     show = show and not quiet
-    with Screen(Console(stderr=True, highlight=False), sys.stdout, live=show) as screen:
+    with Screen(Console(stderr=True, highlight=False), sys.stdout, live=not quiet) as screen:
         answer = Answer(screen, tokenizer, show=show, as_json=as_json, quiet=quiet)
         events: Iterator[Event] = stream(model, tokenizer, request, cache)
         for event in events:
@@ -53,8 +53,10 @@ class Answer:
         """Show an event, or keep it for the end."""
         screen = self._screen
         match event:
-            case Draft() if screen.live:
+            case Draft() if screen.live and self._show:
                 screen.draft(event, self._tokenizer.pieces(event.tokens))
+            case Draft() if screen.live:
+                screen.step(event)
             case Draft() if self._show:
                 say(f"{progress(event)} | {event.text!r}")
             case Reading() if not self._quiet:

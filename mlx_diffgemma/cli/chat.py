@@ -1,27 +1,31 @@
 """The chat in a terminal: messages and commands in, answers out."""
 
-import shlex
-import signal
-import socket
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
+from ..checkpoint.fit import TooLarge
 from ..diffusion.prompt_cache import Reading
 from ..errors import Error
 from ..tasks.request import Done, Draft, Event, Notice
 from ..tasks.session import ChatSession, Overflow, ToolResult, Truncated
 from ..tasks.tools import Tool
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
 from .display import Screen, summary, tell, told
-from .lines import edited, line_editing, messages
+from .keyboard import Interrupts
+from .lines import DIRECTORIES, FILES, Arguments, Lines, Plain, message_in, messages
+from .outside import copied, edited, given_path, text_of_file, with_files
 from .terminal import quoted
+
+if TYPE_CHECKING:
+    from .options import Load
 
 # Tool calls in a row, after which somebody should look.
 ROUNDS = 16
@@ -29,12 +33,17 @@ ROUNDS = 16
 # Digits of the longest number that a command takes: those of the largest seed.
 MOST_DIGITS = 20
 
-HELP = '''A message may go on over lines: end a line with \\, or put it between """ and """.
+HELP = '''Enter sends a message, Alt-Enter begins another line, a paste is one message.
+A message may also go on behind a \\ at the end of a line, or stand between """ and """.
 /retry           answer the last message again
 /edit [TEXT]     change the last message
-/undo            forget the last message
-/reset           forget the conversation
+/editor [TEXT]   write a message in $EDITOR
+/undo            forget the last message, or files that wait
+/reset, /clear   forget the conversation
 /system [TEXT]   set or show the system message
+/file NAME       put a text in front of the next message
+/copy            put the last answer into the clipboard
+/model [NAME]    show the model; go on with another
 /thinking on|off ask for thoughts first
 /thought         show the last thoughts
 /overflow truncate|refuse  beyond the context, forget the oldest turns
@@ -43,48 +52,30 @@ HELP = '''A message may go on over lines: end a line with \\, or put it between 
 /save FILE       keep the conversation; /load FILE goes on with one
 /image FILE      (not supported: this runtime reads text only)
 /stats           of the last answer
-/quit            leave (or Ctrl-D); Ctrl-C stops an answer'''
+/quit            leave (or /exit, /bye, Ctrl-D); Ctrl-C stops an answer
+//TEXT           a message that begins with /, as one behind a space does'''
 
-
-class Interrupts:
-    """While open, the first Ctrl-C only sets `stopped`; a second one leaves.
-
-    An exception in the middle of a step would leave a cache half written. Python calls a handler
-    once for all signals that came during a long operation, so they are counted by what the signal
-    itself writes to a socket.
-    """
-
-    stopped = False
-
-    def __enter__(self) -> "Interrupts":
-        self._received, self._sent = socket.socketpair()
-        self._received.setblocking(False)
-        self._sent.setblocking(False)
-        descriptor = self._sent.fileno()
-        self._woken = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
-        self._before = signal.signal(signal.SIGINT, self._stop)
-        return self
-
-    def __exit__(self, *of: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        signal.set_wakeup_fd(self._woken)
-        self._received.close()
-        self._sent.close()
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        try:
-            count = self._received.recv(4096).count(number)
-        except BlockingIOError:  # counted already, by the call for the one before
-            return
-        if self.stopped or count > 1:
-            self.stopped = True
-            signal.signal(number, signal.SIG_IGN)  # a third one must not tear what is closing
-            raise KeyboardInterrupt
-        self.stopped = bool(count)
+# What may follow a command, for completion.
+WORDS = {
+    "/file": [FILES],
+    "/load": [FILES],
+    "/model": ["tiny", "tiny-puzzles", DIRECTORIES],
+    "/overflow": get_args(Overflow),
+    "/save": [FILES],
+    "/thinking": ["on", "off"],
+}
 
 
 class Leave(Exception):
     """The user wants to go."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer that is complete, and its figures."""
+
+    message: Message
+    done: Done
 
 
 class Chat:
@@ -93,21 +84,25 @@ class Chat:
     Args:
         session: the conversation.
         tokenizer: for the text of single tokens while they are drawn.
+        load: what loaded the model, to load another like it.
         seed: of every answer; None draws one. A retry takes the next.
         tools: that the model may call, by name.
         yes: call them without asking.
         live: draw drafts where the terminal can.
+        plain: show answers as they are written, not as Markdown.
     """
 
     def __init__(
         self,
         session: ChatSession,
         tokenizer: Tokenizer,
+        load: "Load",
         *,
         seed: int | None,
         tools: dict[str, Tool],
         yes: bool,
         live: bool,
+        plain: bool,
     ):
         self.session = session
         self._tokenizer = tokenizer
@@ -115,15 +110,25 @@ class Chat:
         self._tries = 0
         self._tools = tools
         self._yes = yes
+        self._load_model = load
         self._live = live
+        self._plain = plain
         self._console = Console(stderr=True, highlight=False)
         self._thought = ""
-        self._last: Done | None = None
+        self._answered: list[Answered] = []
+        self._files: list[tuple[str, str]] = []
         self._commands: dict[str, Callable[[str], None]] = {
+            "/bye": self._quit,
+            "/clear": self._reset,
+            "/copy": self._copy,
             "/edit": self._edit,
+            "/editor": self._editor,
+            "/exit": self._quit,
+            "/file": self._file,
             "/help": self._help,
             "/image": self._image,
             "/load": self._load,
+            "/model": self._model,
             "/overflow": self._set_overflow,
             "/quit": self._quit,
             "/reset": self._reset,
@@ -137,30 +142,37 @@ class Chat:
             "/thought": self._show_thought,
             "/undo": self._undo,
         }
+        self._lines: Lines = lines_of({name: WORDS.get(name, []) for name in self._commands})
 
     def run(self) -> None:
         """Until /quit, the end of input, or Ctrl-C twice."""
-        if sys.stdin.isatty():
-            self._say("Type a message; /help lists commands, /quit leaves.")
-        with suppress(Leave), line_editing():
-            for line in messages():
+        # Not only while answers are drawn: there is some time between an answer and its prompt.
+        with suppress(Leave), self._lines.ahead():
+            if sys.stdin.isatty():
+                self._say("Type a message; /help lists commands, /quit leaves.")
+            for line in messages(self._lines):
                 try:
                     self._take(line)
                 except Error as error:  # the conversation outlives a message that does not fit
                     self._say(f"error: {error}")
 
     def _take(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
-        if not line.startswith("/"):
-            self._ask(line)
-        elif name in self._commands:
-            self._commands[name](rest.strip())
+        message = message_in(line)
+        if message is not None:
+            self._ask(message)
+            return
+        name, *rest = line.split(maxsplit=1)
+        if name in self._commands:
+            self._commands[name]("".join(rest).strip())
         else:
-            self._say(f"{name} is not a command; /help lists them.")
+            self._say(f"{name} is not a command; /help lists them, and // begins a message with /.")
 
     def _ask(self, message: str) -> None:
         self._tries = 0
-        self._answer(self.session.stream(message, seed=self._next_seed()))
+        asked = with_files(self._files, message)
+        events = self.session.stream(asked, seed=self._next_seed())
+        self._files = []
+        self._answer(events)
 
     def _next_seed(self) -> int | None:
         """Another for each try, since the same one would give the same answer."""
@@ -182,10 +194,11 @@ class Chat:
     def _show(self, events: Generator[Event | Truncated, None, None]) -> list[ToolCall]:
         """Print one model call; gives the tool calls that want an answer."""
         calls: list[ToolCall] = []
-        ended = False
+        done: Done | None = None
         with (
             Interrupts() as interrupts,
-            Screen(self._console, sys.stdout, live=self._live) as screen,
+            self._lines.ahead() as take_keys,
+            Screen(self._console, sys.stdout, live=self._live, rendered=not self._plain) as screen,
         ):
             try:
                 for event in events:
@@ -207,20 +220,22 @@ class Chat:
                         case Truncated():
                             screen.note(left_out(event))
                         case Done():
-                            self._last, ended = event, True
+                            done = event
+                            self._answered.append(Answered(self.session.messages[-1], event))
+                    take_keys()
                     if interrupts.stopped:
                         break
             finally:
                 events.close()
             screen.end()
-            if self._thought and ended:
-                screen.note(f"[thought: {len(self._thought)} characters, /thought shows them]")
-            if ended and not calls and sys.stdin.isatty():
-                assert self._last is not None
-                screen.note(summary(self._last))
-            elif not ended:
+            if done is None:
                 screen.note("Stopped; /retry answers again, /quit leaves.")
-        return calls if ended else []
+                return []
+            if self._thought:
+                screen.note(f"[thought: {len(self._thought)} characters, /thought shows them]")
+            if not calls and sys.stdin.isatty():
+                screen.note(summary(done))
+        return calls
 
     def _call(self, call: ToolCall) -> ToolResult:
         shown = f"{quoted(call.name)} with {quoted(call.arguments)}"
@@ -231,19 +246,20 @@ class Chat:
         if tool.function is None:
             self._say(f"[{shown}]")
             return ToolResult(call.name, self._typed("What does it give? "))
-        if not self._yes and self._typed(f"Call {shown}? [y/N] ").lower() != "y":
-            self._say("[not called]")
-            return ToolResult(call.name, "error: the user does not allow this call")
-        result = tool.call(call.arguments)
+        if not self._yes:
+            self._say(f"Call {shown}?")  # not within the prompt, which shows what fits the window
+            if self._typed("[y/N] ").lower() != "y":
+                self._say("[not called]")
+                return ToolResult(call.name, "error: the user does not allow this call")
+        with self._lines.aside():  # it may ask something
+            result = tool.call(call.arguments)
         self._say(f"[{shown} gives {result}]")
         return ToolResult(call.name, result)
 
     def _typed(self, question: str) -> str:
-        """A line from the terminal; nothing where nobody sits at one."""
-        if not sys.stdin.isatty():
-            return ""
+        """What somebody at the terminal answers; nothing where nobody sits at one."""
         try:
-            return input(question).strip()
+            return self._lines.ask(question).strip()
         except (EOFError, KeyboardInterrupt):
             return ""
 
@@ -254,15 +270,74 @@ class Chat:
         self._answer(self.session.retry(seed=self._next_seed()))
 
     def _edit(self, rest: str) -> None:
-        old = self.session.undo()
-        self._ask(rest or edited(old))
+        message = rest or self._reviewed(self.session.question)
+        if message is not None:
+            self.session.undo()
+            self._ask(message)
+
+    def _editor(self, rest: str) -> None:
+        if not sys.stdin.isatty():
+            self._say("/editor needs a terminal.")
+            return
+        with self._lines.aside():
+            text = edited(rest)
+        message = self._reviewed(text) if text.strip() else None
+        if message is not None:
+            self._ask(message)
+
+    def _reviewed(self, text: str) -> str | None:
+        """A message that stands in the prompt first; None if it is not sent."""
+        try:
+            return self._lines.read(text).strip() or None
+        except (EOFError, KeyboardInterrupt):
+            self._say("Not sent.")
+            return None
 
     def _undo(self, rest: str) -> None:
+        if self._files:
+            names = ", ".join(name for name, _ in self._files)
+            self._files = []
+            self._say(f"Not part of the next message: {names}")
+            return
         self._say(f"Forgotten: {self.session.undo()}")
+        self._thought = ""
 
     def _reset(self, rest: str) -> None:
         self.session.reset()
+        self._files, self._thought = [], ""
         self._say("Started over.")
+
+    def _file(self, rest: str) -> None:
+        if not rest:
+            self._say("/file takes a file name.")
+            return
+        path = given_path(rest)
+        text = text_of_file(path)
+        if not text.strip():
+            self._say(f"{path} is empty.")
+            return
+        self._files.append((path.name, text))
+        self._say(f"{path.name}: {len(text):,} characters stand before the next message.")
+
+    def _copy(self, rest: str) -> None:
+        answers = [m["content"] for m in self.session.messages if m["role"] == "assistant"]
+        if not answers:
+            self._say("There is no answer yet.")
+            return
+        self._say(copied(str(answers[-1]), self._console.file))
+
+    def _model(self, rest: str) -> None:
+        if not rest:
+            self._say(f"Model: {self._load_model.model or 'tiny'}")
+            return
+        load = replace(self._load_model, model=str(given_path(rest)), revision=None)
+        try:
+            model, tokenizer = load()
+        except TooLarge as error:
+            raise TooLarge(f"beside the model that is loaded, {error}") from None
+        self.session.switch(model, tokenizer)
+        self._tokenizer, self._load_model = tokenizer, load
+        self._say(f"Model: {load.model}; it reads the conversation anew.")
 
     def _set_system(self, rest: str) -> None:
         if rest:
@@ -324,7 +399,9 @@ class Chat:
     def _stats(self, rest: str) -> None:
         cache = self.session.prompt_cache
         held = f"{len(cache)} tokens, {cache.nbytes / 1e6:.1f} MB"
-        self._say(summary(self._last) if self._last else "There is no answer yet.")
+        last = self.session.messages[-1:]
+        found = [each.done for each in self._answered if any(each.message is m for m in last)]
+        self._say(summary(found[-1]) if found else "There is no answer yet.")
         self._say(f"context: {held}")
 
     def _help(self, rest: str) -> None:
@@ -340,9 +417,18 @@ def left_out(event: Truncated) -> str:
     return f"[the conversation is longer than the context: its oldest {turns} left out]"
 
 
-def given_path(text: str) -> Path:
-    """A file name as a shell would read it: quotes, ~."""
-    try:
-        return Path(" ".join(shlex.split(text))).expanduser()
-    except ValueError:
-        return Path(text).expanduser()
+def lines_of(commands: Arguments) -> Lines:
+    """What the standard input allows: a prompt that can be edited, or plain lines.
+
+    Args:
+        commands: names, each with words that may follow it, for completion.
+    """
+    # Into a file go answers, and no prompts.
+    screen = next((each for each in (sys.stderr, sys.stdout) if each.isatty()), None)
+    dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+    if dumb or screen is None or not sys.stdin.isatty():
+        return Plain()
+    from .prompt import Prompt
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Prompt(screen, state / "mlx-diffgemma" / "history", commands)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -14,6 +15,7 @@ from rich.text import Text as Styled
 from ..diffusion.guards import Guard
 from ..tasks.request import Done, Draft, Item, Notice
 from ..text.tokenizer import Tokenizer
+from .keyboard import in_foreground, silenced
 from .terminal import say, visible, write
 
 if TYPE_CHECKING:
@@ -37,7 +39,11 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 # Terminals that know it draw what stands between at once; others ignore it.
 BEGIN_FRAME, END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
 
-ERASE_BELOW = "\x1b[J"
+# What is longer than a row is cut, so that a line takes one row whatever a terminal thinks of the
+# widths of its characters.
+NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"
+
+ERASE_BELOW = "\r\x1b[J"
 
 
 def told(notice: Notice) -> str:
@@ -58,43 +64,52 @@ def can_draw(console: Console) -> bool:
     return console.is_terminal and not plain
 
 
-def rows_of(widths: Sequence[int], columns: int) -> int:
-    """Rows that lines of these widths take; terminals rewrap them when they become narrower."""
-    return sum(max(1, -(-width // columns)) for width in widths)
+def descriptor_of(console: Console) -> int | None:
+    """The descriptor of a console's terminal; None where it only looks like one, as in tests."""
+    try:
+        return console.file.fileno()
+    except OSError:
+        return None
 
 
 class Frame:
     """Lines at the bottom of a terminal that are redrawn in place; `erase` leaves no trace.
 
-    One write a frame, so nothing flickers. Rich's own `Live` counts the lines of a frame as they
-    were drawn, and leaves some behind when the window has become narrower since. Drawing happens on
-    the caller's thread: no timer runs beside MLX.
+    Between frames the cursor stands where the first line begins: terminals keep it there when the
+    window changes and they rewrap their lines, or do not, so no rows are counted. Rich's own `Live`
+    counts the rows as they were drawn, and leaves some behind. A frame takes half of the window at
+    most: the lines of one that becomes narrower must not scroll away, where nothing erases them.
+    One write a frame, so nothing flickers. Drawing happens on the caller's thread: no timer runs
+    beside MLX.
     """
 
     def __init__(self, console: Console):
         self._console = console
-        self._widths: list[int] = []
+        self._descriptor = descriptor_of(console)
+        self._drawn = False
 
     def draw(self, content: Styled) -> None:
-        """Put these lines in the place of the last ones; the lowest that fit are shown."""
+        """Put these lines in the place of the last ones; the lowest that fit are shown.
+
+        Nothing is drawn in the background, where it would stand amid what another process shows.
+        """
+        if self._descriptor is not None and not in_foreground(self._descriptor):
+            return
         size = self._console.size
-        lines = content.wrap(self._console, size.width)[1 - size.height :]
+        lines = content.wrap(self._console, size.width)[-max(1, size.height // 2) :]
         with self._console.capture() as drawn:
             self._console.print(Styled("\n").join(lines), end="", soft_wrap=True)
-        self._write(f"{BEGIN_FRAME}{HIDE_CURSOR}{self._back()}{drawn.get()}{END_FRAME}")
-        self._widths = [line.cell_len for line in lines]
+        up = f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else ""
+        self._drawn = True
+        self._write(
+            f"{BEGIN_FRAME}{HIDE_CURSOR}{NO_WRAP}{ERASE_BELOW}{drawn.get()}\r{up}{WRAP}{END_FRAME}"
+        )
 
     def erase(self) -> None:
         """Remove the lines from the screen; the cursor stands where they began."""
-        if self._widths:
-            self._write(f"{self._back()}{SHOW_CURSOR}")
-            self._widths = []
-
-    def _back(self) -> str:
-        if not self._widths:
-            return ""
-        up = rows_of(self._widths, self._console.size.width) - 1
-        return f"\r\x1b[{up}A{ERASE_BELOW}" if up else f"\r{ERASE_BELOW}"
+        if self._drawn:
+            self._write(f"{ERASE_BELOW}{SHOW_CURSOR}")
+            self._drawn = False
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)
@@ -110,19 +125,23 @@ class Screen:
     Args:
         console: of stderr; drafts, notes and progress go there.
         out: stdout.
-        live: draw drafts in place, where the console can.
+        live: draw drafts in place, where the console can. Nothing that is typed is echoed then.
+        rendered: show Markdown as it is meant, where drafts are drawn and stdout is a terminal.
     """
 
-    def __init__(self, console: Console, out: TextIO, *, live: bool):
+    def __init__(self, console: Console, out: TextIO, *, live: bool, rendered: bool = False):
         self._console = console
         self._out = out
         self._frame = Frame(console) if live and can_draw(console) else None
         # Text on stdout shares the screen with the frame only if it goes to a terminal too.
-        self._shared = out.isatty()
+        self._shared = self._frame is not None and out.isatty()
+        self._rendered = rendered and self._shared
         self._held = ""
         self._open = False  # the last line printed does not end yet
+        self._begun = False  # a block of Markdown was shown
         self._notes: list[str] = []
         self._started = time.perf_counter()
+        self._silence = ExitStack()
 
     @property
     def live(self) -> bool:
@@ -130,6 +149,8 @@ class Screen:
         return self._frame is not None
 
     def __enter__(self) -> "Screen":
+        if self._frame is not None:
+            self._silence.enter_context(silenced(descriptor_of(self._console)))
         return self
 
     def __exit__(
@@ -138,11 +159,12 @@ class Screen:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._flush()
-        if self._open:
-            self._print("\n")
-        for line in self._notes:
-            tell(self._console, line, "dim")
+        with self._silence:
+            self._flush()
+            if self._open:
+                self._print("\n")
+            for line in self._notes:
+                tell(self._console, line, "dim")
 
     def draft(self, draft: Draft, pieces: Sequence[str]) -> None:
         """Draw a step; `pieces` holds the text of each canvas token."""
@@ -151,20 +173,33 @@ class Screen:
         seconds = time.perf_counter() - self._started
         self._frame.draw(Styled(self._held) + draw(draft, pieces, seconds))
 
+    def step(self, draft: Draft) -> None:
+        """Draw how far a step got, without its canvas."""
+        self._line(progress(draft))
+
     def reading(self, done: int, total: int) -> None:
         """Draw how far a long prompt has been read."""
+        self._line(f"read {done} of {total} tokens")
+
+    def _line(self, line: str) -> None:
         if self._frame is not None:
-            self._frame.draw(Styled(f"read {done} of {total} tokens", style="cyan"))
+            end = "\n" if self._held else ""
+            self._frame.draw(Styled(f"{self._held}{end}").append(line, style="cyan"))
 
     def text(self, text: str) -> None:
         """Print text that is final."""
-        if self._frame is None or not self._shared:
+        if not self._shared:
             self._print(text)
             return
-        complete, newline, rest = (self._held + visible(text)).rpartition("\n")
-        self._frame.erase()
-        self._print(complete + newline)
-        self._held = rest
+        self._held += visible(text)
+        if self._rendered:
+            from . import markdown
+
+            complete, rest = markdown.complete(self._held)
+        else:
+            complete, newline, rest = self._held.rpartition("\n")
+            complete += newline
+        self._final(complete, rest)
 
     def note(self, line: str) -> None:
         """Say something on stderr, once the answer is complete: it would tear a line apart."""
@@ -173,13 +208,26 @@ class Screen:
     def end(self) -> None:
         """The answer is complete: its line ends, even if it is empty."""
         self._flush()
-        self._print("\n")
+        if self._open or not self._rendered:
+            self._print("\n")
 
     def _flush(self) -> None:
+        self._final(self._held, "")
+
+    def _final(self, complete: str, rest: str) -> None:
+        """Print what changes no more, and hold the rest."""
+        self._held = rest
         if self._frame is not None:
             self._frame.erase()
-        self._print(self._held)
-        self._held = ""
+        if not self._rendered:
+            self._print(complete)
+        elif complete.strip():
+            from . import markdown
+
+            if self._begun:
+                self._print("\n")
+            markdown.show(complete, Console(file=self._out, highlight=False))
+            self._begun = True
 
     def _print(self, text: str) -> None:
         if text:
@@ -198,17 +246,18 @@ def watch(
     console = Console(stderr=True, highlight=False)
     drawing = live and can_draw(console)
     frame = Frame(console)
-    try:
-        for event in events:
-            if not isinstance(event, Draft):
-                frame.erase()
-            elif drawing:
-                frame.draw(draw(event, tokenizer.pieces(event.tokens)))
-            elif lines:
-                say(f"{progress(event)} | {event.text!r}")
-            yield event
-    finally:
-        frame.erase()
+    with silenced(descriptor_of(console) if drawing else None):
+        try:
+            for event in events:
+                if not isinstance(event, Draft):
+                    frame.erase()
+                elif drawing:
+                    frame.draw(draw(event, tokenizer.pieces(event.tokens)))
+                elif lines:
+                    say(f"{progress(event)} | {event.text!r}")
+                yield event
+        finally:
+            frame.erase()
 
 
 def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> Styled:

@@ -1,87 +1,125 @@
-"""Lines that are typed: messages over several, editing, a history."""
+"""Messages as they are typed: how a prompt is asked for them, and what a message is."""
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import termios
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from select import select
+from typing import Protocol
 
-from .terminal import visible
+BLOCK = '"""'
+
+# What a command takes: words of which one is meant, or what is on the disk.
+FILES, DIRECTORIES = "files", "directories"
+Arguments = Mapping[str, Sequence[str]]
 
 
-def messages() -> Iterator[str]:
-    """Messages that are not empty, from a prompt with line editing or from a pipe."""
-    terminal = sys.stdin.isatty()
+class Lines(Protocol):
+    """Where messages come from."""
+
+    def read(self, text: str = "") -> str:
+        """A message, of which `text` stands in the prompt already.
+
+        Raises:
+            EOFError: there are no more.
+            KeyboardInterrupt: by Ctrl-C.
+        """
+
+    def ask(self, question: str) -> str:
+        """What answers a question; what was typed before it was asked does not."""
+
+    def ahead(self) -> AbstractContextManager[Callable[[], None]]:
+        """While open, nothing typed is echoed; what is given takes it for the next `read`."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """While open, the terminal is as other programs expect it."""
+
+
+class Plain:
+    """Lines from a pipe, or from a terminal that can do nothing."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdin.isatty()
+
+    def read(self, text: str = "") -> str:
+        """A line, with those that it goes on over, or that were pasted with it."""
+        apart = self._waiting()  # typed ahead, one after another
+        lines = self._line("> ")
+        while (more := open_ended(lines)) or (not apart and self._waiting()):
+            try:
+                line = self._line(". " if more else "")
+            except EOFError:
+                break
+            lines = f"{continued(lines)}\n{line}"
+        return lines if lines.strip() else text
+
+    def ask(self, question: str) -> str:
+        """A line from the terminal; nothing from a pipe, where nobody is asked."""
+        if not self._terminal:
+            return ""
+        with suppress(termios.error):
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+        return self._line(question)
+
+    def ahead(self) -> AbstractContextManager[Callable[[], None]]:
+        """Nothing is drawn here, so nothing is kept from the screen."""
+        return nullcontext(lambda: None)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Nothing was changed."""
+        return nullcontext()
+
+    def _line(self, prompt: str) -> str:
+        try:
+            return input(prompt if self._terminal else "")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # the terminal wrote ^C
+            raise
+
+    def _waiting(self) -> bool:
+        return self._terminal and bool(select([sys.stdin], [], [], 0)[0])
+
+
+def messages(lines: Lines) -> Iterator[str]:
+    """Messages that are not empty, until the end of input or two Ctrl-C."""
     warned = False
     while True:
         try:
-            line = message(terminal)
+            line = lines.read()
         except EOFError:
             return
         except KeyboardInterrupt:
             if warned:
-                print(file=sys.stderr)
                 return
             warned = True
-            print("\nCtrl-C again, /quit or Ctrl-D leaves.", file=sys.stderr, flush=True)
+            print("Ctrl-C again, /quit or Ctrl-D leaves.", file=sys.stderr, flush=True)
             continue
         warned = False
-        if line:
+        if line.strip():
             yield line
 
 
-def message(terminal: bool) -> str:
-    """One message: a line, lines that end with a backslash, or a block between triple quotes."""
-    line = input("> " if terminal else "").strip()
-    more = ". " if terminal else ""
-    if line.startswith('"""'):
-        lines = [line[3:]]
-        with suppress(EOFError):
-            while not lines[-1].endswith('"""'):
-                lines.append(input(more))
-        return "\n".join(lines).removesuffix('"""').strip()
-    while line.endswith("\\"):
-        line = line[:-1] + "\n" + input(more).strip()
-    return line
+def open_ended(text: str) -> bool:
+    """Whether a message goes on after this line: behind a backslash, or in a block."""
+    block = text.lstrip().startswith(BLOCK) and text.count(BLOCK) % 2 == 1
+    return block or text.rstrip().endswith("\\")
 
 
-def edited(text: str) -> str:
-    """The text, changed by the user where there is a terminal with line editing."""
-    try:
-        import readline
-    except ImportError:
-        return text
-    shown = visible(text)  # readline prints what it is given
-    readline.set_startup_hook(lambda: readline.insert_text(shown))
-    try:
-        line = input("> ").strip()
-        return text if line in ("", shown.strip()) else line
-    except (EOFError, KeyboardInterrupt):
-        return text
-    finally:
-        readline.set_startup_hook()
+def continued(text: str) -> str:
+    """A line that goes on, without the backslash that says so."""
+    return text.rstrip().removesuffix("\\") if text.rstrip().endswith("\\") else text
 
 
-@contextmanager
-def line_editing() -> Iterator[None]:
-    """Editing of lines, and a history over sessions; nothing where input is no terminal."""
-    try:
-        import readline
-    except ImportError:
-        readline = None  # type: ignore[assignment]
-    if readline is None or not sys.stdin.isatty():
-        yield
-        return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    history = state / "mlx-diffgemma" / "history"
-    with suppress(OSError):
-        readline.read_history_file(history)
-        for at in range(readline.get_current_history_length()):
-            readline.replace_history_item(at, visible(readline.get_history_item(at + 1)))
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(history)
+def message_in(text: str) -> str | None:
+    """The message in what was typed; None where that is a command.
+
+    A block, a second slash or a space before it make a message of what begins with a slash.
+    """
+    block = text.strip()
+    if block.startswith(BLOCK) and block.count(BLOCK) <= 2:
+        return block.removeprefix(BLOCK).removesuffix(BLOCK).strip()
+    if text.startswith("//"):
+        return text[1:].strip()
+    if text.startswith("/"):
+        return None
+    return text.rstrip().lstrip("\n") if "\n" in block else block

@@ -46,6 +46,9 @@ def chat(
     live: Annotated[
         bool, typer.Option("--live/--no-live", help="Draw the canvas while it denoises.")
     ] = True,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Show answers as they are written, not as Markdown.")
+    ] = False,
 ) -> None:
     """Talk with the model; /help lists what can be typed."""
     from ..tasks.session import ChatSession
@@ -58,6 +61,7 @@ def chat(
     load.introduce()
     model, tokenizer = load()
     talk = ChatSession(model, tokenizer, tools=declared, overflow=overflow, **settings)
+    del model  # /model may replace it
     if session is not None and session.exists():
         talk.restore(session)
         say(f"Going on with {len(talk.messages)} messages of {session}.")
@@ -66,7 +70,16 @@ def chat(
     if thinking is not None:
         talk.enable_thinking = thinking
     try:
-        Chat(talk, tokenizer, seed=answering.seed, tools=known, yes=yes, live=live).run()
+        Chat(
+            talk,
+            tokenizer,
+            load,
+            seed=answering.seed,
+            tools=known,
+            yes=yes,
+            live=live,
+            plain=plain,
+        ).run()
     except KeyboardInterrupt:
         # Whoever leaves by Ctrl-C may press it again: the session is saved all the same.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -183,8 +183,18 @@ class ChatSession:
         Raises:
             SessionError: there is no message yet.
         """
-        asked = self._unanswered or self._messages[: self._last_question() + 1]
+        asked = self._unanswered or self._messages[: _last_question(self._messages) + 1]
         return self._answer(asked, seed)
+
+    @property
+    def question(self) -> str:
+        """The last message, also one whose answer was stopped before it began.
+
+        Raises:
+            SessionError: there is none.
+        """
+        asked = self._unanswered or self._messages
+        return str(asked[_last_question(asked)]["content"])
 
     def undo(self) -> str:
         """Forget the last message and its answer; gives the message.
@@ -192,11 +202,25 @@ class ChatSession:
         Raises:
             SessionError: there is none.
         """
+        asked = self._unanswered or self._messages
+        question = asked[_last_question(asked)]
+        kept = [i for i, message in enumerate(self._messages) if message is question]
+        if kept:  # else its answer was stopped before it began
+            del self._messages[kept[0] :]
         self._unanswered = None
-        at = self._last_question()
-        content = str(self._messages[at]["content"])
-        del self._messages[at:]
-        return content
+        return str(question["content"])
+
+    def switch(self, model: DiffusionGemma, tokenizer: Tokenizer) -> None:
+        """Go on with another model, which reads the conversation anew.
+
+        Raises:
+            SessionError: its template ignores tools or thinking; this session is as it was.
+        """
+        other = ChatSession(  # which refuses what the template does not know
+            model, tokenizer, tools=self._tools, enable_thinking=self._thinking
+        )
+        self._model, self._tokenizer = model, tokenizer
+        self._prompt_cache = other._prompt_cache
 
     def reset(self) -> None:
         """Forget the conversation, not the system message."""
@@ -246,12 +270,6 @@ class ChatSession:
         self._tools, self._thinking = saved._tools, saved._thinking
         self._messages, self._unanswered = messages, None
         self._prompt_cache = context
-
-    def _last_question(self) -> int:
-        for i in reversed(range(len(self._messages))):
-            if self._messages[i]["role"] == "user":
-                return i
-        raise SessionError("there is no message yet")
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.apply_chat_template(
@@ -362,6 +380,13 @@ def _conversation(path: Path, extra: object) -> tuple[list[Message], list[Declar
                 raise SessionError(f"{path} is damaged: a tool is no declaration of a function")
             return messages, tools, thinking
     raise SessionError(f"{path} is no session: messages, tools or thinking are missing")
+
+
+def _last_question(messages: Sequence[Message]) -> int:
+    for i in reversed(range(len(messages))):
+        if messages[i]["role"] == "user":
+            return i
+    raise SessionError("there is no message yet")
 
 
 def _is_message(message: object, index: int) -> bool:

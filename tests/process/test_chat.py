@@ -16,14 +16,14 @@ from typing import Any
 
 import paths
 import pexpect
-import pyte
 import pytest
 from command import run
 from gemma import gemma_tokenizer
 from random_model import scripted, untrained
+from terminal import Terminal
 
 from mlx_diffgemma import ChatSession, ContextError, Done, Text, ToolResult, Truncated, generate
-from mlx_diffgemma.cli.chat import Interrupts
+from mlx_diffgemma.cli.keyboard import Interrupts
 from mlx_diffgemma.diffusion.guards import OFF
 
 HERE = paths.TESTS
@@ -43,59 +43,6 @@ def weather(city: str, days: int = 1) -> str:
 
 def _hidden() -> None: ...
 """
-
-
-class Terminal:
-    """A chat at a terminal of 24 rows of 80 columns."""
-
-    def __init__(self, *arguments: str, script: list[str] | None = None, **environment: str):
-        command = ["-m", "mlx_diffgemma"]
-        if script is not None:
-            environment |= {"SCRIPT": json.dumps(script), "PYTHONPATH": str(HERE)}
-            command = [str(HERE / "scripted_cli.py")]
-        self.child = pexpect.spawn(
-            sys.executable,
-            [*command, "chat", *arguments],
-            env={**os.environ, "TERM": "xterm-256color", **environment},
-            dimensions=(24, 80),
-            timeout=60,
-        )
-        self.child.delaybeforesend = None
-        self._screen = pyte.HistoryScreen(80, 24, history=1000)
-        self._stream = pyte.ByteStream(self._screen)
-        self.wait("\n>$")
-
-    def lines(self) -> list[str]:
-        """All that the terminal shows and has scrolled away, without empty lines at the end."""
-        above = ["".join(row[i].data for i in range(80)) for row in self._screen.history.top]
-        rows = [row.rstrip() for row in [*above, *self._screen.display]]
-        while rows and not rows[-1]:
-            rows.pop()
-        return rows
-
-    def wait(self, pattern: str) -> re.Match[str]:
-        """Until the screen shows a pattern."""
-        ends = time.monotonic() + 15
-        while time.monotonic() < ends:
-            try:
-                self._stream.feed(self.child.read_nonblocking(1 << 16, timeout=0.05))
-            except (pexpect.TIMEOUT, pexpect.EOF):
-                if found := re.search(pattern, "\n".join(self.lines())):
-                    return found
-        raise AssertionError(f"{pattern!r} is not on the screen:\n" + "\n".join(self.lines()[-30:]))
-
-    def type(self, line: str, pattern: str = r"\n>$") -> list[str]:
-        """Type a line, wait for the next prompt; the lines between."""
-        before = len(self.lines())
-        self.child.sendline(line)
-        self.wait(re.escape(line.splitlines()[0][:20]))
-        self.wait(pattern)
-        return self.lines()[before:-1] if pattern.endswith(">$") else self.lines()[before:]
-
-    def leaves(self) -> int | None:
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return self.child.exitstatus  # type: ignore[no-any-return]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +78,9 @@ def test_a_session_with_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "tokens per forward pass" in "".join(chat.type("/stats"))
     assert "not supported" in chat.type("/image cat.png")[0]
     assert len(chat.type("/help")) > 10
-    assert chat.type("/dance") == ["/dance is not a command; /help lists them."]
+    assert chat.type("/dance") == [
+        "/dance is not a command; /help lists them, and // begins a message with /."
+    ]
     assert chat.type(f'/save "{file}"') == [f"Saved to {file}."]
     assert chat.type("/reset") == ["Started over."]
     assert chat.type("/undo") == ["error: there is no message yet"]
@@ -246,18 +195,14 @@ def test_two_signals_during_one_operation_count_as_two() -> None:
     [(["--no-live"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})],
 )
 def test_plain_terminals_get_plain_text(arguments: list[str], environment: dict[str, str]) -> None:
-    chat = Terminal(*arguments, script=["One."], **environment)
-    chat.child.logfile_read = log = open(os.devnull, "wb")  # noqa: SIM115
-    before = len(chat.lines())
-    chat.child.sendline("hello")
-    raw = b""
-    while b"finished" not in raw:
-        raw += chat.child.read_nonblocking(4096, timeout=10)
-    log.close()
-    assert before
-    assert b"step 1/48" not in raw
-    assert b"\x1b[J" not in raw
-    assert b"One." in raw
+    begins = r"\n> *$"
+    chat = Terminal(*arguments, script=["**One.**"], begins=begins, **environment)
+    chat.child.logfile_read = raw = io.BytesIO()
+    chat.type("hello", begins)
+    assert "**One.**" in chat.lines()
+    assert b"accepted" not in raw.getvalue()
+    if "TERM" in environment:
+        assert b"\x1b" not in raw.getvalue()
 
 
 def test_thinking_is_folded_and_shown_on_request() -> None:
@@ -277,7 +222,7 @@ def test_tools_are_called_once_the_user_agrees(tmp_path: Path) -> None:
     fails = '<|tool_call>call:weather{city:<|"|>Nowhere<|"|>}<tool_call|>'
     chat = Terminal("--tools", str(file), script=[call, "Rain.", call, "Pity.", fails, "Hm.", "x"])
     chat.child.sendline("how is it?")
-    chat.wait(r'Call "weather" with {"city": "Oslo", "days": 2}\? \[y/N\]$')
+    chat.wait(r'Call "weather" with {"city": "Oslo", "days": 2}\?\n\[y/N\]$')
     lines = chat.type("y")
     assert "gives 2 days of rain in Oslo]" in "".join(lines)
     assert "Rain." in lines
@@ -310,11 +255,11 @@ def test_nothing_that_others_wrote_moves_the_cursor(tmp_path: Path) -> None:
     assert chat.type("hello")[0] == shown
     assert chat.type("/thought") == [shown]
     chat.child.sendline("go on")
-    lines = chat.wait(r"Call .*\[y/N\]$")[0]
-    wanted = r'Call "rm" with {"ci\u200bty\x9b": "\u001b[1A\u2028\x7f"}? [y/N]'
+    lines = chat.wait(r"Call .*\n\[y/N\]$")[0]
+    wanted = 'Call "rm" with {"ci\\u200bty\\x9b": "\\u001b[1A\\u2028\\x7f"}?\n[y/N]'
     assert lines == wanted
     chat.child.sendline("n")
-    chat.wait(r'Call "rm" with {"city": "Oslo"}\? \[y/N\]$')
+    chat.wait(r'Call "rm" with {"city": "Oslo"}\?\n\[y/N\]$')
     lines = "".join(chat.type("y"))
     assert f"gives {shown}]" in lines
     assert r'["no\u001b]52\u0007\x9b\u202e[b]:ok:" with {}: there is no such tool]' in lines
@@ -418,7 +363,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs a terminal that rewraps its lines")
-def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
+def test_another_window_leaves_no_rows_behind(tmp_path: Path) -> None:
     """Frames used to be erased by the rows they had when they were drawn."""
 
     def tmux(*arguments: str) -> str:
@@ -428,7 +373,7 @@ def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
     script = json.dumps(["word after word " * 20])
     run = f"PYTHONPATH={HERE} SCRIPT='{script}' DELAY=0.05 {sys.executable} {HERE}/scripted_cli.py"
     size = ["-x", "100", "-y", "30"]
-    run += " chat --guards none --max-tokens 256"
+    run += " chat --guards none --max-tokens 900"
     tmux("-f", "/dev/null", "new-session", "-d", *size, run)
     try:
         for _ in range(200):
@@ -436,9 +381,9 @@ def test_a_narrower_window_leaves_no_rows_behind(tmp_path: Path) -> None:
                 break
             time.sleep(0.1)
         tmux("send-keys", "talk", "Enter")
-        for width in (60, 40, 90, 30, 70):
+        for width, height in ((60, 30), (40, 20), (90, 12), (50, 20), (60, 14), (80, 30)):
             time.sleep(0.15)
-            tmux("resize-window", "-x", str(width), "-y", "30")
+            tmux("resize-window", "-x", str(width), "-y", str(height))
         for _ in range(200):
             if "finished: length" in tmux("capture-pane", "-p", "-J", "-S", "-100"):
                 break

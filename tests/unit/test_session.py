@@ -158,6 +158,39 @@ def test_stopping_keeps_what_is_committed() -> None:
     assert text_of(list(talk.stream("and then?"))) == "fresh"
 
 
+def test_undo_takes_back_a_message_that_was_stopped_before_its_answer_began() -> None:
+    """It used to forget the message before, and its answer."""
+    talk, _ = speaking(*["one"] * 4)
+    list(talk.stream("first"))
+    for ask in (lambda: talk.stream("second"), talk.retry):
+        stopped = ask()
+        next(stopped)
+        stopped.close()
+        assert talk.question == "second"
+    assert talk.undo() == "second"
+    assert [m["content"] for m in talk.messages] == ["first", "one"]
+    stopped = talk.retry()
+    next(stopped)
+    stopped.close()
+    assert talk.undo() == "first"
+    assert talk.messages == ()
+
+
+def test_another_model_goes_on_with_the_conversation() -> None:
+    talk, _ = speaking("one")
+    list(talk.stream("first"))
+    other = scripted()
+    other.begin(ids("two"))
+    talk.switch(other, TOKENIZER)
+    assert done_of(list(talk.stream("second"))).cached_tokens == 0
+    assert [m["content"] for m in talk.messages] == ["first", "one", "second", "two"]
+    model, tokenizer = load()
+    able = ChatSession(other, TOKENIZER, tools=TOOLS)
+    with pytest.raises(SessionError, match="knows no tools"):
+        able.switch(model, tokenizer)
+    assert able._model is other
+
+
 def test_a_message_that_does_not_fit_changes_nothing() -> None:
     talk, model = speaking("fine", "fine")
     list(talk.stream("hello"))
