@@ -5,6 +5,7 @@ This folder is installed as `mlx_diffgemma.convert`.
 
 from .pipeline import Summary, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
+from .source import Fetched
 from .staging import ConvertError
 from .write import Written
 
@@ -12,6 +13,7 @@ __all__ = [
     "DEFAULT_RECIPE",
     "RECIPES",
     "ConvertError",
+    "Fetched",
     "Recipe",
     "Summary",
     "Written",
