@@ -6,7 +6,7 @@ This folder is installed as `mlx_diffgemma.convert`.
 from .pipeline import Summary, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
 from .source import Fetched
-from .staging import ConvertError
+from .staging import ConvertError, workspace_of
 from .write import Written
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "stream_convert",
     "uniform",
     "upload",
+    "workspace_of",
 ]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,7 +86,7 @@ def stream_convert(
     dequantize: bool = False,
     revision: str | None = None,
     keep_download: bool = False,
-) -> Iterator[Written | Fetched | Summary]:
+) -> Generator[Written | Fetched | Summary]:
     """Convert a checkpoint in Hugging Face or MLX layout, reporting each slice, then the result.
 
     Everything is written beside the destination, in `.NAME.incomplete`, and moved there at the
@@ -201,13 +201,11 @@ def _check_source(source: str, headers: Headers, dequantize: bool) -> None:
 
 def _key(asked: dict[str, Any], repository: Repository, shards: list[list[Job]]) -> str:
     """Name a conversion by all that decides which bytes it writes where."""
-    told = [asked, repository.commit, version("mlx-diffgemma"), version("mlx")]
-    told += [
-        [(tensor.name, tensor.file.name, tensor.start) for tensor in job.sources] + list(job.parts)
-        for shard in shards
-        for job in shard
-    ]
-    return hashlib.sha256(json.dumps([told, list(map(len, shards))]).encode()).hexdigest()
+    told: list[Any] = [asked, repository.commit, version("mlx-diffgemma"), version("mlx")]
+    for shard in shards:
+        read = [(t.name, t.file.name, t.start) for job in shard for t in job.sources]
+        told += [read, [job.parts for job in shard]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _check_free(directory: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Hub:
     """One repository, org/model, whose files are those of a directory.
 
     `fault` may return a status, "drop" (the answer ends in its midst), "reset" (and the connection
-    too), "wrong" (other bytes) or "stall" (no answer until `release` is set).
+    too), "wrong" (other bytes), "relabel" (another type in a header) or "stall" (no answer until
+    `release` is set).
     """
 
     directory: Path
@@ -52,26 +54,32 @@ class Hub:
         }
 
     def listed(self) -> list[dict[str, Any]]:
-        """The files as the hub lists them: weights are large files, the others are git's."""
-        found = []
-        for path in sorted(self.directory.iterdir()):
-            data = path.read_bytes()
-            blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-            each: dict[str, Any] = {"path": path.name, "size": len(data), "oid": blob}
-            if path.suffix == ".safetensors":
-                sha256 = hashlib.sha256(data).hexdigest()
-                each["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
-            found.append(each)
-        return found
+        return _listed(self.directory)
 
-    def about(self) -> dict[str, Any]:
+    def about(self, revision: str) -> dict[str, Any]:
+        commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else self.commit
         siblings = []
         for each in self.listed():
             sibling = {"rfilename": each["path"], "size": each["size"], "blobId": each["oid"]}
             if "lfs" in each:
                 sibling["lfs"] = {**each["lfs"], "sha256": each["lfs"]["oid"]}
             siblings.append(sibling)
-        return {"id": "org/model", "sha": self.commit, "siblings": siblings}
+        return {"id": "org/model", "sha": commit, "siblings": siblings}
+
+
+@cache
+def _listed(directory: Path) -> list[dict[str, Any]]:
+    """The files as the hub lists them: weights are large files, the others are git's."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+        each: dict[str, Any] = {"path": path.name, "size": len(data), "oid": blob}
+        if path.suffix == ".safetensors":
+            sha256 = hashlib.sha256(data).hexdigest()
+            each["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
+        found.append(each)
+    return found
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -85,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if match := re.fullmatch(r"/api/models/org/model(?:/revision/(\w+))?", path):
             self.hub.asked.append(match[1] or "main")
-            self._answer_json(self.hub.about(), "about")
+            self._answer_json(self.hub.about(match[1] or "main"), "about")
         elif re.fullmatch(r"/api/models/org/model/tree/\w+", path):
             files = [{"type": "file", **each} for each in self.hub.listed()]
             self._answer_json(files, "tree")
@@ -146,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             return None
+        if fault == "relabel":
+            part = part.replace(b'"BF16"', b'"F16" ', 1)
         if fault == "wrong":
             part = part[:-1] + bytes([part[-1] ^ 1])
         self.wfile.write(part)
@@ -154,6 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, status: int) -> None:
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         if status == 429:
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", "0")

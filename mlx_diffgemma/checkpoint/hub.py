@@ -8,13 +8,16 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 from .files import (
+    NEEDED,
     WEIGHTS,
     Headers,
     Tensor,
@@ -84,6 +87,13 @@ class Repository:
             if "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS)
         ]
 
+    @cached_property
+    def stored(self) -> Any:
+        """The hub's files as a file system; it asks once where they are."""
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem(skip_instance_cache=True)
+
 
 def look_up(name: str, revision: str | None) -> Repository:
     """Ask the hub for the commit of a revision and for its files.
@@ -124,19 +134,22 @@ def small_files(repository: Repository) -> Path:
     Raises:
         CheckpointError: one cannot be fetched, or is not what the hub says it is.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    directory = resolve(repository.name, revision=repository.commit, weights=False)
+    name, commit = repository.name, repository.commit
+
+    def ask() -> Path:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=[*NEEDED]))
+
+    with _no_bars():  # of a few megabytes
+        directory = _patiently(ask, PATIENCE, name, commit)
     for path in directory.iterdir():
         file = repository.files.get(path.name)
         if file is None or path.name in repository.weights or _is_sound(path, file):
             continue
-        try:
-            hf_hub_download(
-                repository.name, file.name, revision=repository.commit, force_download=True
-            )
-        except Exception as error:
-            raise hub_failure(repository.name, repository.commit, error) from error
+        again = partial(hf_hub_download, name, path.name, revision=commit, force_download=True)
+        with _no_bars():
+            _patiently(again, PATIENCE, name, commit)
         if not _is_sound(path, file):
             raise _unsound(repository, file)
     return directory
@@ -243,13 +256,10 @@ def _header(repository: Repository, file: RemoteFile, path: Path) -> dict[str, T
 
 def _opened(repository: Repository, file: RemoteFile) -> Any:
     """Open a file of the hub, to read any part of it."""
-    from huggingface_hub import HfFileSystem
 
     def ask() -> Any:
-        # A file system of its own: a shared one remembers what could not be reached.
-        files = HfFileSystem(skip_instance_cache=True)
         where = f"{repository.name}/{file.name}"
-        return files.open(where, "rb", revision=repository.commit, cache_type="none")
+        return repository.stored.open(where, "rb", revision=repository.commit, cache_type="none")
 
     return _patiently(ask, PATIENCE, repository.name, repository.commit)
 
@@ -289,6 +299,8 @@ def _passes(error: Exception) -> bool:
     """Whether asking again may help: too many requests, a fault of the server, a cut line."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the hub could not be asked
+        return True
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 500
         return status in (408, 429) or status >= 500
@@ -302,6 +314,25 @@ def _is_offline(error: Exception) -> bool:
     from huggingface_hub import errors
 
     return isinstance(error, errors.OfflineModeIsEnabled)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the hub's library from drawing progress, unless it draws none anyway."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its stubs lag behind
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _digest(file: RemoteFile) -> Any:

@@ -70,14 +70,20 @@ def convert(
     upload_repo: Annotated[
         str | None, typer.Option(help="Then upload to this hub repository.")
     ] = None,
+    keep_download: Annotated[
+        bool,
+        typer.Option("--keep-download", help="Fetch all into the hub's cache, and keep it."),
+    ] = False,
     revision: Revision = None,
 ) -> None:
     """Convert Hugging Face weights to quantized MLX weights."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    import logging
 
-    from ..convert import Written, stream_convert, upload
+    from ..convert import Summary, stream_convert, upload, workspace_of
+    from .converting import progress
 
+    # Of the hub's library each request that is made again would be a warning.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     events = stream_convert(
         source,
         destination,
@@ -85,17 +91,20 @@ def convert(
         dtype=quantization.dtype,
         dequantize=quantization.dequantize,
         revision=revision,
+        keep_download=keep_download,
     )
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("converting", total=None)
-        for event in events:
-            if isinstance(event, Written):
-                progress.update(task, completed=event.bytes_done, total=event.bytes_total)
-            else:
-                report = event
+    try:
+        with progress(source) as show:
+            for event in events:
+                if isinstance(event, Summary):
+                    report = event
+                else:
+                    show(event)
+    except KeyboardInterrupt:
+        events.close()
+        if workspace_of(destination).exists():
+            say("what is done is kept: the same command goes on where this one stopped")
+        raise
     _tell_conversion(report)
     if upload_repo:
         say(f"uploaded to {upload(report.directory, upload_repo)}")
@@ -135,12 +144,12 @@ def info(
     """Say what a checkpoint is: size by part, quantization, memory it needs."""
     from dataclasses import asdict
 
-    from ..checkpoint.files import resolve
-    from ..checkpoint.info import inspect
+    from ..checkpoint.hub import headers_of
+    from ..checkpoint.info import info_of
     from ..checkpoint.load import computed_in
 
     given = size(max_memory)
-    found = inspect(resolve(model, revision=revision), computed_in(dtype))
+    found = info_of(headers_of(model, revision=revision), computed_in(dtype))
     if as_json:
         print(json.dumps(asdict(found)))
         return
