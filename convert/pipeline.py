@@ -24,9 +24,15 @@ from mlx_diffgemma.checkpoint.hub import (
     look_up,
     read_remote,
 )
-from mlx_diffgemma.checkpoint.load import build_model, check_tensors, read_generation
+from mlx_diffgemma.checkpoint.load import (
+    build_model,
+    check_tensors,
+    read_generation,
+    read_tokenizer,
+)
 from mlx_diffgemma.checkpoint.quantization import quantization_settings
 from mlx_diffgemma.model.diffusion_gemma import is_text
+from mlx_diffgemma.text.tokenizer import has_pieces_alone
 
 from .card import model_card
 from .plan import DTYPES, Job, config_of, parameters_of, plan_jobs, size_of, split
@@ -125,6 +131,9 @@ def stream_convert(
     asked = {"source": str(source), "revision": revision, "dtype": dtype, "recipe": repr(chosen)}
     headers, repository = _opened(str(source), revision, target, asked, keep_download)
     _check_source(str(source), headers, dequantize)
+    pieces = None
+    if has_pieces_alone(headers.directory):
+        pieces = read_tokenizer(headers.directory)  # a file that is not read is found out now
     jobs, unpacked = plan_jobs(headers.tensors, headers.config, chosen, dtype)
     shards = split(jobs)
     total = sum(size_of(part) for job in jobs for part in job.parts)
@@ -139,6 +148,8 @@ def stream_convert(
                 stage.record(0, notes)  # whoever goes on reads the same commit
             yield from write_shards(stage, shards, files, notes)
             _copy_files(headers.directory, stage.fresh)
+            if pieces is not None:
+                pieces.save(stage.fresh)
             card = model_card(headers.directory, str(source), target.name, chosen)
             (stage.fresh / "README.md").write_text(card, encoding="utf-8")
             # Last: without it no tool takes the directory for a checkpoint.
