@@ -1,12 +1,14 @@
 """A small hub on loopback, which can be made to fail in the ways that the real one does."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,10 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from mlx_diffgemma.checkpoint import hub as asking
 
 COMMIT = "c" * 40
 
@@ -188,3 +194,19 @@ def hub_of(directory: Path) -> Iterator[Hub]:
         hub.release.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def asked_here(directory: Path, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process asks, without waiting long, with a cache of its own."""
+    sleep = time.sleep
+    patch.setattr(time, "sleep", lambda seconds: sleep(seconds / 50))
+    patch.setattr(asking, "PATIENCE", 3.0)
+    patch.setenv("NO_PROXY", "127.0.0.1")
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    with hub_of(directory) as hub:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield hub

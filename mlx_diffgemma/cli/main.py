@@ -23,6 +23,7 @@ FILES = [
     "serve",
     "measure",
     "checkpoints",
+    "models",
 ]
 
 app = typer.Typer(

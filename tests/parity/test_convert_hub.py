@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from command import run
-from hub import COMMIT, Hub, hub_of
+from hub import COMMIT, Hub, asked_here
 from paths import SUDOKU
 
 from mlx_diffgemma import CheckpointError
@@ -50,18 +50,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, which this process asks without waiting long, with a cache of its own."""
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 50))
     monkeypatch.setattr(asking, "SMALLEST_PIECE", 100_000)
-    monkeypatch.setattr(asking, "PATIENCE", 3.0)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    constants: Any = huggingface_hub.constants
-    with hub_of(directory / "sharded") as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with asked_here(directory / "sharded", tmp_path / "cache", monkeypatch) as hub:
         yield hub
 
 
@@ -364,7 +354,7 @@ def test_killed_and_interrupted_runs_go_on(hub: Hub, directory: Path, tmp_path: 
         while not (part.exists() and part.stat().st_size > 150_000):
             assert time.monotonic() < until
             assert working.poll() is None, working.communicate()
-            time.sleep(0.5)  # a hundredth of a second, see `hub`
+            time.sleep(0.5)  # a hundredth of a second, see `asked_here`
         working.send_signal(ended)
         _, said = working.communicate(timeout=30)
         hub.release.set()
