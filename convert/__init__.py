@@ -3,6 +3,7 @@
 This folder is installed as `mlx_diffgemma.convert`.
 """
 
+from .estimate import Estimate, estimates
 from .pipeline import Summary, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
 from .source import Fetched
@@ -13,11 +14,13 @@ __all__ = [
     "DEFAULT_RECIPE",
     "RECIPES",
     "ConvertError",
+    "Estimate",
     "Fetched",
     "Recipe",
     "Summary",
     "Written",
     "convert",
+    "estimates",
     "stream_convert",
     "uniform",
     "upload",

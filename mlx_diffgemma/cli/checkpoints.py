@@ -11,6 +11,7 @@ from .options import DType, DTypeName, MaxMemory, Revision, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
+    from ..checkpoint.files import Headers
     from ..checkpoint.info import Info
     from ..convert import Recipe, Summary
 
@@ -139,9 +140,15 @@ def info(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="Say what each recipe would make of it, as on a Mac.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: size by part, quantization, memory it needs."""
+    """Say what a checkpoint is: size by part, quantization, memory it needs.
+
+    Of a checkpoint on the hub no weights are fetched.
+    """
     from dataclasses import asdict
 
     from ..checkpoint.hub import headers_of
@@ -149,12 +156,35 @@ def info(
     from ..checkpoint.load import computed_in
 
     given = size(max_memory)
-    found = info_of(headers_of(model, revision=revision), computed_in(dtype))
+    headers = headers_of(model, revision=revision)
+    if recipes:
+        _tell_recipes(headers, dtype, as_json)
+        return
+    found = info_of(headers, computed_in(dtype))
     if as_json:
         print(json.dumps(asdict(found)))
         return
     _tell_sizes(found)
     _tell_fit(found, given)
+
+
+def _tell_recipes(headers: "Headers", dtype: str | None, as_json: bool) -> None:
+    """What each recipe would make of a checkpoint that is not packed yet."""
+    from dataclasses import asdict
+
+    from rich.filesize import decimal
+
+    from ..convert import estimates
+
+    found = estimates(headers, dtype)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found]))
+        return
+    memory = f"memory at {found[0].context:,}"
+    print(f"{'recipe':<12}{'disk':>9}{memory:>18}  Macs")
+    for each in found:
+        macs = f"{each.macs[0]} GB and more" if each.macs else "none of up to 64 GB"
+        print(f"{each.recipe:<12}{decimal(each.disk):>9}{decimal(each.memory):>18}  {macs}")
 
 
 def _tell_sizes(found: "Info") -> None:
