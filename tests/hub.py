@@ -132,9 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         (file,) = [each for each in self.hub.listed() if each["path"] == name] or [None]
         if file is None:
             return self._fail(404)
-        data = (self.hub.directory / name).read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = 0, len(data) - 1
+        first, last = 0, file["size"] - 1
         if asked:
             first, last = int(asked[1]), min(last, int(asked[2] or last))
         fault = self.hub.fault(self.command, name, first)
@@ -142,13 +141,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(fault)
         if fault == "stall":
             self.hub.release.wait(60)
-        part = data[first : last + 1]
+        with (self.hub.directory / name).open("rb") as stored:
+            stored.seek(first)
+            part = stored.read(last + 1 - first)
         self.send_response(206 if asked else 200)
         self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("ETag", f'"{file["lfs"]["oid"] if "lfs" in file else file["oid"]}"')
         self.send_header("Content-Length", str(len(part)))
         if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{file['size']}")
         self.end_headers()
         if self.command == "HEAD":
             return None

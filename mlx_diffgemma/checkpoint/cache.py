@@ -1,5 +1,6 @@
 """Models in the hub's cache: which there are, which of them are ours, and how they are removed."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +65,9 @@ def remove(name: str) -> int:
     found, repo = _cache(), removable(name)
     assert found is not None  # as something was found in it
     plan = found.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
-    plan.execute()
-    if repo.repo_path.exists():  # of which the library only logs a warning
+    with suppress(OSError):  # older versions of the library raise it, newer ones log a warning
+        plan.execute()
+    if repo.repo_path.exists():
         raise CacheError(f"{repo.repo_path} could not be removed")
     return plan.expected_freed_size
 

@@ -159,7 +159,9 @@ def test_a_link_in_the_cache_is_not_followed(hub: Hub, cache: Path, tmp_path: Pa
     precious = foreign(tmp_path / "elsewhere", "org/linked", '{"model_type": "diffusion_gemma"}')
     cache.mkdir()
     (cache / "models--org--linked").symlink_to(precious)
-    run("models", "rm", "--yes", "org/linked")
+    done = run("models", "rm", "--yes", "org/linked")
+    assert done.returncode == 1
+    assert "could not be removed" in done.stderr
     assert (precious / "snapshots" / ("a" * 40) / "model.safetensors").exists()
 
 

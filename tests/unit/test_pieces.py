@@ -255,7 +255,7 @@ def test_what_sentencepiece_spells_otherwise_is_refused(
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model)
     merges = pieces._merges
-    monkeypatch.setattr(pieces, "_merges", lambda found: merges(found)[:-1])
+    monkeypatch.setattr(pieces, "_merges", lambda found: merges(found)[::2])
     with pytest.raises(SentencePieceError, match=r"sentencepiece spells '.*' otherwise"):
         read_pieces(path)
 
