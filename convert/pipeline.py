@@ -1,28 +1,45 @@
 """A conversion from beginning to end: refuse what cannot be done, plan, write, put into place."""
 
+import hashlib
+import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.checkpoint.files import (
     NEEDED,
     Headers,
+    on_this_machine,
     read_headers,
     read_json,
     resolve,
 )
-from mlx_diffgemma.checkpoint.load import build_model, check_tensors, read_generation
+from mlx_diffgemma.checkpoint.hub import (
+    Repository,
+    Unreachable,
+    look_up,
+    read_remote,
+)
+from mlx_diffgemma.checkpoint.load import (
+    build_model,
+    check_tensors,
+    read_generation,
+    read_tokenizer,
+)
 from mlx_diffgemma.checkpoint.quantization import quantization_settings
 from mlx_diffgemma.model.diffusion_gemma import is_text
+from mlx_diffgemma.text.tokenizer import has_pieces_alone
 
 from .card import model_card
-from .plan import DTYPES, config_of, parameters_of, plan_jobs, size_of, split
+from .plan import DTYPES, Job, config_of, parameters_of, plan_jobs, size_of, split
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe
-from .staging import ConvertError, check_vacant, staged, workspace_of
-from .write import Written, write_json, write_shards
+from .source import Fetched, Source
+from .staging import ConvertError, NoRoom, check_vacant, recorded, staged, workspace_of, write_json
+from .write import Written, write_shards
 
 # Written by us, or meaningless after a conversion.
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
@@ -49,6 +66,7 @@ def convert(
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
+    keep_download: bool = False,
 ) -> Summary:
     """Convert a checkpoint; arguments and errors as in `stream_convert`."""
     events = stream_convert(
@@ -58,6 +76,7 @@ def convert(
         dtype=dtype,
         dequantize=dequantize,
         revision=revision,
+        keep_download=keep_download,
     )
     *_, report = events
     assert isinstance(report, Summary)
@@ -72,12 +91,17 @@ def stream_convert(
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
-) -> Iterator[Written | Summary]:
-    """Convert a checkpoint in Hugging Face or MLX layout, reporting each tensor, then the result.
+    keep_download: bool = False,
+) -> Generator[Written | Fetched | Summary]:
+    """Convert a checkpoint in Hugging Face or MLX layout, reporting each slice, then the result.
 
     Everything is written beside the destination, in `.NAME.incomplete`, and moved there at the
     end, so a directory with the destination's name is complete. Two runs cannot write one
     destination. Peak memory does not depend on the checkpoint's size.
+
+    Files of weights on the hub are fetched one after the other, each compared with the checksum
+    that the hub states, converted and removed; those in the hub's cache are read there. Where the
+    same conversion was cut off, interrupted or killed, it goes on.
 
     Args:
         source: directory or hub name.
@@ -87,9 +111,11 @@ def stream_convert(
             source's.
         dequantize: unpack a quantized source, which goes with no recipe. Without it a quantized
             source is refused: packing twice loses twice.
+        keep_download: fetch the whole source into the hub's cache first, where it stays.
 
     Raises:
-        CheckpointError: the source is missing, damaged or incomplete.
+        CheckpointError: the source is missing, damaged or incomplete. `hub.Unreachable`, a kind of
+            it, leaves what was done to the next run.
         ConvertError: the destination is taken or being written, the disk too small, the source
             already packed, or the arguments are at odds. All of it is found out before the first
             byte is written. Or a weight is NaN or infinite, in the source or once it is converted.
@@ -101,25 +127,41 @@ def stream_convert(
         raise ConvertError(f"there is no dtype {dtype}; there are {', '.join(DTYPES)}")
     if dequantize and recipe is not None:
         raise ConvertError("dequantize goes with no recipe: unpack first, then convert the result")
-    headers = _opened(str(source), revision, target, dequantize)
-    if recipe is None:
-        recipe = RECIPES["none" if dequantize else DEFAULT_RECIPE]
-    jobs, unpacked = plan_jobs(headers.tensors, headers.config, recipe, dtype)
+    chosen = recipe or RECIPES["none" if dequantize else DEFAULT_RECIPE]
+    asked = {"source": str(source), "revision": revision, "dtype": dtype, "recipe": repr(chosen)}
+    headers, repository = _opened(str(source), revision, target, asked, keep_download)
+    _check_source(str(source), headers, dequantize)
+    pieces = None
+    if has_pieces_alone(headers.directory):
+        pieces = read_tokenizer(headers.directory)  # a file that is not read is found out now
+    jobs, unpacked = plan_jobs(headers.tensors, headers.config, chosen, dtype)
     shards = split(jobs)
     total = sum(size_of(part) for job in jobs for part in job.parts)
+    key = _key(asked, repository, shards) if repository else None
+    notes = {"asked": asked, "commit": repository.commit if repository else None}
     try:
-        with staged(target) as fresh:
-            _check_free(target.parent, total)
-            yield from write_shards(fresh, shards)
-            _copy_files(headers.directory, fresh)
-            card = model_card(headers.directory, str(source), target.name, recipe)
-            (fresh / "README.md").write_text(card, encoding="utf-8")
+        with staged(target, key) as stage:
+            files = Source(jobs, repository, stage.source)
+            files.clear(stage.done)
+            _check_free(target.parent, files.room(stage.done))
+            if repository is not None and not stage.done:
+                stage.record(0, notes)  # whoever goes on reads the same commit
+            yield from write_shards(stage, shards, files, notes)
+            _copy_files(headers.directory, stage.fresh)
+            if pieces is not None:
+                pieces.save(stage.fresh)
+            card = model_card(headers.directory, str(source), target.name, chosen)
+            (stage.fresh / "README.md").write_text(card, encoding="utf-8")
             # Last: without it no tool takes the directory for a checkpoint.
             generation = _generation(headers.directory)
-            config = config_of(headers.config, generation, jobs, recipe, dtype)
-            write_json(fresh / "config.json", config)
+            config = config_of(headers.config, generation, jobs, chosen, dtype)
+            write_json(stage.fresh / "config.json", config)
+    except Unreachable as error:
+        raise Unreachable(f"{error}; the same command goes on where this one stopped") from None
     except OSError as error:
-        raise ConvertError(f"writing {target} failed: {error.strerror or error}") from None
+        goes_on = "; what is done is kept for the same command" if repository else ""
+        reason = error.strerror or error
+        raise ConvertError(f"writing {target} failed: {reason}{goes_on}") from None
     yield Summary(
         directory=target,
         source_bytes=sum(tensor.end - tensor.start for tensor in headers.tensors.values()),
@@ -131,29 +173,57 @@ def stream_convert(
     )
 
 
-def _opened(source: str, revision: str | None, target: Path, dequantize: bool) -> Headers:
-    """Read the headers of a source, which has to be complete, make a model and be (un)packed."""
-    directory = resolve(source, revision=revision)
-    if directory.resolve().is_relative_to(workspace_of(target).resolve()):
+def _opened(
+    source: str, revision: str | None, target: Path, asked: dict[str, Any], keep_download: bool
+) -> tuple[Headers, Repository | None]:
+    """Read the headers of a source; with the repository if its weights have to be fetched yet."""
+    workspace = workspace_of(target)
+    directory = on_this_machine(source)
+    if directory is None and not keep_download:
+        left = recorded(workspace)
+        # A branch may have moved since the run that this one goes on with.
+        commit = left.get("commit") if left.get("asked") == asked else None
+        try:
+            repository = look_up(source, commit if isinstance(commit, str) else revision)
+        except Unreachable:  # the cache may have all of it
+            directory = resolve(source, revision=revision, fetch=False)
+        else:
+            return read_remote(repository, workspace / "source"), repository
+    if directory is None:
+        directory = resolve(source, revision=revision)
+    if directory.resolve().is_relative_to(workspace.resolve()):
         raise ConvertError(f"{source} is where a conversion to {target} is written")
     quantization_settings(read_json(directory, "config.json"))  # refuses foreign formats by name
-    headers = read_headers(directory)
+    return read_headers(directory), None
+
+
+def _check_source(source: str, headers: Headers, dequantize: bool) -> None:
+    """Refuse a source that is not complete, makes no model, or is (not) packed."""
+    quantization_settings(headers.config)
     text = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
-    generation = read_generation(directory, headers.config)
+    generation = read_generation(headers.directory, headers.config)
     check_tensors(build_model(headers.config, generation, set(text)), text)
     packed = any(name.endswith(".scales") for name in headers.tensors)
     if packed and not dequantize:
         raise ConvertError(f"{source} is quantized already; --dequantize unpacks it")
     if dequantize and not packed:
         raise ConvertError(f"{source} is not quantized")
-    return headers
+
+
+def _key(asked: dict[str, Any], repository: Repository, shards: list[list[Job]]) -> str:
+    """Name a conversion by all that decides which bytes it writes where."""
+    told: list[Any] = [asked, repository.commit, version("mlx-diffgemma"), version("mlx")]
+    for shard in shards:
+        read = [(t.name, t.file.name, t.start) for job in shard for t in job.sources]
+        told += [read, [job.parts for job in shard]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _check_free(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         need = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        raise ConvertError(f"{directory} has too little room: {need}")
+        raise NoRoom(f"{directory} has too little room: {need}")
 
 
 def _generation(directory: Path) -> dict[str, Any] | None:

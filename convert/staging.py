@@ -1,21 +1,31 @@
 """A directory filled beside its destination, by one process at a time, and then moved there."""
 
 import fcntl
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mlx_diffgemma.checkpoint.hub import Unreachable
 from mlx_diffgemma.errors import Error
+from mlx_diffgemma.files import replacing
 
 _LOCK = "lock"
+_RECORD = "run.json"
 _ATTEMPTS = 100  # to take a lock whose file its holder removes at the same moment
 
 
 class ConvertError(Error):
     """A conversion that cannot be done or was not finished."""
+
+
+class NoRoom(ConvertError):
+    """A disk that is too small; where there is more room, the same conversion may go on."""
 
 
 def check_vacant(target: Path) -> None:
@@ -41,13 +51,38 @@ def workspace_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.incomplete")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Where a run works. `done` is how many jobs a former run of the same `key` has finished."""
+
+    workspace: Path
+    key: str | None
+    done: int
+
+    @property
+    def fresh(self) -> Path:
+        """The directory that will take the destination's place."""
+        return self.workspace / "checkpoint"
+
+    @property
+    def source(self) -> Path:
+        """The directory of what is fetched and not kept."""
+        return self.workspace / "source"
+
+    def record(self, done: int, notes: dict[str, Any]) -> None:
+        """Note that so many jobs are on the disk; the next run of this key goes on behind them."""
+        with replacing(self.workspace / _RECORD) as path:
+            write_json(path, {**notes, "key": self.key, "done": done})
+
+
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of `target`, or vanishes on a failure.
+def staged(target: Path, key: str | None = None) -> Iterator[Stage]:
+    """Yield a stage, whose directory `fresh` takes the place of `target`, or vanishes on a failure.
 
     It lies in `workspace_of(target)` beside a file that is locked as long as a process works there.
     The system drops the lock of a process that dies, so what a killed run left is known for dead
-    and cleared by the next.
+    and cleared by the next. With a `key`, a run that was killed, cut off or interrupted leaves what
+    it has, and the next with the same key goes on.
 
     Raises:
         ConvertError: another run is at it, or `target` was written meanwhile.
@@ -56,20 +91,52 @@ def staged(target: Path) -> Iterator[Path]:
     workspace = workspace_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = _take(workspace, target)
-    fresh = workspace / "checkpoint"
+    goes_on = False
     try:
         check_vacant(target)  # another run may have finished since this one looked
-        _clear(workspace)
-        fresh.mkdir()
-        yield fresh
-        os.rename(fresh, target)  # an empty directory is replaced
+        left = recorded(workspace)
+        goes_on = key is not None and left.get("key") == key and (workspace / "checkpoint").is_dir()
+        if not goes_on:
+            _clear(workspace)
+        resumed = goes_on
+        stage = Stage(workspace, key, left["done"] if resumed else 0)
+        stage.fresh.mkdir(exist_ok=True)
+        goes_on = key is not None
+        yield stage
+        os.rename(stage.fresh, target)  # an empty directory is replaced
+        goes_on = False
+    except Unreachable:
+        raise
+    except Error as error:
+        goes_on = goes_on and isinstance(error, NoRoom) and resumed
+        raise
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        with suppress(OSError):
+            if not goes_on:
+                _clear(workspace)
         # The file goes while its lock is held; who opened it before looks at its name again.
         with suppress(OSError):
             os.unlink(workspace / _LOCK)
             os.rmdir(workspace)
         os.close(lock)
+
+
+def recorded(workspace: Path) -> dict[str, Any]:
+    """Read what a former run noted, {} if there is nothing to be made of it."""
+    try:
+        found = json.loads((workspace / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    sound = isinstance(found, dict) and type(found.get("done")) is int and found["done"] >= 0
+    return found if sound else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=4)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _take(workspace: Path, target: Path) -> int:

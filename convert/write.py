@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,8 @@ from mlx_diffgemma.checkpoint.quantization import Quantization
 from mlx_diffgemma.errors import CheckpointError
 
 from .plan import Job, parameters_of, size_of
-from .staging import ConvertError
+from .source import Fetched, Source
+from .staging import ConvertError, Stage, write_json
 
 # Of a source tensor in memory at a time. Packing needs up to 35 times as much (nvfp4 on the CPU);
 # 64 MB took more memory than 8 MB and was no faster.
@@ -44,18 +46,33 @@ class Written:
     bytes_total: int
 
 
-def write_shards(directory: Path, shards: list[list[Job]]) -> Iterator[Written]:
-    """Write all shards and their index, reporting each tensor of the source."""
-    total = sum(t.end - t.start for shard in shards for job in shard for t in job.sources)
-    done = 0
+def write_shards(
+    stage: Stage, shards: list[list[Job]], source: Source, notes: dict[str, Any]
+) -> Iterator[Written | Fetched]:
+    """Write all shards and their index, reporting what is fetched and each slice that is written.
+
+    Jobs that a former run has finished are left as they are. `notes` are recorded for the next.
+    """
+    total = sum(_source_bytes(job) for shard in shards for job in shard)
+    number = done = 0
     placed: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
-        for job in write_shard(directory / file, shard):
-            placed |= {name: file for name, _, _ in job.parts}
-            done += sum(tensor.end - tensor.start for tensor in job.sources)
-            yield Written(job.sources[0].name, done, total)
+    for count, shard in enumerate(shards, 1):
+        name = f"model-{count:05}-of-{len(shards):05}.safetensors"
+        name = name if len(shards) > 1 else "model.safetensors"
+        placed |= {part[0]: name for job in shard for part in job.parts}
+        with _opened(stage.fresh / name, shard, anew=number >= stage.done) as (file, at):
+            for job in shard:
+                if number >= stage.done:
+                    yield from source.ready(number)
+                    for size in _write(file, at, job):
+                        yield Written(job.sources[0].name, done + size, total)
+                    if dropped := source.read_last(number):
+                        _sync(file)
+                        stage.record(number + 1, notes)
+                        source.drop(dropped)
+                number += 1
+                done += _source_bytes(job)
+            _sync(file)
     jobs = [job for shard in shards for job in shard]
     index = {
         "metadata": {
@@ -64,11 +81,12 @@ def write_shards(directory: Path, shards: list[list[Job]]) -> Iterator[Written]:
         },
         "weight_map": dict(sorted(placed.items())),
     }
-    write_json(directory / "model.safetensors.index.json", index)
+    write_json(stage.fresh / "model.safetensors.index.json", index)
 
 
-def write_shard(path: Path, jobs: list[Job]) -> Iterator[Job]:
-    """Write one safetensors file, yielding each job when its bytes are in place.
+@contextmanager
+def _opened(path: Path, jobs: list[Job], anew: bool) -> Iterator[tuple[BinaryIO, dict[str, int]]]:
+    """Open one safetensors file, with the offset of each tensor; not `anew`, parts of it are there.
 
     The header is known before any data, so slices go straight to their final offset.
     """
@@ -81,34 +99,59 @@ def write_shard(path: Path, jobs: list[Job]) -> Iterator[Job]:
         offset += size_of(part)
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    base = 8 + len(encoded)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(base + offset)
-        for job in jobs:
-            at = {name: base + header[name]["data_offsets"][0] for name, _, _ in job.parts}
-            damaged = lost = 0
-            for piece in converted(job):
-                damaged, lost = damaged + piece.damaged, lost + piece.lost
-                for (name, _, _), array in zip(job.parts, piece.arrays, strict=True):
-                    data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
-                    file.seek(at[name])
-                    file.write(data.data)
-                    at[name] += data.nbytes
-            _check_finite(job, damaged, lost)
-            yield job
-        file.flush()
-        os.fsync(file.fileno())
+    start = len(encoded).to_bytes(8, "little") + encoded
+    at = {name: len(start) + entry["data_offsets"][0] for name, entry in list(header.items())[1:]}
+    if not anew and not _begins_with(path, start, len(start) + offset):
+        raise ConvertError(
+            f"{path} is not what a former run has left there; now it is removed: convert again"
+        )
+    with path.open("wb" if anew else "r+b") as file:
+        if anew:
+            file.write(start)
+            file.truncate(len(start) + offset)
+        yield file, at
+
+
+def _begins_with(path: Path, start: bytes, size: int) -> bool:
+    """Whether it is a file of this size that begins so."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _write(file: BinaryIO, at: dict[str, int], job: Job) -> Iterator[int]:
+    """Write the parts of a job, yielding the bytes of its source that are converted."""
+    damaged = lost = 0
+    for piece in converted(job):
+        damaged, lost = damaged + piece.damaged, lost + piece.lost
+        for (name, _, _), array in zip(job.parts, piece.arrays, strict=True):
+            data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+            file.seek(at[name])
+            file.write(data.data)
+            at[name] += data.nbytes
+        yield int(_source_bytes(job) * piece.share)
+    _check_finite(job, damaged, lost)
+
+
+def _source_bytes(job: Job) -> int:
+    return sum(tensor.end - tensor.start for tensor in job.sources)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
 class Piece:
     """Some rows of a job's parts; of their numbers, `damaged` were not finite in the source and
-    `lost` are not any more."""
+    `lost` are not any more. `share` of all rows are done with them."""
 
     arrays: list[mx.array]
     damaged: int
     lost: int
+    share: float
 
 
 def converted(job: Job) -> Iterator[Piece]:
@@ -127,7 +170,7 @@ def converted(job: Job) -> Iterator[Piece]:
         if job.wanted is not None:
             made = list(mx.quantize(made[0], **asdict(job.wanted)))
             lost = lost or _not_packed(plain, made, job.wanted) - damaged
-        yield Piece(made, damaged, lost)
+        yield Piece(made, damaged, lost, stop / rows)
         mx.clear_cache()
 
 
@@ -180,11 +223,3 @@ def _read(tensor: Tensor, start: int, stop: int) -> mx.array:
     if len(data) != (stop - start) * width:
         raise CheckpointError(f"{tensor.file} has become shorter")
     return mx.array(data).view(_ARRAYS[tensor.dtype]).reshape(stop - start, columns)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file that is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=4)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,7 +45,7 @@ DIMENSIONS_LIMIT = 8  # of a tensor; its size is a product, and of a million fac
 NAME_LIMIT = 500  # characters of a tensor's name, which errors repeat
 
 # What is fetched from the hub. Pickles, code and other formats are not.
-NEEDED = ("*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
+NEEDED = ("*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "NOTICE*")
 
 WEIGHTS = ("model*.safetensors",)
 
@@ -86,13 +87,41 @@ def name_of(path_or_repo: str | None) -> str:
     return os.fsencode(name or path_or_repo).decode("utf-8", "replace")
 
 
-def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = True) -> Path:
+def resolve(
+    path_or_repo: str, *, revision: str | None = None, weights: bool = True, fetch: bool = True
+) -> Path:
     """Find the directory of a checkpoint: as given, of `SHIPPED`, or fetched from the hub.
 
-    Without a network the hub's cache serves alone. `weights` False leaves out the weights.
+    Without a network the hub's cache serves alone, with `fetch` False always. `weights` False
+    leaves out the weights.
 
     Raises:
         CheckpointError: there is no such directory or repository, or it cannot be fetched.
+    """
+    directory = on_this_machine(path_or_repo)
+    if directory is not None:
+        return directory
+    from huggingface_hub import snapshot_download
+
+    patterns = [*NEEDED, *(WEIGHTS if weights else ())]
+    try:
+        return Path(
+            snapshot_download(
+                path_or_repo,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=not fetch,
+            )
+        )
+    except Exception as error:  # whatever the HTTP library of the day raises, and bad names
+        raise hub_failure(path_or_repo, revision, error) from error
+
+
+def on_this_machine(path_or_repo: str) -> Path | None:
+    """Find the directory of a checkpoint that need not be fetched; None is a name on the hub.
+
+    Raises:
+        CheckpointError: it is neither.
     """
     try:
         directory = Path(path_or_repo).expanduser()
@@ -106,27 +135,26 @@ def resolve(path_or_repo: str, *, revision: str | None = None, weights: bool = T
         return SHIPPED[path_or_repo]
     if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
         raise CheckpointError(f"{path_or_repo} is neither a directory nor a name on the hub")
+    return None
 
-    from huggingface_hub import errors, snapshot_download
 
-    patterns = [*NEEDED, *(WEIGHTS if weights else ())]
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError:
-        sentence = f"{path_or_repo} is gated: accept its terms on the hub, then run `hf auth login`"
-        raise CheckpointError(sentence) from None
-    except errors.RevisionNotFoundError:
-        raise CheckpointError(f"{path_or_repo} has no revision {revision}") from None
-    except errors.RepositoryNotFoundError:
-        sentence = f"there is no directory and no repository {path_or_repo} that you can read"
-        raise CheckpointError(sentence) from None
-    except errors.LocalEntryNotFoundError:
-        sentence = f"{path_or_repo}{at} is not in the local cache and the hub cannot be reached"
-        raise CheckpointError(sentence) from None
-    except Exception as error:  # whatever the HTTP library of the day raises, and bad names
+def hub_failure(name: str, revision: str | None, error: Exception) -> CheckpointError:
+    """Return the sentence for what the hub's library raised."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        said = f"{name} is gated: accept its terms on the hub, then run `hf auth login`"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        said = f"{name} has no revision {revision}"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        said = f"there is no directory and no repository {name} that you can read"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        said = f"{name}{at} is not in the local cache and the hub cannot be reached"
+    else:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{path_or_repo} could not be fetched: {reason}") from error
+        said = f"{name} could not be fetched: {reason}"
+    return CheckpointError(said)
 
 
 def size_of_file(path: Path) -> int:
@@ -172,16 +200,28 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         size = size_of_file(path)
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, JSON_LIMIT):
-                raise CheckpointError(f"{path} is cut off or not a safetensors file")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_named_once)
-            if not isinstance(header, dict):
-                raise ValueError("no JSON object")
+            return header_of(path, size, file.read)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def header_of(path: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Tensor]:
+    """Read the same of a file of `size` bytes that need not lie at `path` yet.
+
+    `read` returns its next so many bytes, from the beginning on.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    length = int.from_bytes(read(8), "little")
+    if size < 8 or length > min(size - 8, JSON_LIMIT):
+        raise CheckpointError(f"{path} is cut off or not a safetensors file")
+    try:
+        header = json.loads(read(length).decode(), object_pairs_hook=_named_once)
+        if not isinstance(header, dict):
+            raise ValueError("no JSON object")
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not a safetensors file: its header is damaged") from None
     about = header.pop("__metadata__", None) or {}
@@ -270,20 +310,30 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the index says.
     """
+    files = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
+    return joined(directory, files, lambda name: read_header(directory / name))
+
+
+def joined(
+    directory: Path, files: Collection[str], read: Callable[[str], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Join the tensors of several files; arguments and errors as in `read_tensors`.
+
+    `files` are those that there are, of which only the index has to lie in `directory`; `read`
+    reads the header of one.
+    """
     index = directory / "model.safetensors.index.json"
     placed: dict[str, str] = {}
     if os.path.lexists(index):
         placed = _placed(directory, index.name)
-        files = sorted(set(placed.values()))
-    else:
-        whole = directory / "model.safetensors"
-        found_files = [whole] if whole.exists() else directory.glob("model*.safetensors")
-        files = sorted(path.name for path in found_files)
+        files = set(placed.values())
+    elif "model.safetensors" in files:
+        files = ["model.safetensors"]
     if not files:
         raise CheckpointError(f"{directory} has no model*.safetensors")
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        found = read_header(directory / name)
+    for name in sorted(files):
+        found = read(name)
         if twice := sorted(tensors.keys() & found.keys()):
             raise CheckpointError(f"{twice[0]} is in {tensors[twice[0]].file.name} and in {name}")
         tensors.update(found)

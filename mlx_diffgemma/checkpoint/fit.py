@@ -13,6 +13,10 @@ from .info import Info
 # Of what a model leaves free, the share that a dequantized embedding table may take.
 TABLE_SHARE = 0.25
 
+# Gigabytes of a Mac, and the bytes that Metal recommends its GPU to use of them (2/3 of up to 32,
+# 3/4 of more), as logs of others state; `free_memory` asks the Mac itself.
+MACS = {size: (size << 30) * (8 if size <= 32 else 9) // 12 for size in (16, 24, 32, 36, 48, 64)}
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 

@@ -88,10 +88,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         CheckpointError: a file is missing, damaged, no file or not what belongs there.
     """
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
         try:
             size_of_file(directory / name)
-            (directory / name).read_text(encoding="utf-8")
+            if name != "tokenizer.model":
+                (directory / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             continue  # of the first, the tokenizer says so
         except OSError as error:
@@ -230,7 +231,7 @@ def check_ids(model: DiffusionGemma, tokenizer: Tokenizer) -> None:
         raise CheckpointError(f"eos_token_id {beyond[0]} is beyond the vocabulary of {count}")
     if tokenizer.largest_id >= count:
         raise CheckpointError(
-            f"tokenizer.json has the id {tokenizer.largest_id}, beyond the vocabulary of {count}"
+            f"the tokenizer has the id {tokenizer.largest_id}, beyond the vocabulary of {count}"
         )
 
 

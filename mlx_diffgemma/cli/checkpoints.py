@@ -11,6 +11,7 @@ from .options import DType, DTypeName, MaxMemory, Revision, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
+    from ..checkpoint.files import Headers
     from ..checkpoint.info import Info
     from ..convert import Recipe, Summary
 
@@ -70,14 +71,20 @@ def convert(
     upload_repo: Annotated[
         str | None, typer.Option(help="Then upload to this hub repository.")
     ] = None,
+    keep_download: Annotated[
+        bool,
+        typer.Option("--keep-download", help="Fetch all into the hub's cache, and keep it."),
+    ] = False,
     revision: Revision = None,
 ) -> None:
     """Convert Hugging Face weights to quantized MLX weights."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    import logging
 
-    from ..convert import Written, stream_convert, upload
+    from ..convert import Summary, stream_convert, upload, workspace_of
+    from .converting import progress
 
+    # Of the hub's library each request that is made again would be a warning.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     events = stream_convert(
         source,
         destination,
@@ -85,17 +92,20 @@ def convert(
         dtype=quantization.dtype,
         dequantize=quantization.dequantize,
         revision=revision,
+        keep_download=keep_download,
     )
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("converting", total=None)
-        for event in events:
-            if isinstance(event, Written):
-                progress.update(task, completed=event.bytes_done, total=event.bytes_total)
-            else:
-                report = event
+    try:
+        with progress(source) as show:
+            for event in events:
+                if isinstance(event, Summary):
+                    report = event
+                else:
+                    show(event)
+    except KeyboardInterrupt:
+        events.close()
+        if workspace_of(destination).exists():
+            say("what is done is kept: the same command goes on where this one stopped")
+        raise
     _tell_conversion(report)
     if upload_repo:
         say(f"uploaded to {upload(report.directory, upload_repo)}")
@@ -130,22 +140,51 @@ def info(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="Say what each recipe would make of it, as on a Mac.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: size by part, quantization, memory it needs."""
+    """Say what a checkpoint is: size by part, quantization, memory it needs.
+
+    Of a checkpoint on the hub no weights are fetched.
+    """
     from dataclasses import asdict
 
-    from ..checkpoint.files import resolve
-    from ..checkpoint.info import inspect
+    from ..checkpoint.hub import headers_of
+    from ..checkpoint.info import info_of
     from ..checkpoint.load import computed_in
 
     given = size(max_memory)
-    found = inspect(resolve(model, revision=revision), computed_in(dtype))
+    headers = headers_of(model, revision=revision)
+    if recipes:
+        _tell_recipes(headers, dtype, as_json)
+        return
+    found = info_of(headers, computed_in(dtype))
     if as_json:
         print(json.dumps(asdict(found)))
         return
     _tell_sizes(found)
     _tell_fit(found, given)
+
+
+def _tell_recipes(headers: "Headers", dtype: str | None, as_json: bool) -> None:
+    """What each recipe would make of a checkpoint that is not packed yet."""
+    from dataclasses import asdict
+
+    from rich.filesize import decimal
+
+    from ..convert import estimates
+
+    found = estimates(headers, dtype)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found]))
+        return
+    memory = f"memory at {found[0].context:,}"
+    print(f"{'recipe':<12}{'disk':>9}{memory:>18}  Macs")
+    for each in found:
+        macs = f"{each.macs[0]} GB and more" if each.macs else "none of up to 64 GB"
+        print(f"{each.recipe:<12}{decimal(each.disk):>9}{decimal(each.memory):>18}  {macs}")
 
 
 def _tell_sizes(found: "Info") -> None:

@@ -24,6 +24,7 @@ FILES = [
     "serve",
     "measure",
     "checkpoints",
+    "models",
 ]
 
 app = typer.Typer(

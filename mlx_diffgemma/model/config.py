@@ -12,6 +12,8 @@ LAYERS_LIMIT = 1000
 
 MATRIX_LIMIT = 1 << 44
 
+MODEL_TYPE = "diffusion_gemma"
+
 
 class ConfigError(CheckpointError):
     """A `config.json` that this model cannot run as written."""
@@ -55,9 +57,9 @@ class Config:
         Raises:
             ConfigError: a value is missing, or asks for something this model does not do.
         """
-        if config.get("model_type") != "diffusion_gemma":
+        if config.get("model_type") != MODEL_TYPE:
             found = shown(config.get("model_type"))
-            raise ConfigError(f"model_type is {found}, not 'diffusion_gemma'")
+            raise ConfigError(f"model_type is {found}, not {MODEL_TYPE!r}")
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise ConfigError("there is no text_config")

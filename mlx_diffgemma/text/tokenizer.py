@@ -1,6 +1,7 @@
 """Text <-> ids and chat -> text, from a checkpoint's own files, without transformers."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..errors import Error
 from ..files import is_text
+from .pieces import SentencePieceError, read_pieces
 from .rendering_budget import within
 from .templating import MOST_SOURCE, Environment
 
@@ -56,7 +58,7 @@ def no_check() -> None:
 
 
 class Tokenizer:
-    """`tokenizer.json` plus the checkpoint's chat template.
+    """`tokenizer.json`, or `tokenizer.model`, plus the checkpoint's chat template.
 
     The template runs in Jinja's sandbox, within bounds of time and size (`templating.py`): nothing
     from a repository is executed as code.
@@ -75,20 +77,21 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json` and the template that stands beside them.
 
+        Where the first is missing, `tokenizer.model` of sentencepiece is read instead.
+
         Raises:
             TokenizerError: a file is missing or damaged.
         """
         path = directory / "tokenizer.json"
-        try:
-            backend = Backend.from_str(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise TokenizerError(f"{path} is missing") from None
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
-        # A file may ask for both; the first cuts prompts, the second writes ids of its choice.
-        backend.no_truncation()
-        backend.no_padding()
         settings: dict[str, Any] = {}
+        special: dict[str, str] = {}
+        if has_pieces_alone(directory):
+            try:
+                backend, special = read_pieces(directory / "tokenizer.model")
+            except SentencePieceError as error:
+                raise TokenizerError(str(error)) from None
+        else:
+            backend = _read_backend(path)
         config = directory / "tokenizer_config.json"
         if config.exists():
             try:
@@ -101,7 +104,21 @@ class Tokenizer:
         template = _read_template(file) if file.exists() else None
         if template is None and isinstance(settings.get("chat_template"), str):
             template = settings["chat_template"]
-        return cls(backend, settings, template)
+        said = {key: value for key, value in settings.items() if value is not None}
+        return cls(backend, {**special, **said}, template)
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json`, and into `tokenizer_config.json` the special tokens it lacks.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        (directory / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        config = directory / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        said = {key: value for key, value in settings.items() if value is not None}
+        text = json.dumps({**self._special, **said}, ensure_ascii=False, indent=2)
+        config.write_text(text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
@@ -271,6 +288,25 @@ class Tokenizer:
                 return Environment().from_string(self._template_source)
         except Exception as error:  # parsing, and Python's compiler behind it
             raise TokenizerError(f"the chat template is damaged: {_said(error)}") from None
+
+
+def has_pieces_alone(directory: Path) -> bool:
+    """Whether a directory has a `tokenizer.model`, and no `tokenizer.json` that says the same."""
+    present = (directory / "tokenizer.model").exists()
+    return present and not os.path.lexists(directory / "tokenizer.json")
+
+
+def _read_backend(path: Path) -> Backend:
+    try:
+        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise TokenizerError(f"{path} is missing") from None
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+    # A file may ask for both; the first cuts prompts, the second writes ids of its choice.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _read_template(path: Path) -> str:

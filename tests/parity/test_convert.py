@@ -396,7 +396,8 @@ def test_one_at_a_time_whoever_comes(tmp_path: Path) -> None:
     def work() -> None:
         for _ in range(60):
             try:
-                with staged(target) as fresh:
+                with staged(target) as stage:
+                    fresh = stage.fresh
                     inside.append(fresh)
                     most.append(len(inside))
                     (fresh / "file").touch()

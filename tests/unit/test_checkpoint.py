@@ -335,7 +335,7 @@ def test_ids_beyond_the_vocabulary_are_refused(checkpoint: Path) -> None:
     assert refusal(checkpoint) == "eos_token_id 128 is beyond the vocabulary of 128"
     change_json(checkpoint, "generation_config.json", eos_token_id=[1, 127])
     change_tokenizer(checkpoint, lambda values: values["model"]["vocab"].update(x=4_000_000_000))
-    assert "tokenizer.json has the id 4000000000, beyond the vocabulary" in refusal(checkpoint)
+    assert "the tokenizer has the id 4000000000, beyond the vocabulary" in refusal(checkpoint)
 
 
 def test_a_tokenizer_neither_pads_nor_cuts(checkpoint: Path) -> None:
