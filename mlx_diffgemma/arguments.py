@@ -56,6 +56,16 @@ def token_ids(given: Iterable[object], vocab_size: int | None = None) -> list[in
     return ids
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Refuse a value of another type; `what` says in words what it must be.
+
+    Raises:
+        SettingError: it is of none of these types.
+    """
+    if not isinstance(value, kinds):
+        raise SettingError(f"{name} must be {what}, not {shown(value)}")
+
+
 def check_canvas(name: str, ids: object, vocab_size: int) -> None:
     """Whether an array is canvases (B, L) of token ids; waits until it is computed.
 

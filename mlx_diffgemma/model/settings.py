@@ -70,10 +70,15 @@ class GenerationConfig:
         if self.plateau is not None and self.plateau < 1:
             raise SettingError(f"a plateau has at least one step, not {self.plateau}")
         if isinstance(self.sampler, ConfidenceThreshold):
-            if not 0 <= self.sampler.threshold <= 1:
-                raise SettingError(f"confidence threshold {self.sampler.threshold} is not in 0..1")
-        elif not self.sampler.bound > 0:
-            raise SettingError(f"entropy bound must be positive, not {self.sampler.bound}")
+            threshold = self.sampler.threshold
+            if not is_number(threshold) or not 0 <= threshold <= 1:
+                raise SettingError(f"confidence threshold {shown(threshold)} is not in 0..1")
+        elif not isinstance(self.sampler, EntropyBound):
+            raise SettingError(
+                f"a sampler is an EntropyBound or a ConfidenceThreshold, not {shown(self.sampler)}"
+            )
+        elif not is_number(self.sampler.bound) or not self.sampler.bound > 0:
+            raise SettingError(f"entropy bound must be positive, not {shown(self.sampler.bound)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationConfig":

@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError
+from ..arguments import SettingError, check_kind, is_number, shown
 from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
 from ..diffusion.decoding import Decoding, relay
 from ..diffusion.denoise import Start, denoise
@@ -96,16 +96,11 @@ class EditRequest:
             ContextError: the prompt, which holds the part, does not fit.
             SettingError: a setting is out of range.
         """
-        if not 0 < self.strength <= 1:
-            raise SettingError(f"strength must be over 0 and at most 1, not {self.strength:g}")
-        checked_seed(self.seed)
+        left, part, right = self.split()
         tokenizer = vocabulary.tokenizer
         most = model.context * tokenizer.longest
         if len(self.text) > most:
             raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
-        left, part, right = split_lines(self.text, self.lines)
-        if not part.strip():
-            raise EditError("there is nothing to edit")
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
         asked = f"{self.instruction.strip().rstrip(':')}: {part}"
         prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
@@ -125,6 +120,24 @@ class EditRequest:
             self.draws,
         )
 
+    def split(self) -> tuple[str, str, str]:
+        """The text before the part, the part and what is behind it, see `split_lines`; finds all
+        mistakes that no model is needed for.
+
+        Raises:
+            EditError: there are no such lines, or nothing in them.
+            SettingError: a setting is out of range, or text or instruction are no text.
+        """
+        check_kind("the text", self.text, str, "text")
+        check_kind("an instruction", self.instruction, str, "text")
+        if not is_number(self.strength) or not 0 < self.strength <= 1:
+            raise SettingError(f"strength must be over 0 and at most 1, not {shown(self.strength)}")
+        checked_seed(self.seed)
+        left, part, right = split_lines(self.text, self.lines)
+        if not part.strip():
+            raise EditError("there is nothing to edit")
+        return left, part, right
+
 
 def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
     """Split a text before, in and behind the lines, counted from 1, both included; None is all.
@@ -135,7 +148,13 @@ def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str
         EditError: the text has no such lines.
     """
     every = text.splitlines(keepends=True)
-    first, last = lines or (1, max(len(every), 1))
+    match lines:
+        case None:
+            first, last = 1, max(len(every), 1)
+        case (int(first), int(last)):
+            pass
+        case _:
+            raise EditError(f"lines are a first and a last number, not {shown(lines)}")
     if not 1 <= first <= last:
         raise EditError(f"lines {first}:{last} are no range")
     if lines and last > len(every):

@@ -15,11 +15,13 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import NoneType
 from typing import Never, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import check_kind, shown
 from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
 from ..diffusion.decoding import Decoding, relay, rows_at_once
 from ..diffusion.denoise import denoise
@@ -29,7 +31,7 @@ from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, remaini
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig, Sampler
-from ..text.template import Hole, TemplateError, parse_template, short
+from ..text.template import Hole, TemplateError, check_parts, parse_template, short
 from ..text.tokenizer import Tokenizer, no_check
 from ..text.vocabulary import Vocabulary, integer
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
@@ -278,9 +280,7 @@ class FillRequest:
             SettingError: a setting is out of range.
         """
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
-        checked_seed(self.seed)
-        parts = self.template
-        parts = parse_template(parts) if isinstance(parts, str) else list(parts)
+        parts = self.parts()
         _refuse_long(model, vocabulary.tokenizer, parts)
         pieces = tuple(_pieces(model, vocabulary, parts, check))
         prompt = self.prompt
@@ -292,6 +292,22 @@ class FillRequest:
         ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
         remaining_context(model, ids)
         return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
+
+    def parts(self) -> list[str | Hole]:
+        """Texts and holes in turn; finds all mistakes that no model is needed for.
+
+        Raises:
+            TemplateError: as `parse_template`.
+            SettingError: the seed is none, or the prompt no text.
+        """
+        checked_seed(self.seed)
+        check_kind("a prompt", self.prompt, (str, NoneType), "text")
+        if isinstance(self.template, str):
+            return parse_template(self.template)
+        if not isinstance(self.template, Sequence):
+            raise TemplateError(f"a template is text, not {shown(self.template)}")
+        check_parts(self.template)
+        return list(self.template)
 
 
 def _refuse_long(model: DiffusionGemma, tokenizer: Tokenizer, parts: list[str | Hole]) -> None:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError, token_ids, whole_number
+from ..arguments import SettingError, check_kind, token_ids, whole_number
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Clock, Decoding, drive, relay
 from ..diffusion.denoise import DenoisingState, Start, denoise
@@ -230,13 +231,20 @@ class Request:
             seed=self.seed,
             draws=self.draws,
             prefill_chunk=self.prefill_chunk,
-            stop=tuple(self.stop),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )
 
     def check_options(self) -> None:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
+        check_kind("guards", self.guards, Guards, "Guards")
+        check_kind("opening", self.opening, (str, Sequence), "text or token ids")
+        check_kind("start", self.start, (Start, Pieces, NoneType), "a Start or Pieces")
+        check_kind("tools", self.tools, Sequence, "a list of declarations")
+        check_kind("stop", self.stop, (str, Sequence), "a list of texts")
+        for text in self.stop:
+            check_kind("a stop string", text, str, "text")
         given = {
             "schema": self.schema is not None,
             "start": self.start is not None,

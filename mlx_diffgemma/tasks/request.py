@@ -6,14 +6,15 @@ touches no arrays, so any thread may do it. What it gives is `run` on the thread
 
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError, token_ids, whole_number
+from ..arguments import SettingError, check_kind, shown, token_ids, whole_number
 from ..diffusion.decoding import Decoding, drive
 from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
@@ -72,6 +73,7 @@ def stream(
     prompt_cache: PromptCache | None = None,
 ) -> Generator[Item, None, None]:
     """Prepare a request at once, and answer it lazily."""
+    check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
     prepared = task.prepare(model, Vocabulary(model, tokenizer))
     return drive(model, _run(model, prepared, prompt_cache))
 
@@ -119,7 +121,7 @@ class Options(Settings, total=False):
         schema: a JSON Schema that the answer follows, see `schema.py`, or one that is parsed or
             `compiled`; not together with `start`, `opening` or `shrink`.
         tools: function declarations in JSON Schema, for templates that know them.
-        stop: strings before which the text ends.
+        stop: strings before which the text ends, or one.
         opening: what the answer begins with, as text, in which special tokens are recognised, or
             as ids; not together with `start`.
     """
@@ -254,10 +256,13 @@ def encode_prompt(
         if not prompt.strip():
             raise ContextError("the prompt is empty")
         prompt = [{"role": "user", "content": prompt}]
-    messages = [part for part in prompt if isinstance(part, dict)]
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise SettingError(f"a prompt is text, messages or token ids, not {shown(prompt)}")
+    parts = list(prompt)
+    messages = [part for part in parts if isinstance(part, dict)]
     if not messages:
-        return token_ids(prompt)
-    if len(messages) < len(prompt):
+        return token_ids(parts)
+    if len(messages) < len(parts):
         raise SettingError("a prompt is either messages or token ids, not both")
     text = tokenizer.apply_chat_template(
         messages, enable_thinking=enable_thinking, tools=tools or None

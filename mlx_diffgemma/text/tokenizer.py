@@ -11,6 +11,7 @@ import jinja2
 from tokenizers import Tokenizer as Backend
 
 from ..errors import Error
+from ..files import is_text
 from .rendering_budget import within
 from .templating import MOST_SOURCE, Environment
 
@@ -219,12 +220,13 @@ class Tokenizer:
                     tools=tools,
                     **self._special,
                 )
-            text.encode()  # half a character cannot become ids
-            return text
         except Exception as error:  # a template may raise whatever Python can
             raise TokenizerError(
                 f"the chat template refuses these messages: {_said(error)}"
             ) from None
+        if not is_text(text):  # which cannot become ids
+            raise TokenizerError("the chat template gives half of a surrogate pair, no character")
+        return text
 
     @cached_property
     def _template(self) -> jinja2.Template:
