@@ -176,7 +176,7 @@ class Request:
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     start: Start | Pieces | None = None
-    schema: "Schema | Parsed | Compiled | None" = None
+    schema: "Schema | type | Parsed | Compiled | None" = None
     guards: Guards = OFF
     shrink: bool = False
     tools: Sequence[Declaration] = ()

@@ -119,7 +119,8 @@ class Options(Settings, total=False):
         enable_thinking: ask for thoughts before the answer.
         start: what the first canvas starts from, arrays or text; None is noise.
         schema: a JSON Schema that the answer follows, see `schema.py`, or one that is parsed or
-            `compiled`; not together with `start`, `opening` or `shrink`.
+            `compiled`, or a type or class of Pydantic that has one; not together with `start`,
+            `opening` or `shrink`.
         tools: function declarations in JSON Schema, for templates that know them.
         stop: strings before which the text ends, or one.
         opening: what the answer begins with, as text, in which special tokens are recognised, or
@@ -130,7 +131,7 @@ class Options(Settings, total=False):
     draws: Draws | None
     enable_thinking: bool
     start: Start | Pieces | None
-    schema: "Schema | Parsed | Compiled | None"
+    schema: "Schema | type | Parsed | Compiled | None"
     tools: Sequence[Declaration]
     stop: Sequence[str]
     opening: str | Sequence[int]
