@@ -9,6 +9,8 @@ print(generate(model, tokenizer, "Why is the sky blue?"))
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__: str
+
 if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .arguments import SettingError as SettingError
     from .checkpoint.load import load as load
@@ -90,13 +92,30 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names.sp
 __all__ = sorted(_HOME)
 
 
+# What dir() lists, and so what completion offers: not the names that this module needs itself.
+_DUNDERS = ["__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_DUNDERS])
+
+
+def _version() -> str:
+    """The installed version; a checkout that was never installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlx-diffgemma")
+    except PackageNotFoundError:
+        return "unknown"

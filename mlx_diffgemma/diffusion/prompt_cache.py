@@ -122,6 +122,9 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    def __repr__(self) -> str:
+        return f"PromptCache({len(self):,} tokens, {self.nbytes:,} bytes)"
+
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids encoded so far."""

@@ -13,7 +13,7 @@ again from other noise; the least surprising one is kept.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import NoneType
 from typing import Never, TypedDict, Unpack
@@ -71,7 +71,7 @@ class FillResult:
 
     text: str
     values: dict[str, str | int]
-    probabilities: dict[str, tuple[float, ...]]
+    probabilities: dict[str, tuple[float, ...]] = field(repr=False)
     steps: int
     notes: tuple[str, ...]
 

@@ -7,14 +7,15 @@ touches no arrays, so any thread may do it. What it gives is `run` on the thread
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from types import NoneType
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError, check_kind, shown, token_ids, whole_number
+from ..arguments import SHOWN, SettingError, check_kind, shown, token_ids, whole_number
 from ..diffusion.decoding import Decoding, drive
 from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
@@ -25,6 +26,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
 from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
+from .notebook import html_of
 from .starts import Pieces
 
 if TYPE_CHECKING:
@@ -137,13 +139,14 @@ class Options(Settings, total=False):
     opening: str | Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draft:
     """One denoising step: the canvas as it stands.
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
     (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
     tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
+    `tokenizer` can tell the text of each token.
     """
 
     canvas: int
@@ -156,6 +159,21 @@ class Draft:
     end: int
     visible: tuple[bool, ...]
     text: str
+    tokenizer: Tokenizer | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        # Hundreds of numbers say nothing to whoever prints events.
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 3]}..."
+        return (
+            f"Draft(canvas={self.canvas}, step={self.step}, steps={self.steps}, "
+            f"accepted={sum(self.accepted)}/{len(self.accepted)}, text={text!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        if self.tokenizer is None:
+            return f"<pre>{escape(self.text)}</pre>"
+        return html_of(self, self.tokenizer.pieces(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -215,6 +233,7 @@ def draft_of(
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
+        tokenizer=tokenizer,
     )
 
 

@@ -107,6 +107,9 @@ class ChatSession:
             raise SessionError("this model's chat template knows no tools")
         self.system = system
 
+    def __repr__(self) -> str:
+        return f"ChatSession({len(self._messages)} messages, {self._prompt_cache!r})"
+
     @property
     def messages(self) -> tuple[Message, ...]:
         """The conversation so far, the system message first."""

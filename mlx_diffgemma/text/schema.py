@@ -15,7 +15,7 @@ library that checks values gets the keywords above, less $ref, and no others.
 import json
 import math
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,8 +109,8 @@ class Compiled:
     """
 
     schema: Schema
-    vocabulary: Vocabulary
-    machine: Machine
+    vocabulary: Vocabulary = field(repr=False)
+    machine: Machine = field(repr=False)
 
     def check(self, document: str) -> None:
         """Check a finished document with a library, as far as `schema_check.CHECK_SECONDS` go.

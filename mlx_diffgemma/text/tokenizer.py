@@ -59,6 +59,10 @@ class Tokenizer:
             if key.endswith("_token") and value
         }
 
+    def __repr__(self) -> str:
+        template = "no chat template" if self._template_source is None else "a chat template"
+        return f"Tokenizer({self.vocab_size:,} tokens, {template})"
+
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json` and the template that stands beside them.
