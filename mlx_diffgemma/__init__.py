@@ -27,6 +27,17 @@ if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .model.settings import ConfidenceThreshold as ConfidenceThreshold
     from .model.settings import EntropyBound as EntropyBound
     from .model.settings import GenerationConfig as GenerationConfig
+    from .tasks.asynchronous import abatch_generate as abatch_generate
+    from .tasks.asynchronous import achoose as achoose
+    from .tasks.asynchronous import aedit as aedit
+    from .tasks.asynchronous import afill as afill
+    from .tasks.asynchronous import agenerate as agenerate
+    from .tasks.asynchronous import astream as astream
+    from .tasks.asynchronous import astream_batch as astream_batch
+    from .tasks.asynchronous import astream_edit as astream_edit
+    from .tasks.asynchronous import astream_fill as astream_fill
+    from .tasks.asynchronous import astream_generate as astream_generate
+    from .tasks.asynchronous import in_mlx_thread as in_mlx_thread
     from .tasks.batch import batch_generate as batch_generate
     from .tasks.batch import stream_batch as stream_batch
     from .tasks.choose import ChooseError as ChooseError
@@ -74,6 +85,8 @@ _EXPORTS = {
     "errors": "CheckpointError Error",
     "model.diffusion_gemma": "DiffusionGemma",
     "model.settings": "ConfidenceThreshold EntropyBound GenerationConfig",
+    "tasks.asynchronous": "abatch_generate achoose aedit afill agenerate astream astream_batch "
+    "astream_edit astream_fill astream_generate in_mlx_thread",
     "tasks.batch": "batch_generate stream_batch",
     "tasks.choose": "ChooseError ChooseRequest choose",
     "tasks.edit": "EditError EditRequest EditResult edit stream_edit",

@@ -66,15 +66,31 @@ def batch_generate(
     Raises:
         Error: the first that a request meets; the others' answers are lost with it.
     """
+    answers = [""] * len(requests)
+    for number, text in stream_texts(model, tokenizer, requests, max_batch=max_batch):
+        answers[number] += text
+    return answers
+
+
+def stream_texts(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request | str],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> Generator[tuple[int, str], None, None]:
+    """Parts of the answers to requests or prompts: (index of the request, text).
+
+    Raises:
+        Error: the first that a request meets.
+    """
     if isinstance(requests, str):
         raise SettingError("requests are a list, of prompts or of Request; not one text")
     asked = [Request(each) if isinstance(each, str) else each for each in requests]
     for each in asked:
         check_kind("a request", each, Request, "a prompt or a Request")
-    answers = [""] * len(asked)
     for i, event in stream_batch(model, tokenizer, asked, max_batch=max_batch):
         if isinstance(event, Error):
             raise event
         if isinstance(event, Text):
-            answers[i] += event.text
-    return answers
+            yield i, event.text

@@ -1,11 +1,8 @@
 """A draft as HTML: notebooks show its tokens coloured as a terminal does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .request import Draft
 
 # Colours of accepted tokens by entropy, in nats: the first whose bound is not exceeded.
 COLOURS = ((0.1, "green"), (1.0, "yellow"), (float("inf"), "red"))
@@ -21,22 +18,28 @@ def colour_of(entropy: float) -> str:
     return next(colour for bound, colour in COLOURS if entropy <= bound)
 
 
-def html_of(draft: "Draft", pieces: Sequence[str]) -> str:
-    """The answer on the canvas, a span a token, then a line of progress; `pieces` are texts of
-    tokens. Thoughts and tool calls are folded to a count."""
-    shown = [i for i in range(draft.end) if draft.visible[i]]
-    hidden = draft.end - len(shown)
-    folded = f'<i style="{_NOISE}">[thoughts and calls: {hidden} tokens]</i>\n' if hidden else ""
+@dataclass(frozen=True)
+class Cell:
+    """A token of a draft: its text, whether it is accepted, how sure the model is of it."""
+
+    text: str
+    accepted: bool
+    entropy: float
+    probability: float
+
+
+def html_of(cells: Iterable[Cell], folded: int, caption: str) -> str:
+    """The answer on the canvas, a span a token, and a line below it.
+
+    Of thoughts and tool calls only the number of their tokens is told, `folded`.
+    """
+    told = f'<i style="{_NOISE}">[thoughts and calls: {folded} tokens]</i>\n' if folded else ""
     return (
-        f'<pre style="white-space:pre-wrap">{folded}'
-        f"{''.join(_span(draft, i, pieces[i]) for i in shown)}\n"
-        f'<span style="color:#1a8f9c">canvas {draft.canvas + 1}, step {draft.step}/{draft.steps}, '
-        f"{sum(draft.accepted)}/{len(draft.accepted)} accepted</span></pre>"
+        f'<pre style="white-space:pre-wrap">{told}{"".join(map(_span, cells))}\n'
+        f'<span style="color:#1a8f9c">{escape(caption)}</span></pre>'
     )
 
 
-def _span(draft: "Draft", at: int, piece: str) -> str:
-    style = _NOISE
-    if draft.accepted[at]:
-        style = f"font-weight:bold;color:{_CSS[colour_of(draft.entropies[at])]}"
-    return f'<span style="{style}" title="{draft.probabilities[at]:.0%}">{escape(piece)}</span>'
+def _span(cell: Cell) -> str:
+    style = f"font-weight:bold;color:{_CSS[colour_of(cell.entropy)]}" if cell.accepted else _NOISE
+    return f'<span style="{style}" title="{cell.probability:.0%}">{escape(cell.text)}</span>'

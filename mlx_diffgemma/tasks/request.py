@@ -7,10 +7,12 @@ touches no arrays, so any thread may do it. What it gives is `run` on the thread
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from html import escape
 from types import NoneType
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +28,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
 from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
-from .notebook import html_of
+from .notebook import Cell, html_of
 from .starts import Pieces
 
 if TYPE_CHECKING:
@@ -76,16 +78,41 @@ def stream(
 ) -> Generator[Item, None, None]:
     """Prepare a request at once, and answer it lazily."""
     check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
-    prepared = task.prepare(model, Vocabulary(model, tokenizer))
+    return run_prepared(model, task.prepare(model, Vocabulary(model, tokenizer)), prompt_cache)
+
+
+def run_prepared(
+    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None = None
+) -> Generator[Item, None, None]:
+    """Answer a request that is prepared, lazily.
+
+    Raises:
+        SettingError: the prompt cache was used by another run since.
+    """
     return drive(model, _run(model, prepared, prompt_cache))
 
 
+# Which run has used a prompt cache last.
+_users: WeakKeyDictionary[PromptCache, object] = WeakKeyDictionary()
+
+
 def _run(
-    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None
+    model: DiffusionGemma, prepared: Prepared[Item], given: PromptCache | None
 ) -> Decoding[Item, None]:
     # Not in `stream`: an empty cache is made where the run begins, and nobody else holds it.
+    prompt_cache = PromptCache(model) if given is None else given
+    me = _users[prompt_cache] = object()
+    answer: mx.array | None = None
     try:
-        yield from prepared.run(PromptCache(model) if prompt_cache is None else prompt_cache)
+        with closing(prepared.run(prompt_cache)) as decoding, suppress(StopIteration):
+            while True:
+                item = decoding.send(answer)
+                answer = yield item
+                if _users[prompt_cache] is not me:
+                    raise SettingError(
+                        "the prompt cache, or chat session, was used by another answer before this "
+                        "one was complete"
+                    )
     finally:
         mx.clear_cache()
 
@@ -173,7 +200,17 @@ class Draft:
         """What notebooks show."""
         if self.tokenizer is None:
             return f"<pre>{escape(self.text)}</pre>"
-        return html_of(self, self.tokenizer.pieces(self.tokens))
+        shown = [i for i in range(self.end) if self.visible[i]]
+        pieces = self.tokenizer.pieces([self.tokens[i] for i in shown])
+        cells = [
+            Cell(piece, self.accepted[i], self.entropies[i], self.probabilities[i])
+            for i, piece in zip(shown, pieces, strict=True)
+        ]
+        caption = (
+            f"canvas {self.canvas + 1}, step {self.step}/{self.steps}, "
+            f"{sum(self.accepted)}/{len(self.accepted)} accepted"
+        )
+        return html_of(cells, self.end - len(shown), caption)
 
 
 @dataclass(frozen=True)
