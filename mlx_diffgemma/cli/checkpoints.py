@@ -63,9 +63,19 @@ class Quantization:
 @app.command()
 @with_options
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
-    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory or hub name.", show_default=False)
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Argument(help="Directory to write; must not exist.", show_default=False)
+    ] = None,
     *,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", help="The source, as mlx-lm takes it.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option("--mlx-path", help="The directory to write, as mlx-lm takes it.")
+    ] = None,
     quantization: Quantization,
     upload_repo: Annotated[
         str | None, typer.Option(help="Then upload to this hub repository.")
@@ -73,6 +83,7 @@ def convert(
     revision: Revision = None,
 ) -> None:
     """Convert Hugging Face weights to quantized MLX weights."""
+    source, destination = _ends(source, destination, hf_path, mlx_path)
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,6 +111,23 @@ def convert(
     if upload_repo:
         say(f"uploaded to {upload(report.directory, upload_repo)}")
     put(str(report.directory))
+
+
+def _ends(
+    source: str | None, destination: Path | None, hf_path: str | None, mlx_path: Path | None
+) -> tuple[str, Path]:
+    """Source and destination, each as an argument or as an option."""
+    given = [each for each in (source, destination) if each is not None]
+    if hf_path is not None and source is not None and destination is None:
+        source, destination = None, Path(source)  # the one argument is what the option is not
+    if (source is None) == (hf_path is None):
+        fail("convert takes one source: convert SOURCE DIRECTORY, or --hf-path SOURCE", code=2)
+    if (destination is None) == (mlx_path is None):
+        fail(
+            "convert takes one directory to write: convert SOURCE DIRECTORY, or --mlx-path", code=2
+        )
+    assert len(given) <= 2
+    return source or hf_path or "", destination or mlx_path or Path()
 
 
 def _tell_conversion(report: "Summary") -> None:

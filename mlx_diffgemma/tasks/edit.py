@@ -16,7 +16,7 @@ import numpy as np
 from ..arguments import SettingError, check_kind, is_number, shown
 from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
 from ..diffusion.decoding import Decoding, relay
-from ..diffusion.denoise import Start, denoise
+from ..diffusion.denoise import DenoisingState, Start, denoise
 from ..diffusion.draws import Draws
 from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
@@ -42,11 +42,13 @@ class EditResult:
         text: the whole text, its part rewritten.
         steps: denoising steps, over all canvases.
         notes: what a user should know, as sentences: text that the model could not see.
+        converged: whether every canvas met the stop rule before its steps were used up.
     """
 
     text: str
     steps: int
     notes: tuple[str, ...]
+    converged: bool
 
 
 class EditOptions(TypedDict, total=False):
@@ -199,23 +201,25 @@ class Revision:
         draws = self.draws or fresh_draws(self.model, self.seed)
         written, given, steps = self.left, self.left_ids, 0
         notes: list[str] = []
+        converged = True
         for number, chunk in enumerate(self.chunks):
             context, dropped = clip_context(self.model, self.prompt, given)
             if dropped and not notes:
                 notes.append(f"The model did not see the first {dropped} tokens of the text.")
             yield from prompt_cache.reading(context)
-            rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
+            state, rewritten = yield from self._rewrite(number, prompt_cache, draws)
+            converged &= bool(np.array(state.converged)[0])
             rewritten += chunk[len(chunk.rstrip("\r\n")) :]
             written += rewritten
             # Not all that is written is encoded anew: others wait on this thread.
             given = given + self.vocabulary.tokenizer.encode(rewritten)
-            steps += count
-        yield EditResult(written + self.right, steps, tuple(notes))
+            steps += state.step - _first_step(self.strength, self.config) + 1
+        yield EditResult(written + self.right, steps, tuple(notes), converged)
 
     def _rewrite(
         self, number: int, prompt_cache: PromptCache, draws: Draws
-    ) -> Decoding[Draft, tuple[str, int]]:
-        """A chunk without its line break, rewritten, and how many steps that took."""
+    ) -> Decoding[Draft, tuple[DenoisingState, str]]:
+        """The last state of a chunk's canvas, and the chunk rewritten, without its line break."""
         tokenizer, config, chunk = self.vocabulary.tokenizer, self.config, self.chunks[number]
         body = chunk.rstrip("\r\n")
         behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
@@ -226,7 +230,7 @@ class Revision:
         )
         tokens: list[int] = np.array(state.argmax[0]).tolist()
         kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind, len(tokens)))
-        return tokenizer.decode(kept), state.step - start.first_step + 1
+        return state, tokenizer.decode(kept)
 
 
 def edit_start(
@@ -269,8 +273,13 @@ def edit_start(
         mx.where(noised, draws.tokens((1, room)), whole),
         background=whole,
         constraint=Plans([plan], vocabulary.size),
-        first_step=1 + round((1 - strength) * (config.max_denoising_steps - 1)),
+        first_step=_first_step(strength, config),
     )
+
+
+def _first_step(strength: float, config: GenerationConfig) -> int:
+    """Where the schedule is entered, from 1."""
+    return 1 + round((1 - strength) * (config.max_denoising_steps - 1))
 
 
 def _visible(tokenizer: Tokenizer, behind: str, room: int) -> list[int]:

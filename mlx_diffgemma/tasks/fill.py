@@ -67,6 +67,7 @@ class FillResult:
             else, but noise in this hole and in up to a quarter of the others (temperature 1).
         steps: denoising steps, over all windows; rows tried side by side count once.
         notes: what a user should know, as sentences: text that the model could not see.
+        converged: whether every canvas met the stop rule before its steps were used up.
     """
 
     text: str
@@ -74,6 +75,7 @@ class FillResult:
     probabilities: dict[str, tuple[float, ...]] = field(repr=False)
     steps: int
     notes: tuple[str, ...]
+    converged: bool
 
 
 # Layout ------------------------------------------------------------------------------------------
@@ -217,6 +219,7 @@ class _Settled:
     canvas: mx.array
     surprises: dict[str, list[float]]
     behind: list[float]
+    converged: bool
 
     def mean(self, name: str) -> float:
         """Of a hole and the token behind it."""
@@ -366,6 +369,7 @@ class _Filling:
         self._context: list[int] = []  # to be read next
         self._window = self._passes = 0
         self._notes: list[str] = []
+        self._converged = True
         self._probabilities: dict[str, tuple[float, ...]] = {}
         self.written: dict[str, list[int]] = {}
 
@@ -431,6 +435,7 @@ class _Filling:
     def keep(self, settled: _Settled) -> None:
         """Keep the holes that lie in the canvas, and go on behind the last of them."""
         row, gaps = settled.layout.row, self._form.gaps
+        self._converged &= settled.converged
         for name, (start, end) in row.spans.items():
             self.written[name] = settled.tokens[start:end]
             self._probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
@@ -461,7 +466,8 @@ class _Filling:
             value = value.removeprefix(" ") if form.gaps[part.name].spaced else value
             text += value
             values[part.name] = int(value) if part.kind == "int" else value
-        return FillResult(text, values, self._probabilities, self._passes, tuple(self._notes))
+        notes = tuple(self._notes)
+        return FillResult(text, values, self._probabilities, self._passes, notes, self._converged)
 
 
 def stream_fill(
@@ -523,7 +529,8 @@ def _try(
                 spans = layout.row.spans
                 surprises = yield from _in_groups(model, cache, canvas, spans, draws)
                 behind = []
-            finished.append(_Settled(layout, canvas, surprises, behind))
+            converged = bool(np.array(state.converged)[i])
+            finished.append(_Settled(layout, canvas, surprises, behind, converged))
     if name is None:
         return finished[0], passes
     return min(finished, key=lambda settled: settled.mean(name)), passes

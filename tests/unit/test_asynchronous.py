@@ -27,8 +27,6 @@ from mlx_diffgemma import (
     agenerate,
     astream,
     astream_batch,
-    astream_edit,
-    astream_fill,
     astream_generate,
     batch_generate,
     choose,
@@ -37,8 +35,6 @@ from mlx_diffgemma import (
     generate,
     in_mlx_thread,
     load,
-    stream_edit,
-    stream_fill,
     stream_generate,
 )
 
@@ -81,12 +77,6 @@ def test_events_are_those_without_asyncio(small: Any) -> None:
     def run(events: Any) -> list[object]:
         return asyncio.run(all_of(events))
 
-    assert run(astream_fill(*small, "{{a:yes|no}}", **few)) == list(
-        stream_fill(*small, "{{a:yes|no}}", **few)
-    )
-    assert run(astream_edit(*small, "a smal house", "Fix", **few)) == list(
-        stream_edit(*small, "a smal house", "Fix", **few)
-    )
     drafts = run(astream_generate(*small, "hello", **few))[:-1]
     assert drafts == list(stream_generate(*small, "hello", **few))[:-1]  # Done tells seconds
     parts = run(astream_batch(*small, [Request("hello", **few), Request("x", **few)]))
