@@ -117,17 +117,12 @@ def _ends(
     source: str | None, destination: Path | None, hf_path: str | None, mlx_path: Path | None
 ) -> tuple[str, Path]:
     """Source and destination, each as an argument or as an option."""
-    given = [each for each in (source, destination) if each is not None]
-    if hf_path is not None and source is not None and destination is None:
-        source, destination = None, Path(source)  # the one argument is what the option is not
-    if (source is None) == (hf_path is None):
-        fail("convert takes one source: convert SOURCE DIRECTORY, or --hf-path SOURCE", code=2)
-    if (destination is None) == (mlx_path is None):
-        fail(
-            "convert takes one directory to write: convert SOURCE DIRECTORY, or --mlx-path", code=2
-        )
-    assert len(given) <= 2
-    return source or hf_path or "", destination or mlx_path or Path()
+    words = [str(each) for each in (source, destination) if each is not None]
+    begin = hf_path if hf_path is not None or not words else words.pop(0)
+    end = mlx_path if mlx_path is not None or not words else Path(words.pop(0))
+    if begin is None or end is None or words:
+        fail("convert takes one source and one directory to write, as arguments or options", code=2)
+    return begin, end
 
 
 def _tell_conversion(report: "Summary") -> None:
