@@ -19,12 +19,22 @@ app = typer.Typer()
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 
 
+def _recipes(begun: str) -> list[str]:
+    """Names that a shell completes."""
+    from ..convert import RECIPES
+
+    return [name for name in RECIPES if name.startswith(begun)]
+
+
 @dataclass(frozen=True)
 class Quantization:
     """What becomes of the weights."""
 
     recipe: Annotated[
-        str | None, typer.Option(help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]")
+        str | None,
+        typer.Option(
+            help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]", autocompletion=_recipes
+        ),
     ] = None
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize uniformly, as --q-* say.")

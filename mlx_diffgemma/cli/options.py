@@ -70,6 +70,13 @@ Quiet = Annotated[
 Show = Annotated[bool, typer.Option("--show", help="Draw the canvas as it denoises.")]
 
 
+def _shipped(begun: str) -> list[str]:
+    """Names that a shell completes; it completes directories itself."""
+    from ..checkpoint.files import SHIPPED
+
+    return [name for name in SHIPPED if name.startswith(begun)]
+
+
 def with_options(command: Command) -> Command:
     """Give a command the options of each group among its parameters, in the group's place.
 
@@ -115,6 +122,7 @@ class LoadFaithful:
             "--model",
             "-m",
             envvar="MLX_DIFFGEMMA_MODEL",
+            autocompletion=_shipped,
             help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
         ),
     ] = None

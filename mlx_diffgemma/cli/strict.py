@@ -20,6 +20,6 @@ def tell_unsettled(what: str, *, strict: bool, so: str = "") -> None:
     Raises:
         SystemExit: with `strict`.
     """
-    say(f"warning: {what} did not converge, and may be wrong; more --steps may help{so}")
+    say(f"warning: {what} did not converge: the model was not sure of all of it in the end{so}")
     if strict:
         raise SystemExit(UNSETTLED)
