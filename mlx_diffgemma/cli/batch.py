@@ -26,7 +26,7 @@ def answer_many(
     template: Request,
     system: str | None,
     *,
-    strict: bool,
+    strict: bool = False,
 ) -> None:
     """Answer the prompts of a file; what `output` holds already is skipped.
 
