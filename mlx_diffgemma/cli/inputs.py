@@ -27,16 +27,17 @@ def source_of(given: str, what: str, *, text: bool) -> Source:
 
     Raises:
         Error: the file cannot be read, or is not UTF-8.
-        SystemExit: it is half a character.
+        SystemExit: it is no text, or stdin is closed.
     """
     if given == "-":
-        if sys.stdin.isatty():
-            say(f"Reading {what} from the terminal; end it with Ctrl-D.")
         return Source(_read_stdin(what), "stdin")
     if given.startswith("@@"):
         return Source(_whole(given[1:], what), "text")
     if given.startswith("@") or not text:
-        path = Path(given.removeprefix("@")).expanduser()
+        name = given.removeprefix("@")
+        if not name:
+            fail(f"{what} is empty, or names no file", code=2)
+        path = Path(name).expanduser()
         return Source(read_text(path), str(path), path)
     return Source(_whole(given, what), "text")
 
@@ -55,14 +56,16 @@ def optional_text(given: str | None, what: str) -> str | None:
 def _read_stdin(what: str) -> str:
     if not sys.stdin:  # the shell has closed it
         fail(f"{what} is to be read from stdin, which is closed")
+    if sys.stdin.isatty():
+        say(f"Reading {what} from the terminal; end it with Ctrl-D.")
     try:
-        return sys.stdin.read()
+        return _whole(sys.stdin.read(), what)
     except UnicodeDecodeError:
-        fail(f"{what} on stdin is not UTF-8 text")
+        fail(f"{what} is not UTF-8 text")
 
 
 def _whole(text: str, what: str) -> str:
-    """The text, unless bytes of the command line were no text."""
+    """The text, unless bytes of the command line or of stdin were none."""
     if not is_text(text):
         fail(f"{what} is not UTF-8 text")
     return text

@@ -108,6 +108,10 @@ def test_paths_and_ports_are_checked_before_anything_is_loaded(tmp_path: Path) -
         (("generate", "hi", "--max-memory", "12"), 1, "12GB was probably meant"),
         (("choose", "hi", "--labels", "yes,"), 1, "none of them empty"),
         (("choose", "hi", "--labels", "a,b", "--labels", "c,d"), 2, "given twice"),
+        (("generate", "@"), 2, "names no file"),
+        (("edit", "", "-i", "x"), 2, "names no file"),
+        (("generate", "hi\udcff"), 1, "the prompt is not UTF-8 text"),
+        (("edit", note, "-i", "x\udcff"), 1, "the instruction is not UTF-8 text"),
         (("generate", "@nowhere"), 1, "nowhere cannot be read"),
         (("generate", "hi", "--system", "@nowhere"), 1, "nowhere cannot be read"),
         (("fill", "@nowhere"), 1, "nowhere cannot be read"),
@@ -167,6 +171,16 @@ def test_a_text_is_a_file_stdin_or_itself_in_every_command(tmp_path: Path) -> No
     )  # fmt: skip
     assert same(("edit", "a smal house", *how, "Fix"))
     assert same(("generate", "@@ask")) == same(("generate", "-"), stdin="@ask")
+
+
+@pytest.mark.parametrize("stdin", ["<&-", "< bytes"])
+def test_no_text_on_stdin_is_a_sentence(stdin: str, tmp_path: Path) -> None:
+    """A closed stdin ended in a traceback, bytes in an answer to half characters."""
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    line = f"{' '.join(COMMAND)} generate - {stdin}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: the prompt is .*\n", done.stderr), done.stderr
 
 
 def test_labels_are_trimmed() -> None:
