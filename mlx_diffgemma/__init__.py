@@ -9,6 +9,8 @@ print(generate(model, tokenizer, "Why is the sky blue?"))
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__: str
+
 if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .arguments import SettingError as SettingError
     from .checkpoint.load import load as load
@@ -25,6 +27,17 @@ if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .model.settings import ConfidenceThreshold as ConfidenceThreshold
     from .model.settings import EntropyBound as EntropyBound
     from .model.settings import GenerationConfig as GenerationConfig
+    from .tasks.asynchronous import abatch_generate as abatch_generate
+    from .tasks.asynchronous import achoose as achoose
+    from .tasks.asynchronous import aedit as aedit
+    from .tasks.asynchronous import afill as afill
+    from .tasks.asynchronous import agenerate as agenerate
+    from .tasks.asynchronous import astream as astream
+    from .tasks.asynchronous import astream_batch as astream_batch
+    from .tasks.asynchronous import astream_edit as astream_edit
+    from .tasks.asynchronous import astream_fill as astream_fill
+    from .tasks.asynchronous import astream_generate as astream_generate
+    from .tasks.asynchronous import in_mlx_thread as in_mlx_thread
     from .tasks.batch import batch_generate as batch_generate
     from .tasks.batch import stream_batch as stream_batch
     from .tasks.choose import ChooseError as ChooseError
@@ -75,6 +88,8 @@ _EXPORTS = {
     "errors": "CheckpointError Error",
     "model.diffusion_gemma": "DiffusionGemma",
     "model.settings": "ConfidenceThreshold EntropyBound GenerationConfig",
+    "tasks.asynchronous": "abatch_generate achoose aedit afill agenerate astream astream_batch "
+    "astream_edit astream_fill astream_generate in_mlx_thread",
     "tasks.batch": "batch_generate stream_batch",
     "tasks.choose": "ChooseError ChooseRequest choose",
     "tasks.edit": "EditError EditRequest EditResult edit stream_edit",
@@ -94,13 +109,30 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names.sp
 __all__ = sorted(_HOME)
 
 
+# What dir() lists, and so what completion offers: not the names that this module needs itself.
+_DUNDERS = ["__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_DUNDERS])
+
+
+def _version() -> str:
+    """The installed version; a checkout that was never installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlx-diffgemma")
+    except PackageNotFoundError:
+        return "unknown"

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NoReturn
@@ -85,6 +86,19 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:20]} is too large")
     return value
+
+
+def check_writable(path: Path) -> None:
+    """Find out whether `replacing` could write a file; nothing stays of the attempt.
+
+    Raises:
+        OSError: it could not, as there is no such folder, or no permission.
+    """
+    target = path.resolve()
+    if target.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+    with NamedTemporaryFile(dir=target.parent):
+        pass
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def on_this_machine(path_or_repo: str) -> Path | None:
     if path_or_repo in SHIPPED:
         return SHIPPED[path_or_repo]
     if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
-        raise CheckpointError(f"{path_or_repo} is neither a directory nor a name on the hub")
+        raise CheckpointError(_no_checkpoint(path_or_repo, is_file=is_file))
     return None
 
 
@@ -155,6 +156,31 @@ def hub_failure(name: str, revision: str | None, error: Exception) -> Checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         said = f"{name} could not be fetched: {reason}"
     return CheckpointError(said)
+
+
+def _no_checkpoint(given: str, *, is_file: bool) -> str:
+    """What is wrong with a name that is no checkpoint's, and the way on."""
+    suffix = given.rpartition(".")[2].lower()
+    if suffix == "gguf":
+        return (
+            f"{shown_name(given)} is a GGUF file, which llama.cpp runs; this needs a directory "
+            "with safetensors, such as `mlx-diffgemma convert` writes"
+        )
+    if is_file:
+        where = str(Path(given).parent)
+        rest = f"; its directory is {where}" if suffix in ("safetensors", "json") else ""
+        return f"{shown_name(given)} is neither a directory nor a name on the hub, but a file{rest}"
+    close = get_close_matches(given, SHIPPED, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return (
+        f"{shown_name(given)} is neither a directory nor a name on the hub (owner/name), nor one "
+        f"of the models that ship, {' and '.join(SHIPPED)}{meant}"
+    )
+
+
+def shown_name(given: str) -> str:
+    """A path or name as a sentence repeats it."""
+    return given if len(given) <= NAME_LIMIT else f"{given[:NAME_LIMIT]}..."
 
 
 def size_of_file(path: Path) -> int:
@@ -178,7 +204,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
             raise CheckpointError(f"{path} is larger than {JSON_LIMIT // 10**6} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        raise CheckpointError(f"{path} is missing{_instead(directory, name)}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except RecursionError:
@@ -188,6 +214,18 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
+
+
+def _instead(directory: Path, name: str) -> str:
+    """What a directory without config.json holds in its place."""
+    if name != "config.json":
+        return ""
+    if any(directory.glob("*.gguf")):
+        return "; the directory holds a GGUF file, which llama.cpp runs"
+    inner = sorted(path.parent for path in directory.glob("*/config.json"))[:3]
+    if inner:
+        return f"; there is one in {', '.join(map(str, inner))}"
+    return "; a checkpoint has it, model*.safetensors and tokenizer.json in one directory"
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from rich.filesize import decimal
 
+from ..arguments import SettingError, shown, whole_number
 from ..errors import Error
 from .info import Info
 
@@ -18,6 +19,8 @@ TABLE_SHARE = 0.25
 MACS = {size: (size << 30) * (8 if size <= 32 else 9) // 12 for size in (16, 24, 32, 36, 48, 64)}
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Bytes in which not even the model that ships runs: what is less lacks its unit.
+LEAST_MEMORY = 1_000_000
 
 
 class TooLarge(Error):
@@ -73,13 +76,23 @@ def _advice(found: Info, memory: int) -> str:
     return "no number of bits would make it fit"
 
 
-def read_size(text: str) -> int:
-    """Read the bytes of "12GB", "900 MB" or "16000000000".
+def read_size(given: int | str) -> int:
+    """The bytes of a memory: a number of them, or a text such as "12GB", "12 GiB", "900MB".
 
     Raises:
-        Error: it is none of these.
+        SettingError: it is none of these, or so few that a unit must be missing.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not found:
-        raise Error(f"{text!r} is not a size; write for instance 12GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    if not isinstance(given, str):
+        number = whole_number("max_memory", given, 0)
+        text = str(number)
+    else:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", given, re.IGNORECASE)
+        if not found or (found[3] and not found[2]):
+            raise SettingError(f"{shown(given)} is not a size; write for instance 12GB")
+        power = "KMGT".find(found[2].upper()) + 1 if found[2] else 0
+        number = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+        text = given.strip()
+    if number < LEAST_MEMORY:
+        meant = f"; {number}GB was probably meant" if number and text.isdecimal() else ""
+        raise SettingError(f"{text} are {number:,} bytes, in which no model runs{meant}")
+    return number

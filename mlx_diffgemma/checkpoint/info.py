@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from ..model.config import Config
+from ..errors import CheckpointError
+from ..model.config import Config, ConfigError
 from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
 from .quantization import quantization_of
 
@@ -87,13 +88,31 @@ def inspect(directory: Path, dtype: str | None = None) -> Info:
     return info_of(read_headers(directory), dtype)
 
 
+def config_of(headers: Headers) -> Config:
+    """Read the numbers of a checkpoint's config.
+
+    Raises:
+        CheckpointError: the config is not one of ours; it names the directory, and what runs models
+            of another type.
+    """
+    try:
+        return Config.from_dict(headers.config)
+    except ConfigError as error:
+        kind = headers.config.get("model_type")
+        way = ""
+        if isinstance(kind, str) and kind != "diffusion_gemma":
+            other = "mlx-vlm" if "vision_config" in headers.config else "mlx-lm"
+            way = f"; this runs DiffusionGemma alone, {other} runs many others"
+        raise CheckpointError(f"{headers.directory}: {error}{way}") from None
+
+
 def info_of(headers: Headers, dtype: str | None = None) -> Info:
     """Compute the same from headers that have been read.
 
     Raises:
         CheckpointError: the config is not one of ours.
     """
-    config = Config.from_dict(headers.config)
+    config = config_of(headers)
     grouped: dict[str, list[Tensor]] = {}
     for name, tensor in headers.tensors.items():
         part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))

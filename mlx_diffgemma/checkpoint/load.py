@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ from .files import (
     resolve,
     size_of_file,
 )
-from .fit import fit
+from .fit import fit, read_size
 from .info import info_of
 from .quantization import quantization_of
 
@@ -42,7 +42,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: DType | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     speed: Speed = "faithful",
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
@@ -56,22 +56,27 @@ def load(
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
-        max_memory: bytes that the model may take, its context included; None is what is free. The
-            longest context follows from it, see `DiffusionGemma.context`.
+        max_memory: bytes that the model may take, its context included, or a text such as "12GB";
+            None is what is free. The longest context follows from it, see `DiffusionGemma.context`.
         speed: fewer denoising steps for some loss, see `GenerationConfig.with_speed`.
 
     Raises:
         TooLarge: it would not fit, before anything is loaded.
+        SettingError: a setting is none of those that there are.
         CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
             not what the config says; the message is one sentence.
     """
+    for name, value, known in (("speed", speed, Speed), ("dtype", dtype, DType)):
+        if value is not None and value not in get_args(known):
+            raise SettingError(f"{name} is one of {', '.join(get_args(known))}; not {shown(value)}")
+    memory = None if max_memory is None else read_size(max_memory)
     keep_in_memory()
     directory = EMBEDDED
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
-    decided = fit(info_of(headers, dtype), max_memory)
+    decided = fit(info_of(headers, dtype), memory)
     model = model_of(headers, dtype)
     model.context = decided.context
     model.generation = model.generation.with_speed(speed)

@@ -15,13 +15,25 @@ from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
 from .display import Screen, progress, summary, told
 from .options import Load
+from .strict import tell_unsettled
 from .terminal import put, say
 
 
 def answer_one(
-    request: Request, load: Load, file: Path | None, *, show: bool, as_json: bool, quiet: bool
+    request: Request,
+    load: Load,
+    file: Path | None,
+    *,
+    show: bool,
+    as_json: bool,
+    quiet: bool,
+    strict: bool,
 ) -> None:
-    """Answer a request; `file` keeps what is read for it, and holds what was read before."""
+    """Answer a request; `file` keeps what is read for it, and holds what was read before.
+
+    Raises:
+        SystemExit: with `strict`, the answer did not converge.
+    """
     model, tokenizer = load()
     cache = PromptCache(model)
     if file is not None and file.exists():
@@ -35,6 +47,8 @@ def answer_one(
         answer.end()
     if file is not None:
         cache.save(file)
+    if not answer.converged:
+        tell_unsettled("the answer", strict=strict)
 
 
 class Answer:
@@ -75,6 +89,11 @@ class Answer:
                 screen.note(told(event))
             case Done():
                 self._done = event
+
+    @property
+    def converged(self) -> bool:
+        """Whether the answer is what the model settled on."""
+        return self._done is not None and self._done.finish_reason != "not_converged"
 
     def end(self) -> None:
         """Show what comes once the answer is complete."""

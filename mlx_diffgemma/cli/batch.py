@@ -13,6 +13,7 @@ from ..tasks.generate import Request
 from ..tasks.request import Event
 from ..text.tokenizer import Tokenizer
 from .batchfile import Answers, Output, Prompts, read_requests, writing
+from .strict import tell_unsettled
 from .terminal import say
 
 
@@ -24,6 +25,8 @@ def answer_many(
     quiet: bool,
     template: Request,
     system: str | None,
+    *,
+    strict: bool = False,
 ) -> None:
     """Answer the prompts of a file; what `output` holds already is skipped.
 
@@ -32,7 +35,7 @@ def answer_many(
 
     Raises:
         BatchError: a file cannot be read or written.
-        SystemExit: a prompt has failed.
+        SystemExit: a prompt has failed, or with `strict` an answer did not converge.
     """
     prompts = read_requests(file, template, system)
     answers = Answers(prompts.ids)
@@ -48,6 +51,8 @@ def answer_many(
         say(f"{len(left) - answers.failed} answered, {answers.failed} failed")
     if answers.failed:
         raise SystemExit(1)
+    if answers.unsettled:
+        tell_unsettled(f"{answers.unsettled} of {len(left)} answers", strict=strict)
 
 
 def _answer(

@@ -135,7 +135,7 @@ class Answers:
     """Puts the events of each request together to a line of the answers' file."""
 
     def __init__(self, ids: dict[int, str]) -> None:
-        self.failed = 0
+        self.failed = self.unsettled = 0
         self._ids = ids
         self._parts: dict[int, dict[str, Any]] = {}
 
@@ -152,6 +152,7 @@ class Answers:
                 parts.setdefault("tool_calls", []).append(vars(event))
             case Done():
                 del self._parts[index]
+                self.unsettled += event.finish_reason == "not_converged"
                 known: dict[str, Any] = {
                     "finish_reason": event.finish_reason,
                     "prompt_tokens": event.prompt_tokens,

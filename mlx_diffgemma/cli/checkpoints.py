@@ -20,12 +20,22 @@ app = typer.Typer()
 QuantMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 
 
+def _recipes(begun: str) -> list[str]:
+    """Names that a shell completes."""
+    from ..convert import RECIPES
+
+    return [name for name in RECIPES if name.startswith(begun)]
+
+
 @dataclass(frozen=True)
 class Quantization:
     """What becomes of the weights."""
 
     recipe: Annotated[
-        str | None, typer.Option(help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]")
+        str | None,
+        typer.Option(
+            help="Named recipe, see `mlx-diffgemma recipes`. [mixed-4-8]", autocompletion=_recipes
+        ),
     ] = None
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Quantize uniformly, as --q-* say.")
@@ -64,9 +74,19 @@ class Quantization:
 @app.command()
 @with_options
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint directory or hub name.")],
-    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory or hub name.", show_default=False)
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Argument(help="Directory to write; must not exist.", show_default=False)
+    ] = None,
     *,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", help="The source, as mlx-lm takes it.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option("--mlx-path", help="The directory to write, as mlx-lm takes it.")
+    ] = None,
     quantization: Quantization,
     upload_repo: Annotated[
         str | None, typer.Option(help="Then upload to this hub repository.")
@@ -79,6 +99,8 @@ def convert(
 ) -> None:
     """Convert Hugging Face weights to quantized MLX weights."""
     import logging
+
+    source, destination = _ends(source, destination, hf_path, mlx_path)
 
     from ..convert import Summary, stream_convert, upload, workspace_of
     from .converting import progress
@@ -110,6 +132,18 @@ def convert(
     if upload_repo:
         say(f"uploaded to {upload(report.directory, upload_repo)}")
     put(str(report.directory))
+
+
+def _ends(
+    source: str | None, destination: Path | None, hf_path: str | None, mlx_path: Path | None
+) -> tuple[str, Path]:
+    """Source and destination, each as an argument or as an option."""
+    words = [str(each) for each in (source, destination) if each is not None]
+    begin = hf_path if hf_path is not None or not words else words.pop(0)
+    end = mlx_path if mlx_path is not None or not words else Path(words.pop(0))
+    if begin is None or end is None or words:
+        fail("convert takes one source and one directory to write, as arguments or options", code=2)
+    return begin, end
 
 
 def _tell_conversion(report: "Summary") -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from ..diffusion.guards import Guard
+from ..tasks.notebook import colour_of
 from ..tasks.request import Done, Draft, Item, Notice
 from ..text.tokenizer import Tokenizer
 from .keyboard import in_foreground, silenced
@@ -21,9 +22,6 @@ from .terminal import say, visible, write
 if TYPE_CHECKING:
     from ..measure.bench import Report
 
-
-# Colours of accepted tokens by entropy, in nats: the first whose bound is not exceeded.
-COLOURS = ((0.1, "green"), (1.0, "yellow"), (float("inf"), "red"))
 
 NOTICES: dict[Guard, str] = {
     "empty": "the answer would have been empty",
@@ -291,7 +289,7 @@ def style_of(accepted: bool, entropy: float) -> str:
     """How a token is drawn."""
     if not accepted:
         return "dim"
-    return "bold " + next(colour for bound, colour in COLOURS if entropy <= bound)
+    return f"bold {colour_of(entropy)}"
 
 
 def progress(draft: Draft, seconds: float | None = None) -> str:

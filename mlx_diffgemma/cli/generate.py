@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .options import Answering, Load, Quiet, Show, System, from_argument, messages_of, with_options
+from .inputs import optional_text, text_of
+from .options import (
+    Answering,
+    Load,
+    PromptOption,
+    Quiet,
+    Show,
+    System,
+    messages_of,
+    prompt_of,
+    with_options,
+)
+from .strict import Strict
 from .terminal import fail
 
 app = typer.Typer()
@@ -30,8 +42,9 @@ class Batch:
 @app.command()
 @with_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
+    prompt: Annotated[str, typer.Argument(help="The question; @FILE reads a file, - stdin.")] = "-",
     *,
+    asked: PromptOption = None,
     load: Load,
     answering: Answering,
     system: System = None,
@@ -53,13 +66,19 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
     ] = False,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt, or with --batch the prompts of a file."""
+    prompt = prompt_of(prompt, asked)
+    system = optional_text(system, "the system message")
     if many.batch is None:
-        messages = messages_of(from_argument(prompt, "the prompt"), system)
+        if many.output is not None:
+            fail("--output goes with --batch; one answer goes to stdout", code=2)
+        messages = messages_of(text_of(prompt, "the prompt"), system)
     elif prompt != "-" or prompt_cache is not None or show:
         fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
+    from ..diffusion.prompt_cache import check_destination
     from ..tasks.generate import Request
     from ..text.schema import read_supported
 
@@ -72,13 +91,17 @@ def generate(
         likelihood=likelihood,
     )
     request.check_options()
+    if prompt_cache is not None:
+        check_destination(prompt_cache)
     if not quiet:
         load.introduce()
     if many.batch is not None:
         from .batch import answer_many
 
-        answer_many(many.batch, many.output, many.max_batch, load, quiet, request, system)
+        answer_many(
+            many.batch, many.output, many.max_batch, load, quiet, request, system, strict=strict
+        )
         return
     from .answer import answer_one
 
-    answer_one(request, load, prompt_cache, show=show, as_json=as_json, quiet=quiet)
+    answer_one(request, load, prompt_cache, show=show, as_json=as_json, quiet=quiet, strict=strict)

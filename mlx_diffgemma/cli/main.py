@@ -8,11 +8,12 @@ import os
 import sys
 from importlib import import_module
 from io import StringIO
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import Error
+from .habits import said_to
 from .terminal import fail, write
 
 # In the order in which --help lists their commands.
@@ -29,11 +30,10 @@ FILES = [
 
 app = typer.Typer(
     name="mlx-diffgemma",
-    help="Run DiffusionGemma on Apple silicon.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 for file in FILES:
@@ -41,6 +41,25 @@ for file in FILES:
 
 # Mistakes in options and arguments. Newer versions of typer carry a click of their own.
 UsageError: Any = typer.BadParameter.__base__
+NoSuchOption: Any = import_module(UsageError.__module__).NoSuchOption
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"mlx-diffgemma {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Run DiffusionGemma on Apple silicon."""
 
 
 def main() -> None:
@@ -48,6 +67,9 @@ def main() -> None:
     try:
         raise SystemExit(app(standalone_mode=False))
     except UsageError as error:
+        foreign = said_to(error.option_name) if isinstance(error, NoSuchOption) else None
+        if foreign is not None:
+            fail(foreign, code=2)
         said = StringIO()  # it quotes what was typed
         error.show(said)
         write(said.getvalue(), sys.stderr)

@@ -68,6 +68,7 @@ def evaluate(
         bool, typer.Option("--pinned", help="Only Sudokus, as templates whose clues are pinned.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Exact success on held-out tasks, by steps and recipe."""
     budgets = _budgets(steps)
@@ -81,6 +82,7 @@ def evaluate(
         pinned_sudokus,
         read_cases,
     )
+    from .counting import counting
 
     cases = read_cases(tasks or HELD_OUT)
     if pinned:
@@ -88,18 +90,23 @@ def evaluate(
     if limit is not None:
         cases = at_most(limit, cases)
     wanted = _recipes(recipes)
-    load.introduce()
+    if not quiet:
+        load.introduce()
     answers: dict[str, list[Case]] = {}  # by checkpoint
     for case in cases:
         answers.setdefault(load.model or SPECIALIST.get(case.task, "tiny"), []).append(case)
     if not as_json:
         print(f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}", end="")
         print(f"{'tokens/pass':>13}  repair")
-    for name, source in product(wanted or ["as it is"], answers):
-        with _converted(name if wanted else None, replace(load, model=source)) as checkpoint:
-            model, tokenizer = checkpoint()
-            for score in evaluate(model, tokenizer, answers[source], budgets, seeds):
-                _tell_score(name, score, as_json=as_json)
+    total = len(cases) * seeds * len(budgets) * len(wanted or [""])
+    with counting("runs", total, quiet=quiet) as counted:
+        for name, source in product(wanted or ["as it is"], answers):
+            with _converted(name if wanted else None, replace(load, model=source)) as checkpoint:
+                model, tokenizer = checkpoint()
+                found = evaluate(model, tokenizer, answers[source], budgets, seeds, counted.advance)
+                for score in found:
+                    with counted.hidden():
+                        _tell_score(name, score, as_json=as_json)
 
 
 def _budgets(steps: str) -> list[int]:

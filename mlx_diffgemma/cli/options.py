@@ -4,17 +4,15 @@ A group is a frozen dataclass whose fields are options. A command that is decora
 `with_options` names groups among its parameters and is called with what they were made of.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..files import read_text
+from .seen import first_today
 from .terminal import fail, say
 
 if TYPE_CHECKING:
@@ -59,13 +57,24 @@ GuardNames = Annotated[
     str, typer.Option(help=f"What to do about bad canvases: all, none, or of {_LISTED}.")
 ]
 
-System = Annotated[str | None, typer.Option(help="System message.")]
+System = Annotated[str | None, typer.Option(help="System message; @FILE reads one.")]
+
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="The question, as mlx-lm takes it.")
+]
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No statistics and no progress on stderr.")
 ]
 
 Show = Annotated[bool, typer.Option("--show", help="Draw the canvas as it denoises.")]
+
+
+def _shipped(begun: str) -> list[str]:
+    """Names that a shell completes; it completes directories itself."""
+    from ..checkpoint.files import SHIPPED
+
+    return [name for name in SHIPPED if name.startswith(begun)]
 
 
 def with_options(command: Command) -> Command:
@@ -113,6 +122,7 @@ class LoadFaithful:
             "--model",
             "-m",
             envvar="MLX_DIFFGEMMA_MODEL",
+            autocompletion=_shipped,
             help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
         ),
     ] = None
@@ -143,8 +153,9 @@ class LoadFaithful:
         )
 
     def introduce(self) -> None:
-        """Tell those who named no model which one answers, and how to get the real one."""
-        if self.model is None:
+        """Tell those who named no model which one answers, and how to get the real one; once a
+        day, as who uses the small one knows it by then."""
+        if self.model is None and first_today("small-model"):
             say(
                 "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the "
                 "26 B one: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then "
@@ -240,6 +251,15 @@ class Answering(Sampling):
         return Guards(**on, thinking_budget=self.thinking_budget)
 
 
+def prompt_of(argument: str, option: str | None) -> str:
+    """What was asked, as an argument or with --prompt; "-" where nothing was."""
+    if option is None:
+        return argument
+    if argument != "-":
+        fail("the prompt is given twice, as an argument and with --prompt", code=2)
+    return option
+
+
 def size(given: str | None) -> int | None:
     """Bytes of --max-memory."""
     if given is None:
@@ -255,15 +275,3 @@ def messages_of(prompt: str, system: str | None) -> list[dict[str, Any]]:
         fail("the prompt is empty", code=2)
     before = [{"role": "system", "content": system}] if system else []
     return [*before, {"role": "user", "content": prompt}]
-
-
-def from_argument(given: str, what: str, *, holes: bool = False) -> str:
-    """An argument, or stdin for "-"; with `holes`, a name of a file stands for its text."""
-    if given == "-":
-        if sys.stdin.isatty():
-            say(f"Reading {what} from the terminal; end it with Ctrl-D.")
-        # A template is a file as it stands; a prompt loses the newline that echo adds.
-        return sys.stdin.read() if holes else sys.stdin.read().rstrip("\n")
-    if holes and "{{" not in given:
-        return read_text(Path(given))
-    return given

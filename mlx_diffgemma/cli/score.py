@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import LoadFaithful, Quiet, System, from_argument, messages_of, with_options
+from .inputs import text_of
+from .options import LoadFaithful, Quiet, System, messages_of, with_options
 from .terminal import fail, put, quoted
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def score(
     if system is not None and prompt is None:
         fail("--system goes with --prompt", code=2)
     asked = None if prompt is None else messages_of(prompt, system)
-    text = from_argument(text, "the text")
+    text = text_of(text, "the text")
     if not text:
         fail("the text is empty", code=2)
     from ..tasks.request import stream

@@ -1,6 +1,7 @@
 """`serve`: the server as a command."""
 
 from dataclasses import dataclass
+from errno import EADDRINUSE
 from typing import Annotated, Any
 
 import typer
@@ -66,6 +67,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
     from ..checkpoint.files import name_of
     from ..server.worker import Worker
 
+    _check_port(reach.host, reach.port)
     load.introduce()
     worker = Worker(
         load,
@@ -98,6 +100,24 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         )
     finally:
         worker.stop()
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on before a model is loaded for it."""
+    import socket
+
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                # As the server does: what was closed a moment ago counts as free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        way = "; --port 0 takes a free one" if error.errno == EADDRINUSE else ""
+        fail(f"the server cannot listen on {host}, port {port}: {error.strerror}{way}")
 
 
 def _logging() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .inputs import optional_text
 from .options import Answering, GuardNames, Load, System, with_options
 from .terminal import say
 
@@ -51,6 +52,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk with the model; /help lists what can be typed."""
+    from ..diffusion.prompt_cache import check_destination
     from ..tasks.session import ChatSession
     from ..tasks.tools import by_name, read_tools
     from .chat import Chat
@@ -58,6 +60,9 @@ def chat(
     known = by_name(read_tools(tools)) if tools else {}
     declared = [tool.declaration for tool in known.values()]
     settings = answering.settings()
+    system = optional_text(system, "the system message")
+    if session is not None:
+        check_destination(session)
     load.introduce()
     model, tokenizer = load()
     talk = ChatSession(model, tokenizer, tools=declared, overflow=overflow, **settings)

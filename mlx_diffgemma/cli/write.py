@@ -1,26 +1,33 @@
 """Commands about a given text: `fill`, `edit`, `choose`."""
 
 import json
-import sys
+import os
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..files import read_text, replacing
+from ..files import check_writable, read_text, replacing
+from .inputs import Source, optional_text, source_of, text_of
 from .options import (
     Load,
     LoadFaithful,
+    PromptOption,
     Quiet,
     Sampling,
     Show,
-    from_argument,
+    prompt_of,
     with_options,
 )
+from .strict import Strict, tell_unsettled
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
+    from ..tasks.choose import Chances
     from ..tasks.edit import EditResult
+    from ..tasks.fill import FillResult
+    from ..tasks.request import Task
 
 app = typer.Typer()
 
@@ -29,54 +36,72 @@ app = typer.Typer()
 @with_options
 def fill(
     template: Annotated[
-        str, typer.Argument(help="File with holes, or the text itself; - reads stdin.")
+        str, typer.Argument(help="Text with holes, or a file that has it; - reads stdin.")
     ] = "-",
     *,
-    prompt: Annotated[str | None, typer.Option(help="What the text is to say.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What the text is to say; @FILE reads one.")
+    ] = None,
     load: Load,
     sampling: Sampling,
     show: Show = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the values of the holes as JSON.")
     ] = False,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Fill holes in a text: {{}}, {{name}}, {{name:12}} (tokens), {{name:int}}, {{name:a|b}}."""
-    text = from_argument(template, "the text", holes=True)
-    from ..tasks.fill import FillRequest, FillResult
-    from ..tasks.request import stream
+    text = source_of(template, "the text", text="{{" in template).text
+    from ..tasks.fill import FillRequest
     from ..text.template import parse_template
-    from .display import watch
 
     request = FillRequest(
         parse_template(text),
-        prompt,
+        optional_text(prompt, "the prompt"),
         steps=sampling.steps,
         seed=sampling.seed,
         sampler=sampling.rule(),
     )
+    result: FillResult = _result(request, load, show=show, quiet=quiet)
+    if as_json:
+        put(json.dumps(result.values, ensure_ascii=False))
+    else:
+        put(result.text, end="" if result.text.endswith("\n") else "\n")
+    _tell_run(result, quiet=quiet)
+    if not result.converged:
+        tell_unsettled("the text", strict=strict)
+
+
+def _result(request: "Task[Any]", load: LoadFaithful, *, show: bool, quiet: bool) -> Any:
+    """What becomes of a request, while its drafts are shown if that is wanted."""
+    from ..tasks.request import stream
+    from .display import watch
+
     if not quiet:
         load.introduce()
     model, tokenizer = load()
     show = show and not quiet
-    for event in watch(stream(model, tokenizer, request), tokenizer, live=show, lines=show):
-        if isinstance(event, FillResult):
-            if as_json:
-                put(json.dumps(event.values, ensure_ascii=False))
-            else:
-                put(event.text, end="" if event.text.endswith("\n") else "\n")
-            if not quiet:
-                say(f"{event.steps} steps", *event.notes)
+    events = watch(stream(model, tokenizer, request), tokenizer, live=show, lines=show)
+    *_, result = events
+    return result
+
+
+def _tell_run(result: "FillResult | EditResult", *, quiet: bool) -> None:
+    if not quiet:
+        say(f"{result.steps} steps", *result.notes)
 
 
 @app.command()
 @with_options
 def edit(
-    file: Annotated[str, typer.Argument(help="The file; - reads stdin.")],
+    file: Annotated[str, typer.Argument(help="The file, or the text itself; - reads stdin.")],
     *,
-    instruction: Annotated[str, typer.Option("--instruction", "-i", help="What to do.")],
+    instruction: Annotated[
+        str, typer.Option("--instruction", "-i", help="What to do; @FILE reads it.")
+    ],
     lines: Annotated[
-        str | None, typer.Option(help="Lines to rewrite, such as 10:20. [all]")
+        str | None, typer.Option(help="Lines to rewrite, such as 10:20 or 10-20. [all]")
     ] = None,
     strength: Annotated[
         float | None, typer.Option(min=0, max=1, help="How much may change, over 0 to 1. [0.4]")
@@ -84,84 +109,123 @@ def edit(
     load: Load,
     sampling: Sampling,
     show: Show = False,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Rewrite the file.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Rewrite the file; what it was is kept in FILE.bak.")
+    ] = False,
+    backup: Annotated[
+        bool, typer.Option("--backup/--no-backup", help="With --in-place: keep what it was.")
+    ] = True,
     whole: Annotated[
         bool, typer.Option("--text", help="Print the text instead of a diff.")
     ] = False,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Rewrite lines of a file; prints what changes as a unified diff."""
-    if in_place and file == "-":
-        fail("--in-place needs a file, not stdin", code=2)
     span = None if lines is None else _span(lines)
-    text = sys.stdin.read() if file == "-" else read_text(Path(file))
-    from ..tasks.edit import STRENGTH, EditRequest, EditResult, split_lines
-    from ..tasks.request import stream
-    from .display import watch
+    words = any(map(str.isspace, file)) and not os.path.exists(file)
+    source = source_of(file, "the text", text=words)
+    if in_place:
+        _check_in_place(source)
+    from ..tasks.edit import STRENGTH, EditRequest
 
-    split_lines(text, span)
     request = EditRequest(
-        text,
-        instruction,
+        source.text,
+        text_of(instruction, "the instruction"),
         lines=span,
         strength=STRENGTH if strength is None else strength,
         steps=sampling.steps,
         seed=sampling.seed,
         sampler=sampling.rule(),
     )
-    if not quiet:
-        load.introduce()
-    model, tokenizer = load()
-    show = show and not quiet
-    for event in watch(stream(model, tokenizer, request), tokenizer, live=show, lines=show):
-        if isinstance(event, EditResult):
-            _tell_edit(event, text, file, whole=whole, in_place=in_place)
-            if not quiet:
-                say(f"{event.steps} steps", *event.notes)
+    request.split()
+    result: EditResult = _result(request, load, show=show, quiet=quiet)
+    _tell_edit(result, source, whole=whole)
+    _tell_run(result, quiet=quiet)
+    left = in_place and strict and not result.converged
+    if in_place and not left and result.text != source.text:
+        _rewrite(source, result.text, backup=backup, quiet=quiet)
+    if not result.converged:
+        tell_unsettled("the edit", strict=strict, so="; the file is left as it is" * left)
 
 
 def _span(lines: str) -> tuple[int, int]:
     """First and last line of --lines."""
-    first, _, last = lines.partition(":")
+    first, _, last = lines.replace("-", ":").partition(":")
     if not (first.isdecimal() and (last or first).isdecimal()):
-        fail(f"--lines takes a line or a range such as 10:20, not {lines}", code=2)
+        fail(f"--lines takes a line or a range such as 10:20 or 10-20, not {lines}", code=2)
     return int(first), int(last or first)
 
 
-def _tell_edit(result: "EditResult", text: str, file: str, *, whole: bool, in_place: bool) -> None:
-    """Print what has become of a text, whole or as a diff, and write it back if that is wanted."""
+def _check_in_place(source: Source) -> None:
+    """Refuse what could not be rewritten before anything is loaded."""
+    if source.path is None:
+        fail(f"--in-place needs a file, not {source.name}", code=2)
+    try:
+        check_writable(source.path)
+    except OSError as error:
+        fail(f"{source.path} cannot be written: {error.strerror}")
+
+
+def _tell_edit(result: "EditResult", source: Source, *, whole: bool) -> None:
+    """Print what has become of a text, whole or as a diff."""
     from difflib import unified_diff
 
     if whole:
         put(result.text, end="")
     else:
-        name = "stdin" if file == "-" else file
-        old, new = (t.splitlines(keepends=True) for t in (text, result.text))
-        for line in unified_diff(old, new, f"a/{name}", f"b/{name}"):
+        old, new = (t.splitlines(keepends=True) for t in (source.text, result.text))
+        for line in unified_diff(old, new, f"a/{source.name}", f"b/{source.name}"):
             put(line, end="" if line.endswith("\n") else "\n\\ No newline at end of file\n")
-    if text == result.text:
+    if source.text == result.text:
         say("Nothing changes.")
-    elif in_place:
-        _replace_text(Path(file), result.text)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    """Replace a file's text at once, and keep its mode."""
+def _rewrite(source: Source, text: str, *, backup: bool, quiet: bool) -> None:
+    """Replace a file's text at once, and keep its mode and, as a backup, what it was."""
     from shutil import copymode
 
+    path = source.path
+    assert path is not None
+    if read_text(path) != source.text:
+        fail(f"{path} was changed by somebody else meanwhile, and is left as it is")
     try:
+        kept = _backup(path) if backup else None
         with replacing(path) as fresh:
             fresh.write_text(text, encoding="utf-8", newline="")
             copymode(path, fresh)
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror}")
+    if kept is not None and not quiet:
+        say(f"What it was is kept in {kept}.")
+
+
+def _backup(path: Path) -> Path:
+    """A copy beside a file; no older one is lost, as nobody knows which of them is still wanted."""
+    from shutil import copymode
+
+    content = path.read_bytes()
+    for number in count(1):
+        kept = path.with_name(f"{path.name}.bak{number if number > 1 else ''}")
+        try:
+            with kept.open("xb") as file:
+                file.write(content)
+            copymode(path, kept)
+        except FileExistsError:
+            continue
+        except OSError:
+            kept.unlink(missing_ok=True)  # half of it, as the disk is full
+            raise
+        return kept
+    raise AssertionError
 
 
 @app.command()
 @with_options
 def choose(
-    prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")] = "-",
+    prompt: Annotated[str, typer.Argument(help="The question; @FILE reads a file, - stdin.")] = "-",
     *,
+    asked: PromptOption = None,
     labels: Annotated[
         list[str],
         typer.Option(help="Labels, yes,no; of a named slot: spam=yes,no. Can be given again."),
@@ -179,29 +243,29 @@ def choose(
     quiet: Quiet = False,
 ) -> None:
     """Say how likely each label is, in one pass and without writing anything."""
-    slots: dict[str, list[str]] = {}
-    for given in labels:
-        name, found, listed = given.partition("=")
-        slots[name if found else "label"] = (listed if found else given).split(",")
-    prompt = from_argument(prompt, "the prompt")
-    from ..tasks.choose import choose
+    slots = _slots(labels)
+    text = text_of(prompt_of(prompt, asked), "the prompt")
+    from ..tasks.choose import ChooseRequest
 
-    if not quiet:
-        load.introduce()
-    model, tokenizer = load()
-    chances = choose(
-        model,
-        tokenizer,
-        prompt,
-        slots,
-        template=template,
-        isolated=isolated,
-        seed=seed,
-        draws=draws,
-    )
+    answer = optional_text(template, "the template")
+    request = ChooseRequest(text, slots, answer, isolated, seed, draws)
+    request.check_options()
+    chances: Chances = _result(request, load, show=False, quiet=quiet)
     if as_json:
         put(json.dumps(chances, ensure_ascii=False))
         return
     for name, known in chances.items():
         for label, chance in sorted(known.items(), key=lambda pair: -pair[1]):
             put(f"{name + ': ' if len(chances) > 1 else ''}{label}\t{chance:.4f}")
+
+
+def _slots(given: list[str]) -> dict[str, list[str]]:
+    """Labels by slot; spaces around commas are none of theirs."""
+    slots: dict[str, list[str]] = {}
+    for each in given:
+        name, found, listed = each.partition("=")
+        name = name.strip() if found else "label"
+        if name in slots:
+            fail(f"--labels of {name} are given twice", code=2)
+        slots[name] = [label.strip() for label in (listed if found else each).split(",")]
+    return slots

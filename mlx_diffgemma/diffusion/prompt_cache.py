@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..arguments import token_ids, whole_number
 from ..errors import Error
-from ..files import parse_json, replacing
+from ..files import check_writable, parse_json, replacing
 from ..model.cache import LayerCache, LayerSnapshot
 from ..model.diffusion_gemma import DiffusionGemma
 
@@ -126,6 +126,9 @@ class PromptCache:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def __repr__(self) -> str:
+        return f"PromptCache({len(self):,} tokens, {self.nbytes:,} bytes)"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -421,6 +424,19 @@ def _as_json(path: Path, extra: object) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise SessionError(f"{path} cannot be written: {error}") from None
     return text
+
+
+def check_destination(path: Path) -> None:
+    """Find out, before a model is loaded, whether `PromptCache.save` could write a file.
+
+    Raises:
+        SessionError: it could not, or something else has the name.
+    """
+    _check_ours(path)
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise SessionError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _check_ours(path: Path) -> None:

@@ -3,9 +3,10 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from itertools import product
 from pathlib import Path
 
 from ..diffusion.denoise import Start
@@ -243,8 +244,9 @@ def evaluate(
     cases: Iterable[Case],
     steps: Sequence[int],
     seeds: int,
+    ran: Callable[[], None] = lambda: None,
 ) -> Iterator[Score]:
-    """Yield a score per step budget and task, as soon as it is known.
+    """Yield a score per step budget and task, as soon as it is known; `ran` is called after a run.
 
     Each run has a seed of its own: with one seed for all cases, all would start from one noise.
     """
@@ -253,11 +255,12 @@ def evaluate(
         groups[case.task].append(case)
     for budget in steps:
         for task, members in groups.items():
-            runs = [
-                (case, run_case(model, tokenizer, case, budget, seeds * number + seed))
-                for number, case in enumerate(members)
-                for seed in range(seeds)
-            ]
+            runs: list[tuple[Case, Outcome]] = []
+            for number, seed in product(range(len(members)), range(seeds)):
+                case = members[number]
+                outcome = run_case(model, tokenizer, case, budget, seeds * number + seed)
+                runs.append((case, outcome))
+                ran()
             yield score(task, budget, runs, seeds)
 
 

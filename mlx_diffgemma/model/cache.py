@@ -83,7 +83,7 @@ class LayerCache:
 
     def _reread(self, new: mx.array, positions: mx.array) -> mx.array:
         """Give what is kept and the canvas, in which new keys and values stand at `positions`."""
-        assert self._buffer is not None and self._canvas
+        assert self._buffer is not None
         own = copy(self._buffer)
         own[:, :, positions + self.size] = new
         self._buffer = own

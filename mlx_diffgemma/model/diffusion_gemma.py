@@ -98,6 +98,15 @@ class DiffusionGemma(nn.Module):
         self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
         self._table: mx.array | None = None
 
+    def __repr__(self) -> str:
+        # The tree of modules, which MLX prints, is thousands of characters: `model.model` has it.
+        config = self.config
+        return (
+            f"DiffusionGemma({len(config.layers)} layers, width {config.hidden_size}, "
+            f"vocabulary {config.vocab_size:,}, canvas {config.canvas_length}, "
+            f"context {self.context:,})"
+        )
+
     def make_cache(self) -> list[LayerCache]:
         """An empty cache, a layer an entry."""
         return [LayerCache(layer.window) for layer in self.config.layers]

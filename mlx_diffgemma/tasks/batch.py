@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Sequence
 
+from ..arguments import SettingError, check_kind, whole_number
 from ..diffusion.decoding import Batch
 from ..diffusion.prompt_cache import PromptCache
 from ..errors import Error
@@ -28,6 +29,7 @@ def stream_batch(
     A request ends with its last event, or with the error that it alone would have raised. The next
     one is taken from `requests` as soon as there is room.
     """
+    whole_number("max_batch", max_batch, 1)
     batch = Batch[Item](model)
     vocabulary = Vocabulary(model, tokenizer)
     waiting = enumerate(requests)
@@ -64,11 +66,31 @@ def batch_generate(
     Raises:
         Error: the first that a request meets; the others' answers are lost with it.
     """
+    answers = [""] * len(requests)
+    for number, text in stream_texts(model, tokenizer, requests, max_batch=max_batch):
+        answers[number] += text
+    return answers
+
+
+def stream_texts(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request | str],
+    *,
+    max_batch: int = MAX_BATCH,
+) -> Generator[tuple[int, str], None, None]:
+    """Parts of the answers to requests or prompts: (index of the request, text).
+
+    Raises:
+        Error: the first that a request meets.
+    """
+    if isinstance(requests, str):
+        raise SettingError("requests are a list, of prompts or of Request; not one text")
     asked = [Request(each) if isinstance(each, str) else each for each in requests]
-    answers = [""] * len(asked)
+    for each in asked:
+        check_kind("a request", each, Request, "a prompt or a Request")
     for i, event in stream_batch(model, tokenizer, asked, max_batch=max_batch):
         if isinstance(event, Error):
             raise event
         if isinstance(event, Text):
-            answers[i] += event.text
-    return answers
+            yield i, event.text

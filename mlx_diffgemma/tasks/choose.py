@@ -13,12 +13,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Never
 
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import token_ids, whole_number
+from ..arguments import check_kind, shown, token_ids, whole_number
 from ..diffusion.decoding import Decoding, rows_at_once
 from ..diffusion.draws import SeededDraws
 from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
@@ -67,11 +68,8 @@ class ChooseRequest:
             ContextError: the prompt does not fit.
             SettingError: seed or draws are out of range.
         """
+        self.check_options()
         slots, template, isolated = self.slots, self.template, self.isolated
-        checked_seed(self.seed)
-        whole_number("draws", self.draws, 1)
-        if not slots:
-            raise ChooseError("there is no slot to choose for")
         _refuse_long(model, vocabulary.tokenizer, slots, template, isolated)
         labels = {name: _encoded(vocabulary, name, texts, check) for name, texts in slots.items()}
         if sum(len(ids) for known in labels.values() for ids in known.values()) > MOST_TOKENS:
@@ -93,6 +91,27 @@ class ChooseRequest:
                     )
         names = {name: list(known) for name, known in labels.items()}
         return Question(model, prompt, names, rows, self.seed, self.draws)
+
+    def check_options(self) -> None:
+        """Find mistakes that no model is needed for.
+
+        Raises:
+            ChooseError, SettingError: as `prepare`.
+        """
+        checked_seed(self.seed)
+        whole_number("draws", self.draws, 1)
+        check_kind("a template", self.template, (str, NoneType), "text")
+        check_kind("slots", self.slots, Mapping, "labels by name")
+        if not self.slots:
+            raise ChooseError("there is no slot to choose for")
+        for name, labels in self.slots.items():
+            check_kind("the name of a slot", name, str, "text")
+            if isinstance(labels, str) or not isinstance(labels, Sequence):
+                raise ChooseError(f"the labels of {name} must be a list, not {shown(labels)}")
+            for label in labels:
+                check_kind("a label", label, str, "text")
+            if len(set(labels)) < 2 or not all(labels):
+                raise ChooseError(f"slot {name} needs at least two labels, none of them empty")
 
 
 def _refuse_long(

@@ -13,10 +13,10 @@ from typing import TypedDict, Unpack
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError
+from ..arguments import SettingError, check_kind, is_number, shown
 from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
 from ..diffusion.decoding import Decoding, relay
-from ..diffusion.denoise import Start, denoise
+from ..diffusion.denoise import DenoisingState, Start, denoise
 from ..diffusion.draws import Draws
 from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
@@ -42,11 +42,13 @@ class EditResult:
         text: the whole text, its part rewritten.
         steps: denoising steps, over all canvases.
         notes: what a user should know, as sentences: text that the model could not see.
+        converged: whether every canvas met the stop rule before its steps were used up.
     """
 
     text: str
     steps: int
     notes: tuple[str, ...]
+    converged: bool
 
 
 class EditOptions(TypedDict, total=False):
@@ -96,16 +98,11 @@ class EditRequest:
             ContextError: the prompt, which holds the part, does not fit.
             SettingError: a setting is out of range.
         """
-        if not 0 < self.strength <= 1:
-            raise SettingError(f"strength must be over 0 and at most 1, not {self.strength:g}")
-        checked_seed(self.seed)
+        left, part, right = self.split()
         tokenizer = vocabulary.tokenizer
         most = model.context * tokenizer.longest
         if len(self.text) > most:
             raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
-        left, part, right = split_lines(self.text, self.lines)
-        if not part.strip():
-            raise EditError("there is nothing to edit")
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
         asked = f"{self.instruction.strip().rstrip(':')}: {part}"
         prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
@@ -125,6 +122,24 @@ class EditRequest:
             self.draws,
         )
 
+    def split(self) -> tuple[str, str, str]:
+        """The text before the part, the part and what is behind it, see `split_lines`; finds all
+        mistakes that no model is needed for.
+
+        Raises:
+            EditError: there are no such lines, or nothing in them.
+            SettingError: a setting is out of range, or text or instruction are no text.
+        """
+        check_kind("the text", self.text, str, "text")
+        check_kind("an instruction", self.instruction, str, "text")
+        if not is_number(self.strength) or not 0 < self.strength <= 1:
+            raise SettingError(f"strength must be over 0 and at most 1, not {shown(self.strength)}")
+        checked_seed(self.seed)
+        left, part, right = split_lines(self.text, self.lines)
+        if not part.strip():
+            raise EditError("there is nothing to edit")
+        return left, part, right
+
 
 def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str]:
     """Split a text before, in and behind the lines, counted from 1, both included; None is all.
@@ -135,7 +150,13 @@ def split_lines(text: str, lines: tuple[int, int] | None) -> tuple[str, str, str
         EditError: the text has no such lines.
     """
     every = text.splitlines(keepends=True)
-    first, last = lines or (1, max(len(every), 1))
+    match lines:
+        case None:
+            first, last = 1, max(len(every), 1)
+        case (int(first), int(last)):
+            pass
+        case _:
+            raise EditError(f"lines are a first and a last number, not {shown(lines)}")
     if not 1 <= first <= last:
         raise EditError(f"lines {first}:{last} are no range")
     if lines and last > len(every):
@@ -180,23 +201,25 @@ class Revision:
         draws = self.draws or fresh_draws(self.model, self.seed)
         written, given, steps = self.left, self.left_ids, 0
         notes: list[str] = []
+        converged = True
         for number, chunk in enumerate(self.chunks):
             context, dropped = clip_context(self.model, self.prompt, given)
             if dropped and not notes:
                 notes.append(f"The model did not see the first {dropped} tokens of the text.")
             yield from prompt_cache.reading(context)
-            rewritten, count = yield from self._rewrite(number, prompt_cache, draws)
+            state, rewritten = yield from self._rewrite(number, prompt_cache, draws)
+            converged &= bool(np.array(state.converged)[0])
             rewritten += chunk[len(chunk.rstrip("\r\n")) :]
             written += rewritten
             # Not all that is written is encoded anew: others wait on this thread.
             given = given + self.vocabulary.tokenizer.encode(rewritten)
-            steps += count
-        yield EditResult(written + self.right, steps, tuple(notes))
+            steps += state.step - _first_step(self.strength, self.config) + 1
+        yield EditResult(written + self.right, steps, tuple(notes), converged)
 
     def _rewrite(
         self, number: int, prompt_cache: PromptCache, draws: Draws
-    ) -> Decoding[Draft, tuple[str, int]]:
-        """A chunk without its line break, rewritten, and how many steps that took."""
+    ) -> Decoding[Draft, tuple[DenoisingState, str]]:
+        """The last state of a chunk's canvas, and the chunk rewritten, without its line break."""
         tokenizer, config, chunk = self.vocabulary.tokenizer, self.config, self.chunks[number]
         body = chunk.rstrip("\r\n")
         behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
@@ -207,7 +230,7 @@ class Revision:
         )
         tokens: list[int] = np.array(state.argmax[0]).tolist()
         kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind, len(tokens)))
-        return tokenizer.decode(kept), state.step - start.first_step + 1
+        return state, tokenizer.decode(kept)
 
 
 def edit_start(
@@ -250,8 +273,13 @@ def edit_start(
         mx.where(noised, draws.tokens((1, room)), whole),
         background=whole,
         constraint=Plans([plan], vocabulary.size),
-        first_step=1 + round((1 - strength) * (config.max_denoising_steps - 1)),
+        first_step=_first_step(strength, config),
     )
+
+
+def _first_step(strength: float, config: GenerationConfig) -> int:
+    """Where the schedule is entered, from 1."""
+    return 1 + round((1 - strength) * (config.max_denoising_steps - 1))
 
 
 def _visible(tokenizer: Tokenizer, behind: str, room: int) -> list[int]:

@@ -13,13 +13,15 @@ again from other noise; the least surprising one is kept.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import NoneType
 from typing import Never, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import check_kind, shown
 from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
 from ..diffusion.decoding import Decoding, relay, rows_at_once
 from ..diffusion.denoise import denoise
@@ -29,7 +31,7 @@ from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, remaini
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig, Sampler
-from ..text.template import Hole, TemplateError, parse_template, short
+from ..text.template import Hole, TemplateError, check_parts, parse_template, short
 from ..text.tokenizer import Tokenizer, no_check
 from ..text.vocabulary import Vocabulary, integer
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
@@ -65,13 +67,15 @@ class FillResult:
             else, but noise in this hole and in up to a quarter of the others (temperature 1).
         steps: denoising steps, over all windows; rows tried side by side count once.
         notes: what a user should know, as sentences: text that the model could not see.
+        converged: whether every canvas met the stop rule before its steps were used up.
     """
 
     text: str
     values: dict[str, str | int]
-    probabilities: dict[str, tuple[float, ...]]
+    probabilities: dict[str, tuple[float, ...]] = field(repr=False)
     steps: int
     notes: tuple[str, ...]
+    converged: bool
 
 
 # Layout ------------------------------------------------------------------------------------------
@@ -215,6 +219,7 @@ class _Settled:
     canvas: mx.array
     surprises: dict[str, list[float]]
     behind: list[float]
+    converged: bool
 
     def mean(self, name: str) -> float:
         """Of a hole and the token behind it."""
@@ -278,9 +283,7 @@ class FillRequest:
             SettingError: a setting is out of range.
         """
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
-        checked_seed(self.seed)
-        parts = self.template
-        parts = parse_template(parts) if isinstance(parts, str) else list(parts)
+        parts = self.parts()
         _refuse_long(model, vocabulary.tokenizer, parts)
         pieces = tuple(_pieces(model, vocabulary, parts, check))
         prompt = self.prompt
@@ -292,6 +295,22 @@ class FillRequest:
         ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
         remaining_context(model, ids)
         return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
+
+    def parts(self) -> list[str | Hole]:
+        """Texts and holes in turn; finds all mistakes that no model is needed for.
+
+        Raises:
+            TemplateError: as `parse_template`.
+            SettingError: the seed is none, or the prompt no text.
+        """
+        checked_seed(self.seed)
+        check_kind("a prompt", self.prompt, (str, NoneType), "text")
+        if isinstance(self.template, str):
+            return parse_template(self.template)
+        if not isinstance(self.template, Sequence):
+            raise TemplateError(f"a template is text, not {shown(self.template)}")
+        check_parts(self.template)
+        return list(self.template)
 
 
 def _refuse_long(model: DiffusionGemma, tokenizer: Tokenizer, parts: list[str | Hole]) -> None:
@@ -350,6 +369,7 @@ class _Filling:
         self._context: list[int] = []  # to be read next
         self._window = self._passes = 0
         self._notes: list[str] = []
+        self._converged = True
         self._probabilities: dict[str, tuple[float, ...]] = {}
         self.written: dict[str, list[int]] = {}
 
@@ -415,6 +435,7 @@ class _Filling:
     def keep(self, settled: _Settled) -> None:
         """Keep the holes that lie in the canvas, and go on behind the last of them."""
         row, gaps = settled.layout.row, self._form.gaps
+        self._converged &= settled.converged
         for name, (start, end) in row.spans.items():
             self.written[name] = settled.tokens[start:end]
             self._probabilities[name] = tuple(math.exp(-x) for x in settled.surprises[name])
@@ -445,7 +466,8 @@ class _Filling:
             value = value.removeprefix(" ") if form.gaps[part.name].spaced else value
             text += value
             values[part.name] = int(value) if part.kind == "int" else value
-        return FillResult(text, values, self._probabilities, self._passes, tuple(self._notes))
+        notes = tuple(self._notes)
+        return FillResult(text, values, self._probabilities, self._passes, notes, self._converged)
 
 
 def stream_fill(
@@ -507,7 +529,8 @@ def _try(
                 spans = layout.row.spans
                 surprises = yield from _in_groups(model, cache, canvas, spans, draws)
                 behind = []
-            finished.append(_Settled(layout, canvas, surprises, behind))
+            converged = bool(np.array(state.converged)[i])
+            finished.append(_Settled(layout, canvas, surprises, behind, converged))
     if name is None:
         return finished[0], passes
     return min(finished, key=lambda settled: settled.mean(name)), passes

@@ -202,7 +202,7 @@ class Request:
     enable_thinking: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     start: Start | Pieces | None = None
-    schema: "Schema | Parsed | Compiled | None" = None
+    schema: "Schema | type | Parsed | Compiled | None" = None
     guards: Guards = OFF
     shrink: bool = False
     tools: Sequence[Declaration] = ()
@@ -269,6 +269,7 @@ class Request:
         check_kind("guards", self.guards, Guards, "Guards")
         check_kind("opening", self.opening, (str, Sequence), "text or token ids")
         check_kind("start", self.start, (Start, Pieces, NoneType), "a Start or Pieces")
+        check_kind("tools", self.tools, Sequence, "a list of declarations")
         check_kind("stop", self.stop, (str, Sequence), "a list of texts")
         for text in self.stop:
             check_kind("a stop string", text, str, "text")

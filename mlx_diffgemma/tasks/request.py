@@ -7,13 +7,17 @@ touches no arrays, so any thread may do it. What it gives is `run` on the thread
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from html import escape
+from types import NoneType
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import SettingError, shown, token_ids, whole_number
+from ..arguments import SHOWN, SettingError, check_kind, shown, token_ids, whole_number
 from ..diffusion.decoding import Decoding, drive
 from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
@@ -24,6 +28,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
 from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
+from .notebook import Cell, html_of
 from .starts import Pieces
 
 if TYPE_CHECKING:
@@ -72,16 +77,42 @@ def stream(
     prompt_cache: PromptCache | None = None,
 ) -> Generator[Item, None, None]:
     """Prepare a request at once, and answer it lazily."""
-    prepared = task.prepare(model, Vocabulary(model, tokenizer))
+    check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
+    return run_prepared(model, task.prepare(model, Vocabulary(model, tokenizer)), prompt_cache)
+
+
+def run_prepared(
+    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None = None
+) -> Generator[Item, None, None]:
+    """Answer a request that is prepared, lazily.
+
+    Raises:
+        SettingError: the prompt cache was used by another run since.
+    """
     return drive(model, _run(model, prepared, prompt_cache))
 
 
+# Which run has used a prompt cache last.
+_users: WeakKeyDictionary[PromptCache, object] = WeakKeyDictionary()
+
+
 def _run(
-    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None
+    model: DiffusionGemma, prepared: Prepared[Item], given: PromptCache | None
 ) -> Decoding[Item, None]:
     # Not in `stream`: an empty cache is made where the run begins, and nobody else holds it.
+    prompt_cache = PromptCache(model) if given is None else given
+    me = _users[prompt_cache] = object()
+    answer: mx.array | None = None
     try:
-        yield from prepared.run(PromptCache(model) if prompt_cache is None else prompt_cache)
+        with closing(prepared.run(prompt_cache)) as decoding, suppress(StopIteration):
+            while True:
+                item = decoding.send(answer)
+                answer = yield item
+                if _users[prompt_cache] is not me:
+                    raise SettingError(
+                        "the prompt cache, or chat session, was used by another answer before this "
+                        "one was complete"
+                    )
     finally:
         mx.clear_cache()
 
@@ -117,7 +148,8 @@ class Options(Settings, total=False):
         enable_thinking: ask for thoughts before the answer.
         start: what the first canvas starts from, arrays or text; None is noise.
         schema: a JSON Schema that the answer follows, see `schema.py`, or one that is parsed or
-            `compiled`; not together with `start`, `opening` or `shrink`.
+            `compiled`, or a type or class of Pydantic that has one; not together with `start`,
+            `opening` or `shrink`.
         tools: function declarations in JSON Schema, for templates that know them.
         stop: strings before which the text ends, or one.
         opening: what the answer begins with, as text, in which special tokens are recognised, or
@@ -130,20 +162,21 @@ class Options(Settings, total=False):
     draws: Draws | None
     enable_thinking: bool
     start: Start | Pieces | None
-    schema: "Schema | Parsed | Compiled | None"
+    schema: "Schema | type | Parsed | Compiled | None"
     tools: Sequence[Declaration]
     stop: Sequence[str]
     opening: str | Sequence[int]
     likelihood: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draft:
     """One denoising step: the canvas as it stands.
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
     (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
     tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
+    `tokenizer` can tell the text of each token.
     """
 
     canvas: int
@@ -156,6 +189,31 @@ class Draft:
     end: int
     visible: tuple[bool, ...]
     text: str
+    tokenizer: Tokenizer | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        # Hundreds of numbers say nothing to whoever prints events.
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 3]}..."
+        return (
+            f"Draft(canvas={self.canvas}, step={self.step}, steps={self.steps}, "
+            f"accepted={sum(self.accepted)}/{len(self.accepted)}, text={text!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        if self.tokenizer is None:
+            return f"<pre>{escape(self.text)}</pre>"
+        shown = [i for i in range(self.end) if self.visible[i]]
+        pieces = self.tokenizer.pieces([self.tokens[i] for i in shown])
+        cells = [
+            Cell(piece, self.accepted[i], self.entropies[i], self.probabilities[i])
+            for i, piece in zip(shown, pieces, strict=True)
+        ]
+        caption = (
+            f"canvas {self.canvas + 1}, step {self.step}/{self.steps}, "
+            f"{sum(self.accepted)}/{len(self.accepted)} accepted"
+        )
+        return html_of(cells, self.end - len(shown), caption)
 
 
 @dataclass(frozen=True)
@@ -218,6 +276,7 @@ def draft_of(
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
+        tokenizer=tokenizer,
     )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from types import NoneType
+from typing import Any, Literal, Unpack, get_args
 
+from ..arguments import SettingError, check_kind
 from ..diffusion.guards import Guards
 from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError, remaining_context
 from ..model.diffusion_gemma import DiffusionGemma
@@ -93,7 +95,10 @@ class ChatSession:
         self._unanswered: list[Message] | None = None
         self._tools = list(tools)
         self._thinking = False
-        self.overflow = overflow
+        self.overflow: Overflow = overflow
+        if overflow not in get_args(Overflow):
+            raise SettingError(f"overflow is one of {', '.join(get_args(Overflow))}")
+        check_kind("a system message", system, (str, NoneType), "text")
         self.settings: Settings = {"guards": Guards(), **settings}
         self.enable_thinking = enable_thinking
         if not all(map(_is_declaration, self._tools)):
@@ -101,6 +106,9 @@ class ChatSession:
         if tools and not tokenizer.knows_tools:
             raise SessionError("this model's chat template knows no tools")
         self.system = system
+
+    def __repr__(self) -> str:
+        return f"ChatSession({len(self._messages)} messages, {self._prompt_cache!r})"
 
     @property
     def messages(self) -> tuple[Message, ...]:

@@ -15,7 +15,7 @@ library that checks values gets the keywords above, less $ref, and no others.
 import json
 import math
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,7 @@ from .schema_keywords import (
 from .schema_keywords import Schema as Schema
 from .schema_keywords import SchemaError as SchemaError
 from .schema_numbers import any_number, within_bounds
+from .schema_types import schema_of
 from .vocabulary import Vocabulary
 
 Made = TypeVar("Made")
@@ -108,8 +109,8 @@ class Compiled:
     """
 
     schema: Schema
-    vocabulary: Vocabulary
-    machine: Machine
+    vocabulary: Vocabulary = field(repr=False)
+    machine: Machine = field(repr=False)
 
     def check(self, document: str) -> None:
         """Check a finished document with a library, as far as `schema_check.CHECK_SECONDS` go.
@@ -121,12 +122,13 @@ class Compiled:
 
 
 def compiled(
-    schema: Schema | Parsed,
+    schema: Schema | type | Parsed,
     vocabulary: Vocabulary,
     deadline: float = math.inf,
     check: Callable[[], None] | None = None,
 ) -> Compiled:
-    """Compile a schema: the automaton of its documents, each followed by the end of the answer.
+    """Compile a schema, or that of a type: the automaton of its documents, each followed by the end
+    of the answer.
 
     Raises:
         SchemaError: as `parse_schema`, whose deadline this has, too; `check` is called now and
@@ -143,8 +145,8 @@ def compiled(
     return _bounded(compile_, deadline, check)
 
 
-def _parsed(schema: Schema, limit: Deadline) -> Parsed:
-    reader = _Reader(schema, limit)
+def _parsed(schema: Schema | type, limit: Deadline) -> Parsed:
+    reader = _Reader(schema_of(schema), limit)
     pattern = reader.pattern()
     return Parsed(reader.resolved(), pattern)
 

@@ -1,9 +1,11 @@
 """A text with holes: `{{}}`, `{{name}}`, `{{name:12}}`, `{{name:int}}`, `{{name:a|b|c}}`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal as Lit
 
+from ..arguments import shown
 from ..errors import Error
 
 # What may be a hole, and what it may be called. One expression for both takes time that grows with
@@ -15,6 +17,8 @@ _NAME = re.compile(r"[^\W\d]\w*")
 MOST_HOLES = 1000
 
 MOST_OPTIONS = 4096  # of all holes: each is a path of the automaton that a canvas follows
+
+NO_HOLE = "the template has no hole such as {{}} or {{name}}"
 
 MOST_DIGITS = 6  # of a number of tokens; no canvas has a million
 
@@ -70,8 +74,26 @@ def parse_template(template: str) -> list[str | Hole]:
     if given + template[position:]:
         parts.append(given + template[position:])
     if not names:
-        raise TemplateError("the template has no hole such as {{}} or {{name}}")
+        raise TemplateError(NO_HOLE)
     return parts
+
+
+def check_parts(parts: Sequence[object]) -> None:
+    """Refuse what `parse_template` would not have given.
+
+    Raises:
+        TemplateError: a part is neither text nor hole, there is no hole, or two have one name.
+    """
+    names: set[str] = set()
+    for part in parts:
+        if isinstance(part, Hole):
+            if part.name in names:
+                raise TemplateError(f"two holes are called {short(part.name)}")
+            names.add(part.name)
+        elif not isinstance(part, str):
+            raise TemplateError(f"a template's parts are texts and holes, not {shown(part)}")
+    if not names:
+        raise TemplateError(NO_HOLE)
 
 
 def short(written: str) -> str:

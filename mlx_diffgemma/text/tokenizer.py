@@ -73,6 +73,10 @@ class Tokenizer:
             if key.endswith("_token") and value
         }
 
+    def __repr__(self) -> str:
+        template = "no chat template" if self._template_source is None else "a chat template"
+        return f"Tokenizer({self.vocab_size:,} tokens, {template})"
+
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json` and the template that stands beside them.
@@ -254,7 +258,7 @@ class Tokenizer:
                 f"the chat template refuses these messages: {_said(error)}"
             ) from None
         if not is_text(text):  # which cannot become ids
-            raise TokenizerError("a message has half of a surrogate pair, no character")
+            raise TokenizerError("the chat template gives half of a surrogate pair, no character")
         return text
 
     @cached_property

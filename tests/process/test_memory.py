@@ -52,7 +52,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("12GB", 12 * GB), ("1.5 g", 1_500_000_000), ("900MB", 9 * 10**8), ("7", 7)]
+    ("text", "size"),
+    [("12GB", 12 * GB), ("1.5 g", 1_500_000_000), ("900MB", 9 * 10**8), ("2 GiB", 1 << 31)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert read_size(text) == size
@@ -61,6 +62,13 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_size() -> None:
     with pytest.raises(Error, match="'much' is not a size"):
         read_size("much")
+
+
+@pytest.mark.parametrize("given", ["12", 12])
+def test_a_size_without_its_unit_says_what_was_meant(given: int | str) -> None:
+    """`--max-memory 12` were 12 bytes, and "no number of bits would make it fit"."""
+    with pytest.raises(Error, match=r"12 are 12 bytes, .*; 12GB was probably meant"):
+        load(max_memory=given)
 
 
 def test_a_prompt_longer_than_memory_allows_is_refused() -> None:

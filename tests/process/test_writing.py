@@ -31,7 +31,11 @@ def test_edit_in_place_keeps_mode_and_line_ends_and_leaves_nothing_behind(tmp_pa
     written = file.read_bytes()
     assert re.fullmatch(rb"first\r\n[^\r]*\r\nlast\r\n", written, re.DOTALL)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert os.listdir(tmp_path) == ["note.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["note.txt", "note.txt.bak"]
+    kept = tmp_path / "note.txt.bak"
+    assert kept.read_bytes() == b"first\r\na smal hosue\r\nlast\r\n"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o640
+    assert f"What it was is kept in {kept}." in done.stderr
 
 
 def test_mistakes_of_edit_are_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""What users of other tools type out of habit, and what to say to it."""
+
+_SCHEDULE = (
+    "this model denoises a canvas on a schedule: the temperature falls from t_max to t_min of "
+    "generation_config.json, and tokens are accepted by their entropy. --seed gives other answers; "
+    "--steps, --speed and --sampler confidence change how they come about"
+)
+
+_MEMORY = "the context is as long as memory allows; --max-memory says how much that is"
+
+_NO_CODE = "nothing that a repository holds is ever executed, so there is nothing to trust"
+
+_SAID = {
+    **dict.fromkeys(
+        ("--temp", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"),
+        _SCHEDULE,
+    ),
+    **dict.fromkeys(("--max-kv-size", "--ctx-size", "--num-ctx", "--kv-bits"), _MEMORY),
+    "--trust-remote-code": _NO_CODE,
+    "--adapter-path": "adapters are not supported: fuse them into the weights before converting",
+    "--draft-model": "a step decides many tokens at once, so there is nothing to draft",
+    "--verbose": "statistics are printed unless --quiet is given",
+    "--ignore-chat-template": "prompts go through the checkpoint's template; from Python, token "
+    "ids are taken as they are",
+    "--system-prompt": "it is called --system",
+    "--max-new-tokens": "it is called --max-tokens",
+    "--num-steps": "it is called --steps",
+}
+
+
+def said_to(option: str) -> str | None:
+    """A sentence on an option that other tools have; None where there is nothing to say."""
+    known = _SAID.get(option)
+    return None if known is None else f"there is no {option}: {known}"
