@@ -157,7 +157,8 @@ class DiffusionGemma(nn.Module):
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             # Nothing is evaluated in the last layer: its output may not be wanted.
             on_the_way = None if layer is cache[-1] else evaluate
-            view = View(*x.shape[:2], mask(layer, x.shape[1]), layer.append, on_the_way)
+            rows, count, _ = x.shape
+            view = View(rows, count, mask(layer, count), layer.append, on_the_way)
             x = block(x, [view], rotations[block.self_attn.layer], own.layer_scalar)
         return self.model.decoder.norm(x)
 
@@ -168,14 +169,15 @@ class DiffusionGemma(nn.Module):
         sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
         called with each layer's output.
         """
-        shapes = [each.canvas.shape for each in passes]
+        shapes = [(len(each.canvas), each.canvas.shape[1]) for each in passes]
         x = self.model.decoder.self_conditioning(
             self.embed(_in_a_row([each.canvas for each in passes])), self._expected(passes)
         )
         rotations = self._rotations(_in_a_row([self._positions(each) for each in passes]))
         for i, block in enumerate(self.model.decoder.layers):
             views = [
-                View(*shape, None, each.read(i)) for shape, each in zip(shapes, passes, strict=True)
+                View(rows, count, None, each.read(i))
+                for (rows, count), each in zip(shapes, passes, strict=True)
             ]
             x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
             if evaluate is not None:

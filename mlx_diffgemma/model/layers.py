@@ -191,8 +191,8 @@ class Attention(nn.Module):
             parts.append(mx.fast.scaled_dot_product_attention(some, *known, scale=1.0, mask=mask))
             if view.evaluate is not None and rows < count:
                 view.evaluate(parts[-1])
-        seen = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return seen.swapaxes(1, 2)
+        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return whole.swapaxes(1, 2)
 
 
 def _in_rows(queries: mx.array, new: mx.array, view: View) -> tuple[mx.array, mx.array, View]:

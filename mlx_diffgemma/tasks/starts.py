@@ -172,10 +172,6 @@ def forced_tokens(
     Raises:
         CanvasError: there is no text in them, or they and an end token are more than the canvas.
     """
-    if not isinstance(pieces, Sequence) or not all(map(_is_piece, pieces)):
-        raise CanvasError(
-            f"pieces are pairs of a text and whether it is given, not {shown(pieces)}"
-        )
     if not any(text for text, _ in pieces):
         raise CanvasError("there is no text in the pieces")
     length = model.config.canvas_length
@@ -194,13 +190,6 @@ def forced_tokens(
             f"the text has {len(forced)} tokens, more than a canvas of {length} holds"
         )
     return [*forced, *vocabulary.ending(length - len(forced))]
-
-
-def _is_piece(piece: object) -> bool:
-    match piece:
-        case (str(), bool()):
-            return True
-    return False
 
 
 def pinned_start(forced: list[list[int | None]], draws: Draws) -> Start:
