@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=Path, required=True, help="cases, as eval takes them")
     parser.add_argument("--task", required=True)
+    parser.add_argument("--model", help="a checkpoint [the shipped one for the task]")
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--of", type=int, default=4)
@@ -75,7 +76,7 @@ def main() -> None:
     if arguments.pinned:
         cases = pinned_sudokus(cases)
     cases = cases[: arguments.cases]
-    model, tokenizer = load(SPECIALIST.get(arguments.task))
+    model, tokenizer = load(arguments.model or SPECIALIST.get(arguments.task))
     found: list[list[Tried]] = [[] for _ in cases]
     for number, each in tried(model, tokenizer, cases, arguments.of * arguments.seeds):
         found[number].append(each)

@@ -1,6 +1,5 @@
 """Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -100,7 +99,7 @@ async def _score(service: Service, http: Http, body: CompletionBody) -> Response
         raise stopping()
     results = [found[index] for index in range(len(works))]
     # In a thread: of a whole context, thousands of tokens are named.
-    whole, _ = await service.make(http, lambda _: json.dumps(reply.whole(results)))
+    whole, _ = await service.make(http, lambda _: JSONResponse(reply.whole(results)).body)
     return Response(whole, headers=service.headers(body), media_type="application/json")
 
 

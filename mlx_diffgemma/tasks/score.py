@@ -68,8 +68,11 @@ class ScoreResult:
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the likeliest one at its place."""
-        return all(token == best[0][0] for token, best in zip(self.tokens, self.top, strict=True))
+        """Whether no token is likelier than the one that stands at its place."""
+        return all(
+            chance >= best[0][1]  # of equal ones, the head's rounded product may name another
+            for chance, best in zip(self.log_probabilities, self.top, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -80,18 +80,25 @@ def test_the_harness_scores_through_the_server() -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    pairs = [("The capital of Norway is", " Oslo."), ("a small house near the", " river")]
+    pairs = [
+        ("The capital of Norway is", " Oslo."),
+        ("The capital of Norway is", " "),
+        ("a small house near the", " r"),
+    ]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     with serving() as server:
         theirs = LocalCompletionsAPI(
             base_url=f"{server.url}/v1/completions",
             model=str(EMBEDDED),
             tokenizer_backend="huggingface",
-            add_bos_token=True,
             max_length=4096,
         )
         found = theirs.loglikelihood(asked, disable_tqdm=True)
-    expected = DiffusionGemmaLM().loglikelihood(asked, disable_tqdm=True)
-    for (total, greedy), (own, own_greedy) in zip(found, expected, strict=True):
-        assert total == pytest.approx(own, abs=1e-3)
-        assert greedy == own_greedy
+    assert [greedy for _, greedy in found] == [False, True, False]
+    model, tokenizer = load()
+    for (context, text), (total, greedy) in zip(pairs, found, strict=True):
+        # The tokenizer of a `tokenizer.json` alone puts nothing before a text.
+        before, ids = tokenizer.encode(context), tokenizer.encode(context + text)
+        expected = score(model, tokenizer, before, ids[len(before) :])
+        assert total == pytest.approx(expected.total, abs=1e-3)
+        assert greedy == expected.greedy
