@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,16 @@ from .card import model_card
 from .plan import DTYPES, Job, config_of, parameters_of, plan_jobs, size_of, split
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from .source import Fetched, Source
-from .staging import ConvertError, NoRoom, check_vacant, recorded, staged, workspace_of, write_json
+from .staging import (
+    ConvertError,
+    NoRoom,
+    Stage,
+    check_vacant,
+    recorded,
+    staged,
+    workspace_of,
+    write_json,
+)
 from .write import Written, write_shards
 
 # Written by us, or meaningless after a conversion.
@@ -131,46 +140,80 @@ def stream_convert(
     asked = {"source": str(source), "revision": revision, "dtype": dtype, "recipe": repr(chosen)}
     headers, repository = _opened(str(source), revision, target, asked, keep_download)
     _check_source(str(source), headers, dequantize)
-    pieces = None
-    if has_pieces_alone(headers.directory):
-        pieces = read_tokenizer(headers.directory)  # a file that is not read is found out now
     jobs, unpacked = plan_jobs(headers.tensors, headers.config, chosen, dtype)
-    shards = split(jobs)
+    made = _Conversion(str(source), target, chosen, dtype, headers, repository, jobs, asked)
+    yield from made.write()
     total = sum(size_of(part) for job in jobs for part in job.parts)
-    key = _key(asked, repository, shards) if repository else None
-    notes = {"asked": asked, "commit": repository.commit if repository else None}
-    try:
-        with staged(target, key) as stage:
-            files = Source(jobs, repository, stage.source)
-            files.clear(stage.done)
-            _check_free(target.parent, files.room(stage.done))
-            if repository is not None and not stage.done:
-                stage.record(0, notes)  # whoever goes on reads the same commit
-            yield from write_shards(stage, shards, files, notes)
-            _copy_files(headers.directory, stage.fresh)
-            if pieces is not None:
-                pieces.save(stage.fresh)
-            card = model_card(headers.directory, str(source), target.name, chosen)
-            (stage.fresh / "README.md").write_text(card, encoding="utf-8")
-            # Last: without it no tool takes the directory for a checkpoint.
-            generation = _generation(headers.directory)
-            config = config_of(headers.config, generation, jobs, chosen, dtype)
-            write_json(stage.fresh / "config.json", config)
-    except Unreachable as error:
-        raise Unreachable(f"{error}; the same command goes on where this one stopped") from None
-    except OSError as error:
-        goes_on = "; what is done is kept for the same command" if repository else ""
-        reason = error.strerror or error
-        raise ConvertError(f"writing {target} failed: {reason}{goes_on}") from None
     yield Summary(
         directory=target,
         source_bytes=sum(tensor.end - tensor.start for tensor in headers.tensors.values()),
         bytes=total,
-        shards=len(shards),
+        shards=len(split(jobs)),
         bits_per_weight=8 * total / sum(map(parameters_of, jobs)),
         seconds=time.perf_counter() - started,
         unpacked=tuple(unpacked),
     )
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A conversion that is planned. `repository` is None where nothing has to be fetched, `asked`
+    what the caller asked for."""
+
+    source: str
+    target: Path
+    recipe: Recipe
+    dtype: str | None
+    headers: Headers
+    repository: Repository | None
+    jobs: list[Job]
+    asked: dict[str, Any]
+
+    def write(self) -> Iterator[Written | Fetched]:
+        """Write the checkpoint and put it into place; errors as in `stream_convert`."""
+        directory = self.headers.directory
+        pieces = None
+        if has_pieces_alone(directory):
+            pieces = read_tokenizer(directory)  # a file that is not read is found out now
+        try:
+            with staged(self.target, self._key()) as stage:
+                yield from self._weights(stage)
+                _copy_files(directory, stage.fresh)
+                if pieces is not None:
+                    pieces.save(stage.fresh)
+                card = model_card(directory, self.source, self.target.name, self.recipe)
+                (stage.fresh / "README.md").write_text(card, encoding="utf-8")
+                # Last: without it no tool takes the directory for a checkpoint.
+                config = config_of(
+                    self.headers.config, _generation(directory), self.jobs, self.recipe, self.dtype
+                )
+                write_json(stage.fresh / "config.json", config)
+        except Unreachable as error:
+            raise Unreachable(f"{error}; the same command goes on where this one stopped") from None
+        except OSError as error:
+            goes_on = "; what is done is kept for the same command" if self.repository else ""
+            reason = error.strerror or error
+            raise ConvertError(f"writing {self.target} failed: {reason}{goes_on}") from None
+
+    def _weights(self, stage: Stage) -> Iterator[Written | Fetched]:
+        notes = {"asked": self.asked, "commit": self.repository and self.repository.commit}
+        files = Source(self.jobs, self.repository, stage.source)
+        files.clear(stage.done)
+        _check_free(self.target.parent, files.room(stage.done))
+        if self.repository is not None and not stage.done:
+            stage.record(0, notes)  # whoever goes on reads the same commit
+        yield from write_shards(stage, split(self.jobs), files, notes)
+
+    def _key(self) -> str | None:
+        """Name a conversion by all that decides which bytes it writes where; None: none goes on."""
+        if self.repository is None:
+            return None
+        told: list[Any] = [self.asked, self.repository.commit]
+        told += [version("mlx-diffgemma"), version("mlx")]
+        for shard in split(self.jobs):
+            read = [(t.name, t.file.name, t.start) for job in shard for t in job.sources]
+            told += [read, [job.parts for job in shard]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _opened(
@@ -208,15 +251,6 @@ def _check_source(source: str, headers: Headers, dequantize: bool) -> None:
         raise ConvertError(f"{source} is quantized already; --dequantize unpacks it")
     if dequantize and not packed:
         raise ConvertError(f"{source} is not quantized")
-
-
-def _key(asked: dict[str, Any], repository: Repository, shards: list[list[Job]]) -> str:
-    """Name a conversion by all that decides which bytes it writes where."""
-    told: list[Any] = [asked, repository.commit, version("mlx-diffgemma"), version("mlx")]
-    for shard in shards:
-        read = [(t.name, t.file.name, t.start) for job in shard for t in job.sources]
-        told += [read, [job.parts for job in shard]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _check_free(directory: Path, needed: int) -> None:

@@ -80,11 +80,12 @@ class Repository:
 
     @property
     def weights(self) -> list[str]:
-        """Names of its files of weights, none of them in a folder."""
+        """Names of its files of weights, none of them in a folder or with odd characters."""
         return [
             name
             for name in self.files
-            if "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS)
+            if re.fullmatch(r"[\w.-]+", name, re.ASCII)
+            and any(fnmatch(name, pattern) for pattern in WEIGHTS)
         ]
 
     @cached_property

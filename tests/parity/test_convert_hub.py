@@ -385,6 +385,15 @@ def test_a_disk_that_fills_is_gone_on_with(hub: Hub, directory: Path, tmp_path: 
     assert_equal(tmp_path / "out", directory)
 
 
+def test_names_of_files_that_would_lie_elsewhere() -> None:
+    """The hub's list is foreign: no name of it leads out of the folder, or ends in a traceback."""
+    names = ["model/../../x.safetensors", "../model.safetensors", "model\0.safetensors"]
+    names += ["model\n.safetensors", "model\\x.safetensors", "/model.safetensors"]
+    names += ["model-1.safetensors", "x.safetensors", "model.bin"]
+    files = {name: asking.RemoteFile(name, 1, None, "0") for name in names}
+    assert asking.Repository("org/model", COMMIT, files).weights == ["model-1.safetensors"]
+
+
 def test_checksums_are_those_that_git_and_the_hub_state() -> None:
     data = b"hello\n"
     file = asking.RemoteFile("x", len(data), None, "ce013625030ba8dba906f756967f9e9ca394464a")

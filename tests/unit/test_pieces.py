@@ -267,3 +267,6 @@ def test_a_file_without_special_pieces(tmp_path: Path) -> None:
     made, special = read_pieces(path)
     assert made.encode("abcab").tokens == ["abc", "ab"]
     assert special == {"unk_token": "<unk>"}
+    # The better score comes first, not the earlier id.
+    path.write_bytes(BYTES + letters + piece("bc", -2.0) + piece("ab", -1.0) + SETTINGS)
+    assert read_pieces(path)[0].encode("abc").tokens == ["ab", "c"]
