@@ -35,7 +35,10 @@ class Terminal:
         words = [sys.executable, *program, command, *arguments]
         self.command = shlex.join(words)
         if shell:  # in which somebody types the command
-            words, environment = ["bash", "--norc", "-i"], environment | {"PS1": "$ "}
+            words, environment = (
+                ["bash", "--norc", "-i"],
+                environment | {"PS1": "$ ", "BASH_SILENCE_DEPRECATION_WARNING": "1"},
+            )
         self.child = pexpect.spawn(
             words[0],
             words[1:],
