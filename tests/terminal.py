@@ -35,7 +35,8 @@ class Terminal:
         words = [sys.executable, *program, command, *arguments]
         self.command = shlex.join(words)
         if shell:  # in which somebody types the command
-            words, environment = ["bash", "--norc", "-i"], environment | {"PS1": "$ "}
+            words = ["bash", "--norc", "-i"]
+            environment |= {"PS1": "$ ", "BASH_SILENCE_DEPRECATION_WARNING": "1"}  # that of macOS
         self.child = pexpect.spawn(
             words[0],
             words[1:],
@@ -57,14 +58,14 @@ class Terminal:
             rows.pop()
         return rows
 
-    def wait(self, pattern: str) -> re.Match[str]:
-        """Until the screen shows a pattern."""
+    def wait(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """Until the screen shows a pattern, below so many lines."""
         ends = time.monotonic() + 15
         while time.monotonic() < ends:
             try:
                 self._stream.feed(self.child.read_nonblocking(1 << 16, timeout=0.05))
             except (pexpect.TIMEOUT, pexpect.EOF):
-                if found := re.search(pattern, "\n".join(self.lines())):
+                if found := re.search(pattern, "\n".join(self.lines()[after:])):
                     return found
         raise AssertionError(f"{pattern!r} is not on the screen:\n" + "\n".join(self.lines()[-30:]))
 
@@ -72,8 +73,9 @@ class Terminal:
         """Type a line, wait for the next prompt; the lines between."""
         before = len(self.lines())
         self.child.sendline(line)
-        self.wait(re.escape(line.partition("\n")[0][:20].removesuffix("\\").rstrip()))
-        self.wait(pattern)
+        begins = line.partition("\n")[0][:20].removesuffix("\\").rstrip()
+        self.wait(re.escape(begins), after=before - 1)
+        self.wait(pattern, after=before - 1)
         return self.lines()[before:-1] if pattern.endswith(">$") else self.lines()[before:]
 
     def press(self, keys: str) -> None:

@@ -74,8 +74,8 @@ class Prompt:
         )
 
     def read(self, text: str = "") -> str:
-        """A message; Enter ends it, a paste does not."""
-        return self._messages.prompt(default=text)
+        """A message; Enter ends it, a paste does not. What is no UTF-8 is `?`."""
+        return self._messages.prompt(default=text).encode(errors="replace").decode()
 
     def ask(self, question: str) -> str:
         """An answer that was typed after the question; what stood there before stays for `read`."""

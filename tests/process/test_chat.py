@@ -343,6 +343,15 @@ def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:
     assert chat.type("how is it?")[-1] == "Stopped: 16 rounds of tool calls for one answer."
 
 
+def test_a_model_that_cannot_be_loaded_leaves_the_one_there_is() -> None:
+    typed = "/model no/such/thing\nhello\n/model tiny-puzzles\n/model\n/undo\n"
+    done = run("chat", "--seed", "0", stdin=typed)
+    assert "error: no/such/thing is neither a directory nor a name on the hub\n" in done.stderr
+    assert done.stdout.startswith("Hello!")
+    said = "Model: tiny-puzzles; it reads the conversation anew.\nModel: tiny-puzzles\n"
+    assert done.stderr.endswith(f"{said}Forgotten: hello\n")
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")

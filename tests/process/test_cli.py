@@ -232,16 +232,14 @@ def test_chat_in_a_terminal_draws_the_canvas_and_leaves_the_answer() -> None:
         encoding="utf-8",
         timeout=60,
     )
-    child.expect("> ")
+    child.expect("leaves.*>")
     child.sendline("12.456")
     child.expect("step 1/48")  # the live canvas
-    child.expect("finished: ")
-    child.expect("> ")
+    child.expect("finished: .*>")
     child.sendline("/reset")
-    child.expect("Started over")
-    child.expect("> ")
+    child.expect("Started over.*>")
     child.sendintr()
-    child.expect("leaves")
+    child.expect("Ctrl-D leaves.*>")
     child.sendline("/quit")
     child.expect(pexpect.EOF)
     child.close()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from rich.text import Text as Styled
 from terminal import Terminal
 
 from mlx_diffgemma.cli.display import Frame
+from mlx_diffgemma.cli.outside import copied
+from mlx_diffgemma.errors import Error
 
 TALKS = ["--guards", "none", "--max-tokens", "640"]
 WORDS = "word after word " * 20
@@ -187,7 +190,10 @@ def test_markdown_is_shown_as_it_is_meant() -> None:
     assert plain.type("go")[0] == "**One.**"
 
 
-def test_files_and_messages_that_begin_with_a_slash(tmp_path: Path) -> None:
+def test_files_and_messages_that_begin_with_a_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "note one.txt").write_text("A ```\x1b[2J note.\n")
     os.mkfifo(tmp_path / "pipe")
     chat = Terminal(script=["One."], begins=r"\n>$", HOME=str(tmp_path))
@@ -207,7 +213,7 @@ def test_files_and_messages_that_begin_with_a_slash(tmp_path: Path) -> None:
     for name, why in {
         "": "/file takes a file name.",
         "/dev/zero": "error: /dev/zero is not a file",
-        "~/pipe": f"error: {tmp_path}/pipe is not a file",
+        "pipe": "error: pipe is not a file",
         "none": "error: none cannot be read: No such file or directory",
     }.items():
         assert "".join(chat.type(f"/file {name}")) == why
@@ -219,9 +225,7 @@ def test_copy_editor_model_and_stats(tmp_path: Path) -> None:
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\nprintf "from\\nfile" >> "$1"\n')
     editor.chmod(0o700)
-    chat = Terminal(
-        script=["**One.**", "Two.", "Three."], EDITOR=str(editor), DISPLAY="", WAYLAND_DISPLAY=""
-    )
+    chat = Terminal(script=["**One.**", "Two.", "Three."], EDITOR=str(editor), SSH_CONNECTION="far")
     raw = chat.child.logfile_read = io.BytesIO()
     assert chat.type("/stats")[0] == "There is no answer yet."
     assert chat.type("/copy") == ["There is no answer yet."]
@@ -240,12 +244,27 @@ def test_copy_editor_model_and_stats(tmp_path: Path) -> None:
     chat.wait(r"Three\.[^>]*\n>$")
     assert chat.type("/undo") == ["Forgotten: it isfrom", "file"]
     assert chat.type("/model") == ["Model: tiny"]
-    assert "not a directory" in chat.type("/model nowhere/to/be/found")[0] or True
     assert chat.type("/model tiny-puzzles") == [
         "Model: tiny-puzzles; it reads the conversation anew."
     ]
     chat.press("/exit\r")
     assert chat.leaves() == 0
+
+
+def test_copy_asks_this_machine_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clipboard = tmp_path / "clipboard"
+    program = tmp_path / "pbcopy"
+    # It holds what it was given open for as long as it owns the clipboard.
+    program.write_text(f"#!/bin/sh\ncat > {clipboard}\nsleep 60 &\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert copied("caf\xe9", sys.stderr) == "Copied 4 characters with pbcopy."
+    assert clipboard.read_bytes() == b"caf\xc3\xa9"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    for other in ("WAYLAND_DISPLAY", "DISPLAY"):
+        monkeypatch.delenv(other, raising=False)
+    with pytest.raises(Error, match="no clipboard"):
+        copied("caf\xe9", io.StringIO())
 
 
 def test_generate_shows_how_far_it_is_and_nothing_of_it_stays() -> None:
