@@ -118,7 +118,7 @@ def test_a_question_before_the_model_is_known(opened: Open) -> None:
     with serving(unsettled) as server:
         page = opened(server)
         held: list[Any] = []
-        page.route("**/v1/models", held.append)
+        page.route("**/v1/models", lambda route: held.append(route))
         page.reload()
         page.fill("#message", "hello")
         page.keyboard.press("Enter")
