@@ -113,6 +113,21 @@ def test_a_canvas_resolves_in_colours(small: Server, opened: Open) -> None:
     expect(page.locator("#chat-list li")).to_have_count(1)
 
 
+def test_a_question_before_the_model_is_known(opened: Open) -> None:
+    """Its drafts were wiped away once the model's name came."""
+    with serving(unsettled) as server:
+        page = opened(server)
+        held: list[Any] = []
+        page.route("**/v1/models", lambda route: held.append(route))
+        page.reload()
+        page.fill("#message", "hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".draft")).to_contain_text("So far")
+        held.pop().continue_()
+        expect(page.locator("#model strong")).to_have_text("tiny")
+        expect(page.locator(".draft")).to_contain_text("So far")
+
+
 def test_another_chat_while_one_is_written(opened: Open) -> None:
     with serving(unsettled) as server:
         page = opened(server)
@@ -125,6 +140,11 @@ def test_another_chat_while_one_is_written(opened: Open) -> None:
         page.click("#chat-list .open >> text=hello")
         expect(page.locator(".model .said")).to_contain_text("So far")
         expect(page.locator(".note")).to_contain_text("Stopped.")
+        page.get_by_text("Retry").click()
+        expect(page.locator(".draft")).to_contain_text("So far")
+        page.get_by_label("Delete hello").click()
+        expect(page.locator("#send")).to_be_visible()
+        expect(page.locator("#chat-list li")).to_have_count(0)
 
 
 def test_what_may_be_done_with_a_chat(fine: Server, opened: Open) -> None:

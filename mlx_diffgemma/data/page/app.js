@@ -4,7 +4,7 @@ import { get, key, takeKeyOfAddress } from "./api.js";
 import { Chat } from "./chat.js";
 import { button, find, grow, make } from "./dom.js";
 import { examplesFor } from "./examples.js";
-import { list, newChat, onOthers, read, remove, save, titleOf } from "./store.js";
+import { forget, list, newChat, onOthers, read, save, titleOf } from "./store.js";
 import { addWork } from "./work.js";
 
 const THEME = "diffgemma.theme";
@@ -74,7 +74,7 @@ async function settings() {
     meet();
   }
   if (chat.messages.length) tell(save(chat));
-  if (!talk.busy) talk.draw();
+  talk.frame();
 }
 
 // Colours ------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ function drawList() {
     }, { className: "open" });
     if (chat.id === talk.chat.id) open.setAttribute("aria-current", "true");
     const gone = button("×", () => {
-      remove(chat.id);
+      forget(chat.id);
       if (chat.id === talk.chat.id) talk.open(newChat(talk.chat));
       drawList();
     }, { className: "plain gone", "aria-label": `Delete ${titleOf(chat)}` });
@@ -169,7 +169,7 @@ function addChats() {
   });
   find("chat-clear").addEventListener("click", () => {
     if (!confirm("Delete all chats that this browser keeps?")) return;
-    list().forEach((chat) => remove(chat.id));
+    list().forEach((chat) => forget(chat.id));
     talk.open(newChat());
     drawList();
   });
@@ -200,7 +200,7 @@ async function meet() {
   find("model").replaceChildren(make("strong", {}, model.id),
     make("span", { className: "only-wide" }, ` ${number(model.context_length)} tokens of context, canvases of ${model.canvas_length}`));
   find("set-thinking-row").hidden = !model.thinking;
-  talk.draw();
+  talk.frame();
   addExamples();
 }
 

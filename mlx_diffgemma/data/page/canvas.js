@@ -14,7 +14,7 @@ const level = (probability) => (probability < LIKELY ? 0 : probability < NEARLY 
 
 export class Canvas {
   constructor() {
-    this.text = make("div", { className: "draft" });
+    this.text = make("div", { className: "draft", dir: "auto" });
     this.map = make("div", { className: "map" });
     this.line = make("div", { className: "small" });
     // A reader of the screen would say each step; it hears the answer instead.

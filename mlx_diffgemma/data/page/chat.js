@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { Canvas, replay } from "./canvas.js";
-import { button, copyButton, find, grow, make } from "./dom.js";
+import { button, copyButton, find, grow, make, sends } from "./dom.js";
 import { render } from "./markdown.js";
 import { newChat, read, save, titleOf } from "./store.js";
 
@@ -23,6 +23,7 @@ export class Chat {
     this.page = page;
     this.stopper = null;
     this.replays = new Map();
+    this.parsed = new WeakMap();
     this.messages = find("messages");
     this.scroll = find("scroll");
     this.input = find("message");
@@ -37,7 +38,7 @@ export class Chat {
       this.send(text);
     });
     this.input.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      if (!sends(event)) return;
       event.preventDefault();
       find("composer").requestSubmit();
     });
@@ -192,19 +193,24 @@ export class Chat {
     find("status").textContent = line;
   }
 
-  // Draws all messages, and what of the page depends on whether one is being written.
+  // Draws all messages; one that is being written is lost by it.
   draw() {
+    this.messages.replaceChildren(...this.chat.messages.map((each, i) =>
+      each.role === "user" ? this.#question(each, i) : this.#reply(each, i)));
+    this.frame();
+    this.scroll.scrollTop = this.scroll.scrollHeight;
+  }
+
+  // Draws what stands around the messages.
+  frame() {
     const { messages } = this.chat;
     find("welcome").hidden = messages.length > 0;
-    this.messages.replaceChildren(...messages.map((each, i) =>
-      each.role === "user" ? this.#question(each, i) : this.#reply(each, i)));
     find("send").hidden = this.busy;
     find("stop").hidden = !this.busy;
     find("system-note").hidden = !this.chat.system.trim();
     find("system-note").textContent = `System prompt: ${this.chat.system.trim().slice(0, 90)}`;
     const name = this.page.model?.id;
     document.title = [messages.length ? titleOf(this.chat) : "", name, "mlx-diffgemma"].filter(Boolean).join(" · ");
-    this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 
   #question(message, at) {
@@ -212,7 +218,7 @@ export class Chat {
       copyButton(() => message.content, "your message"),
       button("Edit", () => this.#edit(element, message, at), { disabled: this.busy }));
     const element = make("article", { className: "user", "aria-label": "You" },
-      make("div", { className: "said" }, message.content), actions);
+      make("div", { className: "said", dir: "auto" }, message.content), actions);
     return element;
   }
 
@@ -227,7 +233,7 @@ export class Chat {
     };
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") back();
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      if (sends(event)) {
         event.preventDefault();
         go();
       }
@@ -241,7 +247,7 @@ export class Chat {
   #reply(message, at) {
     const element = make("article", { className: "model", "aria-label": "The model" });
     if (message.thought) element.append(thoughts(message.thought, "Thoughts"));
-    const said = make("div", { className: "said" }, render(message.content));
+    const said = this.#rendered(message);
     element.append(said);
     if (message.note) element.append(make("p", { className: "note" }, message.note));
     const last = at === this.chat.messages.length - 1;
@@ -254,6 +260,18 @@ export class Chat {
     if (message.facts) actions.append(make("span", { className: "facts" }, message.facts));
     element.append(actions);
     return element;
+  }
+
+  // What a message says, parsed once: long chats are drawn often.
+  #rendered(message) {
+    const known = this.parsed.get(message);
+    if (known?.content === message.content) {
+      known.said.hidden = false;
+      return known.said;
+    }
+    const said = make("div", { className: "said", dir: "auto" }, render(message.content));
+    this.parsed.set(message, { content: message.content, said });
+    return said;
   }
 
   // A button that shows how the answer settled, step by step.

@@ -43,6 +43,12 @@ function copied(text) {
   return done;
 }
 
+// Whether a key press sends: Enter alone, and not the one that ends a word of an input method, which
+// Safari tells by its code only.
+export function sends(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}
+
 // Lets a text area be as high as its text, and never lower than it was made.
 export function grow(area) {
   const fit = () => {

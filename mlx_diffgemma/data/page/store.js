@@ -93,8 +93,16 @@ export function list() {
   return found.sort((a, b) => b.changed - a.changed);
 }
 
-export function remove(id) {
+function remove(id) {
   storage()?.removeItem(PREFIX + id);
+}
+
+// Chats that the user has deleted: an answer that ends later does not bring one back.
+const deleted = new Set();
+
+export function forget(id) {
+  deleted.add(id);
+  remove(id);
 }
 
 // Writes a chat. Where another tab has written it since, this one goes on under a name of its own,
@@ -102,6 +110,7 @@ export function remove(id) {
 export function save(chat) {
   const kept = storage();
   if (!kept) return "This browser keeps no chats.";
+  if (deleted.has(chat.id)) return "";
   let told = "";
   const there = read(chat.id);
   if (there && there.revision !== chat.revision) {
