@@ -94,7 +94,7 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: it could not, as there is no such folder, or no permission.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # Path.resolve raises for links that go in circles
     if target.is_dir():
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
     with NamedTemporaryFile(dir=target.parent):
@@ -108,7 +108,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     A full disk or a kill leaves the old file; a link stays a link. `suffix` is for writers that
     insist on one.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     with NamedTemporaryFile(dir=target.parent, suffix=suffix, delete=False) as file:
         pass
     try:

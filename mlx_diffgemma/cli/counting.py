@@ -37,7 +37,7 @@ class Counter:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """While open, no bar is drawn: what is printed would stand in it."""
+        """While open, no bar is drawn: rich would send what is printed to stderr, above it."""
         if self._progress is None:
             yield
             return
@@ -54,8 +54,7 @@ def counting(what: str, total: int, *, quiet: bool) -> Iterator[Counter]:
         yield Counter(what, total, None, quiet=quiet)
         return
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # What goes to stdout meanwhile is to stay there: rich would send it to stderr.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield Counter(what, total, progress, quiet=quiet)
 
 

@@ -5,6 +5,7 @@ with an @, and anything else is the text itself. `fill` and `edit`, which are ab
 name of a file without @ too.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def source_of(given: str, what: str, *, text: bool) -> Source:
         name = given.removeprefix("@")
         if not name:
             fail(f"{what} is empty, or names no file", code=2)
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
         return Source(read_text(path), str(path), path)
     return Source(_whole(given, what), "text")
 

@@ -432,8 +432,10 @@ def check_destination(path: Path) -> None:
     Raises:
         SessionError: it could not, or something else has the name.
     """
-    _check_ours(path)
     try:
+        if path.exists() and not (path.is_file() and not path.stat().st_size):
+            _read(path)  # which says what else it is
+        _check_ours(path)
         check_writable(path)
     except OSError as error:
         raise SessionError(f"{path} cannot be written: {error.strerror}") from None

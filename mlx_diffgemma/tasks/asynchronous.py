@@ -18,6 +18,7 @@ import mlx.core as mx
 from ..diffusion.prompt_cache import PromptCache, Reading
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
+from ..text.template import Hole
 from ..text.tokenizer import Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
@@ -170,14 +171,20 @@ async def agenerate(
 
 
 def astream_fill(
-    model: DiffusionGemma, tokenizer: Tokenizer, template: str, **options: Unpack[FillOptions]
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    template: str | Sequence[str | Hole],
+    **options: Unpack[FillOptions],
 ) -> AsyncGenerator[Reading | Draft | FillResult, None]:
     """As `stream_fill`, for asyncio."""
     return astream_task(model, tokenizer, FillRequest(template, **options))
 
 
 async def afill(
-    model: DiffusionGemma, tokenizer: Tokenizer, template: str, **options: Unpack[FillOptions]
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    template: str | Sequence[str | Hole],
+    **options: Unpack[FillOptions],
 ) -> FillResult:
     """As `fill`, for asyncio."""
     result = await _last(astream_fill(model, tokenizer, template, **options))

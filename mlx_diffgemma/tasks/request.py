@@ -97,24 +97,28 @@ _users: WeakKeyDictionary[PromptCache, object] = WeakKeyDictionary()
 
 
 def _run(
-    model: DiffusionGemma, prepared: Prepared[Item], given: PromptCache | None
+    model: DiffusionGemma, prepared: Prepared[Item], prompt_cache: PromptCache | None
 ) -> Decoding[Item, None]:
     # Not in `stream`: an empty cache is made where the run begins, and nobody else holds it.
-    prompt_cache = PromptCache(model) if given is None else given
+    try:
+        yield from _alone(prepared, PromptCache(model) if prompt_cache is None else prompt_cache)
+    finally:
+        mx.clear_cache()  # once nothing above holds arrays any more
+
+
+def _alone(prepared: Prepared[Item], prompt_cache: PromptCache) -> Decoding[Item, None]:
+    """Run, unless another run has used the prompt cache since."""
     me = _users[prompt_cache] = object()
     answer: mx.array | None = None
-    try:
-        with closing(prepared.run(prompt_cache)) as decoding, suppress(StopIteration):
-            while True:
-                item = decoding.send(answer)
-                answer = yield item
-                if _users[prompt_cache] is not me:
-                    raise SettingError(
-                        "the prompt cache, or chat session, was used by another answer before this "
-                        "one was complete"
-                    )
-    finally:
-        mx.clear_cache()
+    with closing(prepared.run(prompt_cache)) as decoding, suppress(StopIteration):
+        while True:
+            item = decoding.send(answer)
+            answer = yield item
+            if _users[prompt_cache] is not me:
+                raise SettingError(
+                    "the prompt cache, or chat session, was used by another answer before this one "
+                    "was complete"
+                )
 
 
 class Settings(TypedDict, total=False):

@@ -95,10 +95,10 @@ def test_paths_and_ports_are_checked_before_anything_is_loaded(tmp_path: Path) -
     port = str(taken.getsockname()[1])
     for arguments, code, said in (
         (("chat", "--session", away), 1, "cannot be written: No such file"),
-        (("chat", "--session", note), 1, "left as it is"),
-        (("chat", "--session", str(tmp_path)), 1, "left as it is"),
+        (("chat", "--session", note), 1, "damaged, or no saved context"),
+        (("chat", "--session", str(tmp_path)), 1, "is not a file"),
         (("generate", "hi", "--prompt-cache", away), 1, "cannot be written: No such file"),
-        (("generate", "hi", "--prompt-cache", note), 1, "left as it is"),
+        (("generate", "hi", "--prompt-cache", note), 1, "damaged, or no saved context"),
         (("generate", "hi", "--output", "out"), 2, "--output goes with --batch"),
         (("generate", "-q", "--batch", "in.jsonl", "--output", away), 1, "cannot be written"),
         (("edit", "-", "-i", "x", "--in-place"), 2, "not stdin"),

@@ -167,6 +167,25 @@ def test_a_loop_that_is_left_stops_the_answer(small: Any, decoded: list[int]) ->
     asyncio.run(main())
 
 
+def test_an_iterator_is_closed_where_it_ran() -> None:
+    closed: list[int] = []
+
+    def events() -> Generator[int, None, None]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append(threading.get_ident())
+
+    async def main() -> None:
+        held = events()
+        async with aclosing(astream(held)) as items:
+            await anext(items)
+        assert closed == [await in_mlx_thread(threading.get_ident)]
+
+    asyncio.run(main())
+
+
 def test_preparing_is_given_up_and_holds_nobody_up(small: Any) -> None:
     """A schema that takes seconds to compile is not compiled in the thread of MLX."""
     started = threading.Event()

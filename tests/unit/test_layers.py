@@ -39,6 +39,8 @@ def imports() -> dict[str, set[str]]:
                 continue
             base = ROOT.joinpath(*name)
             for alias in node.names:
+                if alias.name == "__version__":  # the package itself
+                    continue
                 module = base / alias.name if base.is_dir() else base
                 if not module.is_dir():
                     here.add(".".join(module.relative_to(ROOT).parts))
