@@ -3,7 +3,7 @@
     python scripts/roofline.py CONFIG --chip "M4 Max"
     python scripts/roofline.py CONFIG --bandwidth 400 --tflops 10 --context 8192 --steps 16
     python scripts/roofline.py CONFIG --positions 256,128,64,32
-    python scripts/roofline.py CONFIG --recorded FILE --answers 32,256,1024
+    python scripts/roofline.py CONFIG --recorded FILE FILE --stretch 2.5
 
 CONFIG is a config.json or the directory of one. A part takes as long as the slower of computing and
 moving bytes; parts do not overlap; both rates are the chip's peaks, which no program reaches.
@@ -13,21 +13,22 @@ each use; activations of hidden width are not counted. Self-conditioning counts 
 
 `--positions` models steps that decode so many positions of a canvas, on all chips: keys and values
 of the others are read, not computed. `--recorded` takes the shares of the canvas that the steps of
-real canvases decoded, a list for each: JSON such as [[1, 1, 0.25, 1]]. It models answers, beside the
-same backbone decoding token by token. Shares of a smaller canvas are taken as shares of this one.
-Neither side counts reading the prompt; a canvas is encoded when another follows it.
+real canvases decoded, a list for each: JSON such as [[1, 1, 0.25, 1]]. Shares of a smaller canvas
+are taken as shares of this one, and all canvases of an answer as the average one. It models answers
+beside the same backbone decoding token by token, which reads the experts of one token, the cache
+and the head. Neither side counts reading the prompt; a canvas is encoded when another follows it.
+Narrow products do not reach a chip's peak: what fewer positions gain is an upper bound.
 """
 
 import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from roofline_model import Answers, Assumed, Chip, ahead, encoding, seconds, step, token, touched
 
 from mlx_diffgemma.arguments import is_number
 from mlx_diffgemma.errors import Error
@@ -68,167 +69,6 @@ class RecordError(Error):
     """A file that holds no shares of canvases."""
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Its peaks: GB/s and TFLOPS."""
-
-    name: str
-    bandwidth: float
-    tflops: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part of a pass computes and moves."""
-
-    name: str
-    flops: float
-    bytes: float
-
-    def seconds(self, chip: Chip) -> float:
-        return max(self.flops / chip.tflops / 1e12, self.bytes / chip.bandwidth / 1e9)
-
-
-def seconds(parts: list[Part], chip: Chip) -> float:
-    """Of parts that follow each other."""
-    return sum(part.seconds(chip) for part in parts)
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What is assumed of a model beside its config.
-
-    Attributes:
-        bits: of all weights but the experts'.
-        vocabulary_gb: vocabulary-sized arrays that a step over a whole canvas moves.
-        concentration: the popularity of experts falls as 1/rank to this power; 0 is uniform.
-    """
-
-    bits: float
-    expert_bits: float
-    vocabulary_gb: float
-    concentration: float = 0.0
-
-
-def stored(weights: float, bits: float) -> float:
-    """Bytes of weights; below 16 bits with a bfloat16 scale and bias per 64."""
-    return weights * (bits + (0.5 if bits < 16 else 0)) / 8
-
-
-@lru_cache
-def touched(experts: int, top_k: int, tokens: int, concentration: float = 0.0) -> float:
-    """Experts that at least one token chooses, expected; the tokens choose independently."""
-    popularity = [rank**-concentration for rank in range(1, experts + 1)]
-    sure = 0  # so many are so popular that each token chooses them
-    while (top_k - sure) * popularity[sure] > sum(popularity[sure:]) and sure < top_k:
-        sure += 1
-    share = (top_k - sure) / sum(popularity[sure:]) if sure < experts else 0
-    return sure + sum(1 - (1 - share * each) ** tokens for each in popularity[sure:])
-
-
-def layers(config: Config, assumed: Assumed, context: int, rows: int, canvas: int) -> list[Part]:
-    """All layers, for `rows` positions of a canvas behind a context."""
-    hidden = config.hidden_size
-    projections = scores = cache = 0.0
-    for layer in config.layers:
-        queries = config.num_attention_heads * layer.head_dim
-        keys = layer.num_key_value_heads * layer.head_dim
-        projections += hidden * (2 * queries + (1 if layer.window is None else 2) * keys)
-        held = context if layer.window is None else min(context, layer.window - 1)
-        scores += 2 * 2 * rows * (held + canvas) * queries
-        cache += 2 * 2 * keys * (held + canvas)
-    layer_count = len(config.layers)
-    dense = layer_count * 3 * hidden * config.intermediate_size
-    router = layer_count * hidden * config.num_experts
-    expert = 3 * hidden * config.moe_intermediate_size
-    chosen = touched(config.num_experts, config.top_k_experts, rows, assumed.concentration)
-    return [
-        Part("attention, projections", 2 * rows * projections, stored(projections, assumed.bits)),
-        Part("attention, scores and cache", scores, cache),
-        Part("dense MLP", 2 * rows * dense, stored(dense, assumed.bits)),
-        Part("router", 2 * rows * router, stored(router, assumed.bits)),
-        Part(
-            "experts",
-            2 * rows * config.top_k_experts * layer_count * expert,
-            stored(layer_count * chosen * expert, assumed.expert_bits),
-        ),
-    ]
-
-
-def head(config: Config, assumed: Assumed, rows: int) -> list[Part]:
-    """The head and what is made of its logits."""
-    table = config.vocab_size * config.hidden_size
-    moved = assumed.vocabulary_gb * 1e9 * rows / config.canvas_length
-    return [
-        Part("head", 2 * rows * table, stored(table, assumed.bits)),
-        Part("sampler, vocabulary arrays", 0, moved),
-    ]
-
-
-def step(config: Config, assumed: Assumed, context: int, rows: int) -> list[Part]:
-    """One denoising step that decodes `rows` positions of its canvas."""
-    hidden = config.hidden_size
-    mixing = config.vocab_size * hidden + 3 * hidden * config.intermediate_size
-    return [
-        *layers(config, assumed, context, rows, config.canvas_length),
-        *head(config, assumed, rows),
-        Part("self-conditioning", 2 * rows * mixing, stored(mixing, assumed.bits)),
-    ]
-
-
-def encoding(config: Config, assumed: Assumed, context: int) -> list[Part]:
-    """Keys and values of a canvas that was committed."""
-    length = config.canvas_length
-    return layers(config, assumed, context, length, length)
-
-
-def token(config: Config, assumed: Assumed, context: int) -> list[Part]:
-    """A token of the same backbone that decodes one after the other."""
-    return [*layers(config, assumed, context, 1, 1), *head(config, assumed, 1)]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Times of an answer's tokens behind a context; `passes` is how many of each number of
-    positions a canvas takes, on average."""
-
-    config: Config
-    assumed: Assumed
-    context: int
-    passes: dict[int, float]
-
-    def canvases(self, chip: Chip) -> Iterator[float]:
-        """Seconds until the end of each canvas."""
-        spent = 0.0
-        for behind in count(self.context, self.config.canvas_length):
-            if behind > self.context:
-                before = behind - self.config.canvas_length
-                spent += seconds(encoding(self.config, self.assumed, before), chip)
-            for rows, times in self.passes.items():
-                spent += times * seconds(step(self.config, self.assumed, behind, rows), chip)
-            yield spent
-
-    def tokens(self, chip: Chip) -> Iterator[float]:
-        """Seconds until each token, where they are decoded one after the other."""
-        spent = 0.0
-        for behind in count(self.context):
-            spent += seconds(token(self.config, self.assumed, behind), chip)
-            yield spent
-
-    def compare(self, chip: Chip, canvases: int) -> tuple[list[float], list[float]]:
-        """Seconds of answers of 1, 2, ... tokens: of diffusion, and one after the other."""
-        length = self.config.canvas_length
-        each = [s for s, _ in zip(self.canvases(chip), range(canvases), strict=False)]
-        single = [s for s, _ in zip(self.tokens(chip), range(canvases * length), strict=False)]
-        return [s for s in each for _ in range(length)], single
-
-
-def ahead(diffusion: list[float], single: list[float]) -> int | None:
-    """The shortest answer that diffusion gives first, if any."""
-    pairs = enumerate(zip(diffusion, single, strict=True), start=1)
-    return next((length for length, (a, b) in pairs if a <= b), None)
-
-
 def read_shares(path: Path) -> list[list[float]]:
     """Shares of the canvas that steps decoded, a list for each canvas.
 
@@ -250,11 +90,12 @@ def read_shares(path: Path) -> list[list[float]]:
     return value
 
 
-def passes_of(shares: list[list[float]], length: int) -> dict[int, float]:
-    """How many passes over each number of positions a canvas takes, on average."""
+def passes_of(shares: list[list[float]], length: int, stretch: float) -> dict[int, float]:
+    """How many passes over each number of positions a canvas takes, on average, if it takes
+    `stretch` times as many as recorded."""
     # Without the rounding, 0.1 of 640 would be 65 positions.
     rows = (math.ceil(round(share * length, 6)) for canvas in shares for share in canvas)
-    return {each: times / len(shares) for each, times in sorted(Counter(rows).items())}
+    return {each: stretch * times / len(shares) for each, times in sorted(Counter(rows).items())}
 
 
 # What is printed -------------------------------------------------------------------------------
@@ -269,7 +110,7 @@ def header(*cells: str) -> None:
     print("|" + "---|" * len(cells))
 
 
-def print_parts(config: Config, assumed: Assumed, chip: Chip, context: int, steps: float) -> None:
+def print_parts(config: Config, assumed: Assumed, chip: Chip, context: int, steps: int) -> None:
     """One step on one chip, part by part, and a canvas of so many."""
     rows = config.canvas_length
     parts = step(config, assumed, context, rows)
@@ -290,7 +131,7 @@ def print_parts(config: Config, assumed: Assumed, chip: Chip, context: int, step
     row("sum", *figures, "", f"{spent * 1e3:.1f} in all", "")
     commit = seconds(encoding(config, assumed, context), chip)
     print(
-        f"\n{1 / spent:.2f} steps/s; a canvas of {steps:g} steps, encoded once "
+        f"\n{1 / spent:.2f} steps/s; a canvas of {steps} steps, encoded once "
         f"({commit * 1e3:.0f} ms): {config.canvas_length / (steps * spent + commit):.1f} tokens/s"
     )
 
@@ -329,41 +170,34 @@ def print_positions(
 
 
 def print_answers(answers: Answers, chips: list[Chip], lengths: list[int]) -> None:
-    """Tokens per second of answers, by chip."""
-    length = answers.config.canvas_length
+    """Tokens per second of answers, by chip, and what would make both equally fast."""
+    length, steps = answers.config.canvas_length, sum(answers.passes.values())
     most = max(MOST_CANVASES, math.ceil(max(lengths) / length))
-    header("chip", "one by one", *(f"{each} tokens" for each in lengths), "diffusion ahead from")
+    asked = (f"{each} tokens" for each in lengths)
+    header("chip", "one by one", *asked, "ahead from", "as fast with")
     for chip in chips:
         diffusion, single = answers.compare(chip, most)
         rates = [f"{each / diffusion[each - 1]:.1f}" for each in lengths]
         first = ahead(diffusion, single)
         crossover = "never" if first is None else f"{first} tokens"
-        row(chip.name, f"{length / single[length - 1]:.1f}", *rates, crossover)
-    print(f"\nOne by one: an answer of {length} tokens. Never: in no answer up to {most * length}.")
-
-
-def print_recorded(
-    answers: Answers, chips: list[Chip], lengths: list[int], steps: float | None
-) -> None:
-    """Answers with the recorded passes, and with as many over all positions."""
-    length, taken = answers.config.canvas_length, sum(answers.passes.values())
-    stretch = 1.0 if steps is None else steps / taken
-    passes = {rows: times * stretch for rows, times in answers.passes.items()}
-    work = sum(rows * times for rows, times in passes.items()) / length
+        ratio = single[length - 1] / diffusion[length - 1]
+        alone = f"{length / single[length - 1]:.1f}"
+        row(chip.name, alone, *rates, crossover, f"{steps * ratio:.1f} steps")
     print(
-        f"A canvas takes {taken:.1f} steps as recorded; here {taken * stretch:.1f}, which decode "
-        f"{work:.2f} canvases' positions. Tokens/s of answers, and the shortest in which diffusion "
-        "is ahead of decoding one by one:\n"
+        f"\nOne by one: an answer of {length} tokens. Never: in no answer up to {most * length}. "
+        "As fast with: so many such steps take as long as a canvas's tokens one by one.\n"
     )
-    for title, each in (
-        ("Undecided positions only:", passes),
-        ("As many steps over all positions:", {length: taken * stretch}),
-    ):
-        print(f"{title}\n")
-        print_answers(
-            Answers(answers.config, answers.assumed, answers.context, each), chips, lengths
-        )
-        print()
+
+
+def print_recorded(answers: Answers, chips: list[Chip], lengths: list[int], name: str) -> None:
+    """Answers whose canvases take the passes given."""
+    length = answers.config.canvas_length
+    work = sum(rows * times for rows, times in answers.passes.items()) / length
+    print(
+        f"{name}: {sum(answers.passes.values()):.1f} steps a canvas decode {work:.2f} canvases' "
+        "positions. Tokens/s of answers:\n"
+    )
+    print_answers(answers, chips, lengths)
 
 
 # What is asked for -----------------------------------------------------------------------------
@@ -408,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096, help="tokens [%(default)s]")
     parser.add_argument("--bits", type=positive, default=8, help="of all but experts")
     parser.add_argument("--expert-bits", type=positive, default=4)
-    parser.add_argument("--steps", type=positive, help="of a canvas [48, or as recorded]")
+    parser.add_argument("--steps", type=int, default=48, help="of a canvas [%(default)s]")
     parser.add_argument("--positions", type=numbers, metavar="P,...", help="of a step")
     parser.add_argument(
         "--concentration",
@@ -416,7 +250,12 @@ def parse() -> argparse.Namespace:
         default=1.0,
         help="other routing that --positions shows: popularity 1/rank to this power [%(default)s]",
     )
-    parser.add_argument("--recorded", type=Path, metavar="FILE", help="shares that steps decoded")
+    parser.add_argument(
+        "--recorded", type=Path, nargs="+", metavar="FILE", help="shares that steps decoded"
+    )
+    parser.add_argument(
+        "--stretch", type=positive, default=1, help="times as many steps as recorded [%(default)s]"
+    )
     parser.add_argument(
         "--answers", type=numbers, metavar="N,...", default=[32, 64, 128, 256, 1024]
     )
@@ -477,7 +316,7 @@ def report(arguments: argparse.Namespace) -> None:
     check_lengths(config, arguments)
     context = arguments.context
     assumed = Assumed(arguments.bits, arguments.expert_bits, arguments.vocabulary_gb)
-    shares = None if arguments.recorded is None else read_shares(arguments.recorded)
+    recorded = [(each.name, read_shares(each)) for each in arguments.recorded or []]
     print(
         f"Modelled, not measured: context {context}, {arguments.bits:g} bits, experts "
         f"{arguments.expert_bits:g}.\n"
@@ -486,11 +325,11 @@ def report(arguments: argparse.Namespace) -> None:
         print_positions(
             config, assumed, chips, context, arguments.positions, arguments.concentration
         )
-    if shares is not None:
-        answers = Answers(config, assumed, context, passes_of(shares, config.canvas_length))
-        print_recorded(answers, chips, arguments.answers, arguments.steps)
-    if not arguments.positions and shares is None:
-        print_parts(config, assumed, *chips, context, arguments.steps or 48)
+    for name, shares in recorded:
+        passes = passes_of(shares, config.canvas_length, arguments.stretch)
+        print_recorded(Answers(config, assumed, context, passes), chips, arguments.answers, name)
+    if not arguments.positions and not recorded:
+        print_parts(config, assumed, *chips, context, arguments.steps)
 
 
 def main() -> None:
