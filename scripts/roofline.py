@@ -217,6 +217,12 @@ def an_object(value: object) -> dict[str, Any]:
     return value
 
 
+def whole(text: str) -> int:
+    """One such number."""
+    (number,) = numbers(text)
+    return number
+
+
 def positive(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
@@ -242,7 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096, help="tokens [%(default)s]")
     parser.add_argument("--bits", type=positive, default=8, help="of all but experts")
     parser.add_argument("--expert-bits", type=positive, default=4)
-    parser.add_argument("--steps", type=int, default=48, help="of a canvas [%(default)s]")
+    parser.add_argument("--steps", type=whole, default=48, help="of a canvas [%(default)s]")
     parser.add_argument("--positions", type=numbers, metavar="P,...", help="of a step")
     parser.add_argument(
         "--concentration",
@@ -261,7 +267,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--vocabulary-gb",
-        type=float,
+        type=positive,
         default=0.54,
         help="vocabulary-sized arrays a whole step moves, as count_kernels.py counts; "
         "0.54 is one float32 copy written and read [%(default)s]",
