@@ -287,7 +287,7 @@ def chosen(arguments: argparse.Namespace) -> list[Chip]:
         return [Chip(arguments.chip or "a chip", bandwidth, tflops)]
     several = arguments.positions or arguments.recorded
     if several and not (arguments.chip or bandwidth or tflops):
-        return [Chip(name, *rates) for name, rates in CHIPS.items() if rates[1] is not None]
+        return [Chip(name, speed, peak) for name, (speed, peak) in CHIPS.items() if peak]
     raise Error(f"needs {'--tflops' if bandwidth else '--chip, or --bandwidth and --tflops'}")
 
 
@@ -335,7 +335,8 @@ def report(arguments: argparse.Namespace) -> None:
         passes = passes_of(shares, config.canvas_length, arguments.stretch)
         print_recorded(Answers(config, assumed, context, passes), chips, arguments.answers, name)
     if not arguments.positions and not recorded:
-        print_parts(config, assumed, *chips, context, arguments.steps)
+        (chip,) = chips
+        print_parts(config, assumed, chip, context, arguments.steps)
 
 
 def main() -> None:
