@@ -10,7 +10,18 @@ from paths import ROOT, SUDOKU
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_checkpoint import TEXT
-from roofline_model import Answers, Assumed, Chip, Part, ahead, step, token, touched
+from roofline_model import (
+    Answers,
+    Assumed,
+    Chip,
+    Part,
+    ahead,
+    encoding,
+    seconds,
+    step,
+    token,
+    touched,
+)
 
 from mlx_diffgemma.model.config import Config
 
@@ -87,12 +98,13 @@ def test_an_answer_pays_for_whole_canvases() -> None:
     answers = Answers(CONFIG, ASSUMED, 4096, {256: 2.0, 32: 4.0})
     diffusion, single = answers.compare(CHIP, 2)
     assert len(diffusion) == len(single) == 512
-    first = sum(
-        times * sum(part.seconds(CHIP) for part in step(CONFIG, ASSUMED, 4096, count))
-        for count, times in ((256, 2), (32, 4))
+    first, second = (
+        sum(n * seconds(step(CONFIG, ASSUMED, at, rows), CHIP) for rows, n in ((256, 2), (32, 4)))
+        for at in (4096, 4352)
     )
     assert diffusion[0] == diffusion[255] == pytest.approx(first)
-    assert diffusion[256] > 2 * first  # the first canvas is encoded between the two
+    between = seconds(encoding(CONFIG, ASSUMED, 4096), CHIP)
+    assert diffusion[256] == pytest.approx(first + between + second)
     one = sum(part.seconds(CHIP) for part in token(CONFIG, ASSUMED, 4096))
     assert single[0] == pytest.approx(one)
     assert single[1] > 2 * one  # its own first token is read, too
