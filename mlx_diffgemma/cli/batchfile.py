@@ -158,6 +158,7 @@ class Answers:
                     "prompt_tokens": event.prompt_tokens,
                     "generated_tokens": event.generated_tokens,
                     "denoising_steps": event.denoising_steps,
+                    "positions_decoded": event.positions_decoded,
                 }
                 if event.mean_log_probability is not None:
                     known["mean_log_probability"] = event.mean_log_probability

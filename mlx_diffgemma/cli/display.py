@@ -269,9 +269,10 @@ def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> S
     if hidden:
         drawn.append(f"[thoughts and calls: {hidden} tokens]\n", style="dim italic")
     styles = [
-        (style_of(accepted, entropy), piece)
-        for accepted, entropy, visible, piece in zip(
+        (style_of(accepted, settled, entropy), piece)
+        for accepted, settled, entropy, visible, piece in zip(
             draft.accepted[: draft.end],
+            draft.settled,
             draft.entropies,
             draft.visible,
             pieces,
@@ -285,11 +286,11 @@ def draw(draft: Draft, pieces: Sequence[str], seconds: float | None = None) -> S
     return drawn
 
 
-def style_of(accepted: bool, entropy: float) -> str:
-    """How a token is drawn."""
+def style_of(accepted: bool, settled: bool, entropy: float) -> str:
+    """How a token is drawn: noise is dim, what is accepted bold, and what is settled is quiet."""
     if not accepted:
         return "dim"
-    return f"bold {colour_of(entropy)}"
+    return colour_of(entropy) if settled else f"bold {colour_of(entropy)}"
 
 
 def progress(draft: Draft, seconds: float | None = None) -> str:
@@ -298,6 +299,9 @@ def progress(draft: Draft, seconds: float | None = None) -> str:
         f"canvas {draft.canvas + 1}, step {draft.step}/{draft.steps}, "
         f"{sum(draft.accepted)}/{len(draft.accepted)} accepted"
     )
+    share = draft.decoded / (draft.step * len(draft.accepted))
+    if share < 1:
+        line += f", {share:.0%} decoded"
     if not seconds:
         return line
     tokens = draft.canvas * len(draft.accepted) + sum(draft.accepted)
@@ -316,6 +320,7 @@ def summary(done: Done) -> str:
         f"{done.generated_tokens} tokens in {done.generation_seconds:.2f} s, "
         f"{done.canvases} canvas{'es' if done.canvases > 1 else ''}, "
         f"{done.denoising_steps} steps: {done.tokens_per_forward:.1f} tokens per forward pass, "
+        f"{done.positions_per_token:.1f} positions per token, "
         f"{done.tokens_per_second:.1f} tokens/s; peak memory {done.peak_memory / 1e9:.2f} GB; "
         f"{likely}finished: {done.finish_reason.replace('_', ' ')}"
     )
@@ -336,6 +341,7 @@ def bench_table(reports: "Sequence[Report]") -> Table:
         ("end to end", "tokens/s", lambda r: r.median.tokens_per_second),
         ("steps per canvas", "", lambda r: r.median.steps_per_canvas),
         ("tokens per forward pass", "", lambda r: r.median.tokens_per_forward),
+        ("positions per token", "", lambda r: r.median.positions_per_token),
         ("peak memory", "GB", lambda r: r.median.peak_memory / 1e9),
     ]
     for name, unit, number in rows:

@@ -96,7 +96,10 @@ def evaluate(
     for case in cases:
         answers.setdefault(load.model or SPECIALIST.get(case.task, "tiny"), []).append(case)
     if not as_json:
-        print(f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}", end="")
+        print(
+            f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}{'decoded':>9}",
+            end="",
+        )
         print(f"{'tokens/pass':>13}  repair")
     total = len(cases) * seeds * len(budgets) * len(wanted or [""])
     with counting("runs", total, quiet=quiet) as counted:
@@ -157,7 +160,7 @@ def _tell_score(recipe: str, score: "Score", *, as_json: bool) -> None:
         repair = f"  {fixed:.1f} % of typos fixed, {damaged:.2f} % damaged"
     put(
         f"{recipe:<11}{score.task:<17}{score.steps:>5}{success:>16}"
-        f"{score.steps_per_canvas:>14.1f}{score.tokens_per_forward:>13.1f}{repair}"
+        f"{score.steps_per_canvas:>14.1f}{score.decoded_per_canvas:>9.2f}{score.tokens_per_forward:>13.1f}{repair}"
     )
 
 

@@ -35,7 +35,7 @@ class DenoisingState:
         probability: of `argmax` under that distribution.
         converged: (B,) the stop rule has held; such a row no longer changes.
         settled: positions that the next step does not decode, see `settings.Settling`.
-        decoded: positions a row that this step has decoded.
+        decoded: positions of a row that all steps so far have decoded; a step over all counts L.
     """
 
     step: int
@@ -111,11 +111,13 @@ def denoise(
     undecided = Undecided(config, cache, canvas)
     known: Known | None = None
     last: DenoisingState | None = None
+    decoded = 0
     for step in range(start.first_step, steps + 1):
         temperature = rules.temperature(steps - step + 1, steps, config.t_min, config.t_max)
         asked = undecided.ask(canvas, known, last=step == steps)
         hidden = yield asked
         assert hidden is not None
+        decoded += asked.canvas.shape[1]
         new = _read(model, hidden, temperature, constraint, draws, asked, more=step < steps)
         known = new if known is None else known.updated(asked.positions, new)
         read = canvas
@@ -149,7 +151,7 @@ def denoise(
             probability=probability,
             converged=undecided.confirmed(asked, stop),
             settled=undecided.settled,
-            decoded=asked.canvas.shape[1],
+            decoded=decoded,
         )
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)

@@ -33,6 +33,7 @@ class Measurement:
     canvases: int
     steps_per_canvas: float
     tokens_per_forward: float
+    positions_per_token: float
     prefill_tokens_per_second: float
     first_draft_seconds: float
     step_seconds: float
@@ -130,6 +131,7 @@ def measure(
         canvases=done.canvases,
         steps_per_canvas=done.denoising_steps / done.canvases,
         tokens_per_forward=done.tokens_per_forward,
+        positions_per_token=done.positions_per_token,
         prefill_tokens_per_second=done.prompt_tokens / done.prompt_seconds,
         first_draft_seconds=first,
         # Where every canvas took one step, that step is all there is.

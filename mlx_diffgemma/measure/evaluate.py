@@ -53,18 +53,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model wrote for a case, with the cost of it."""
+    """What a model wrote for a case, with the cost of it.
+
+    `decoded` counts canvases: positions decoded in the length of one.
+    """
 
     text: str
     passes: int
     canvases: int
     tokens_per_forward: float
+    positions_per_token: float
+    decoded: float
 
 
 @dataclass(frozen=True)
 class Score:
     """One row of the report: a task (or kind) at one step budget, over all cases and seeds.
 
+    `decoded_per_canvas` is what the steps of a canvas decode of it: all steps, if each decodes all.
     Rates are in 0..1; `error` is the standard error of `success` over cases. `typos_fixed` and
     `clean_damaged` (of characters) only exist where text is repaired.
     """
@@ -75,7 +81,9 @@ class Score:
     success: float
     error: float
     steps_per_canvas: float
+    decoded_per_canvas: float
     tokens_per_forward: float
+    positions_per_token: float
     typos_fixed: float | None = None
     clean_damaged: float | None = None
 
@@ -170,7 +178,14 @@ def run_case(
             text += event.text
         elif isinstance(event, Done):
             done = event
-    return Outcome(text, done.denoising_steps, done.canvases, done.tokens_per_forward)
+    return Outcome(
+        text,
+        done.denoising_steps,
+        done.canvases,
+        done.tokens_per_forward,
+        done.positions_per_token,
+        done.positions_decoded / model.config.canvas_length,
+    )
 
 
 def _fill(
@@ -190,7 +205,15 @@ def _fill(
         elif isinstance(event, FillResult):
             result = event
     written = sum(map(len, result.probabilities.values()))
-    return Outcome(result.text, result.steps, canvases, written / result.steps)
+    decoded = result.positions_decoded
+    return Outcome(
+        result.text,
+        result.steps,
+        canvases,
+        written / result.steps,
+        decoded / written,
+        decoded / model.config.canvas_length,
+    )
 
 
 def is_right(case: Case, text: str) -> bool:
@@ -282,7 +305,9 @@ def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: in
         success=success,
         error=(success * (1 - success) / cases) ** 0.5,
         steps_per_canvas=sum(o.passes for _, o in runs) / sum(o.canvases for _, o in runs),
+        decoded_per_canvas=sum(o.decoded for _, o in runs) / sum(o.canvases for _, o in runs),
         tokens_per_forward=sum(o.tokens_per_forward for _, o in runs) / len(runs),
+        positions_per_token=sum(o.positions_per_token for _, o in runs) / len(runs),
         typos_fixed=sum(r.fixed for r in repairs) / typos if typos else None,
         clean_damaged=sum(r.damaged for r in repairs) / clean if clean else None,
     )

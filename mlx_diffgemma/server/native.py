@@ -148,13 +148,19 @@ class FillFacts:
                     "text": event.text,
                     "values": event.values,
                     "denoising_steps": event.steps,
+                    "positions_decoded": event.positions_decoded,
                     "notes": list(event.notes),
                 }
             case Text() | BadToolCall():  # the client sees what the model wrote
                 self._text += event.text
             case Done():
-                steps = event.denoising_steps
-                return {"text": self._text, "values": {}, "denoising_steps": steps, "notes": []}
+                return {
+                    "text": self._text,
+                    "values": {},
+                    "denoising_steps": event.denoising_steps,
+                    "positions_decoded": event.positions_decoded,
+                    "notes": [],
+                }
         return {}
 
 
@@ -167,4 +173,9 @@ def edit_facts(event: object) -> dict[str, Any]:
     """Give an edited text as JSON."""
     if not isinstance(event, EditResult):
         return {}
-    return {"text": event.text, "denoising_steps": event.steps, "notes": list(event.notes)}
+    return {
+        "text": event.text,
+        "denoising_steps": event.steps,
+        "positions_decoded": event.positions_decoded,
+        "notes": list(event.notes),
+    }

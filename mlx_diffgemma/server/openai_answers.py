@@ -110,6 +110,7 @@ class Choice:
         return {
             "finish": self.done.finish_reason,
             "denoising_steps": self.done.denoising_steps,
+            "positions_decoded": self.done.positions_decoded,
             "canvases": self.done.canvases,
             "mean_entropy": self.mean_entropy,
             "mean_log_probability": self.done.mean_log_probability,

@@ -101,6 +101,7 @@ class Counters:
     cached_tokens: int = 0
     generated_tokens: int = 0
     denoising_steps: int = 0
+    positions_decoded: int = 0
 
 
 @dataclass
@@ -297,6 +298,7 @@ class Worker:
                     self.counters.cached_tokens += event.cached_tokens
                     self.counters.generated_tokens += event.generated_tokens
                     self.counters.denoising_steps += event.denoising_steps
+                    self.counters.positions_decoded += event.positions_decoded
         except Exception as error:  # of a common pass: all are told, and the thread goes on
             for key, running in list(self._running.items()):
                 batch.remove(key)

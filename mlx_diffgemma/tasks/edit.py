@@ -42,12 +42,14 @@ class EditResult:
         text: the whole text, its part rewritten.
         steps: denoising steps, over all canvases.
         notes: what a user should know, as sentences: text that the model could not see.
+        positions_decoded: positions of canvases, over those steps.
         converged: whether every canvas met the stop rule before its steps were used up.
     """
 
     text: str
     steps: int
     notes: tuple[str, ...]
+    positions_decoded: int
     converged: bool
 
 
@@ -199,7 +201,8 @@ class Revision:
     def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | EditResult, None]:
         """A `Draft` a denoising step, at last the `EditResult`."""
         draws = self.draws or fresh_draws(self.model, self.seed)
-        written, given, steps = self.left, self.left_ids, 0
+        written, given = self.left, self.left_ids
+        steps = decoded = 0
         notes: list[str] = []
         converged = True
         for number, chunk in enumerate(self.chunks):
@@ -213,8 +216,9 @@ class Revision:
             written += rewritten
             # Not all that is written is encoded anew: others wait on this thread.
             given = given + self.vocabulary.tokenizer.encode(rewritten)
+            decoded += state.decoded
             steps += state.step - _first_step(self.strength, self.config) + 1
-        yield EditResult(written + self.right, steps, tuple(notes), converged)
+        yield EditResult(written + self.right, steps, tuple(notes), decoded, converged)
 
     def _rewrite(
         self, number: int, prompt_cache: PromptCache, draws: Draws

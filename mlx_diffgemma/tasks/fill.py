@@ -67,6 +67,7 @@ class FillResult:
             else, but noise in this hole and in up to a quarter of the others (temperature 1).
         steps: denoising steps, over all windows; rows tried side by side count once.
         notes: what a user should know, as sentences: text that the model could not see.
+        positions_decoded: positions of canvases, over those steps and all rows.
         converged: whether every canvas met the stop rule before its steps were used up.
     """
 
@@ -75,6 +76,7 @@ class FillResult:
     probabilities: dict[str, tuple[float, ...]] = field(repr=False)
     steps: int
     notes: tuple[str, ...]
+    positions_decoded: int
     converged: bool
 
 
@@ -367,7 +369,7 @@ class _Filling:
         self._lengths = {name: gap.start_length for name, gap in form.gaps.items()}
         self._fits = _fits(form.model, form.pieces)
         self._context: list[int] = []  # to be read next
-        self._window = self._passes = 0
+        self._window = self._passes = self._decoded = 0
         self._notes: list[str] = []
         self._converged = True
         self._probabilities: dict[str, tuple[float, ...]] = {}
@@ -419,7 +421,7 @@ class _Filling:
 
     def _try(self, layouts: list[_Layout], name: str | None) -> Decoding[Draft, _Settled]:
         form = self._form
-        settled, steps = yield from _try(
+        settled, steps, decoded = yield from _try(
             form.model,
             form.vocabulary,
             self._cache.cache,
@@ -430,6 +432,7 @@ class _Filling:
             self._window,
         )
         self._passes += steps
+        self._decoded += decoded
         return settled
 
     def keep(self, settled: _Settled) -> None:
@@ -467,7 +470,15 @@ class _Filling:
             text += value
             values[part.name] = int(value) if part.kind == "int" else value
         notes = tuple(self._notes)
-        return FillResult(text, values, self._probabilities, self._passes, notes, self._converged)
+        return FillResult(
+            text=text,
+            values=values,
+            probabilities=self._probabilities,
+            steps=self._passes,
+            notes=notes,
+            positions_decoded=self._decoded,
+            converged=self._converged,
+        )
 
 
 def stream_fill(
@@ -496,8 +507,8 @@ def _try(
     config: GenerationConfig,
     draws: Draws,
     window: int,
-) -> Decoding[Draft, tuple[_Settled, int]]:
-    """Denoise each layout and count the steps; the one whose hole `name` surprises least.
+) -> Decoding[Draft, tuple[_Settled, int, int]]:
+    """Denoise each layout, and count steps and positions; the one whose hole `name` surprises least.
 
     Without a name there is one layout, and it gets all its steps.
     """
@@ -506,7 +517,7 @@ def _try(
     if name is not None:
         config = replace(config, max_denoising_steps=min(TRIAL_STEPS, config.max_denoising_steps))
     finished: list[_Settled] = []
-    passes = 0
+    passes = decoded = 0
     layouts = [each for each in layouts if name is None or name in each.row.spans]
     for first in range(0, len(layouts), at_once):
         group = layouts[first : first + at_once]
@@ -517,6 +528,7 @@ def _try(
             lambda state: [draft_of(vocabulary.tokenizer, state, window, config)],
         )
         passes += state.step
+        decoded += state.decoded * len(group)
         for i, layout in enumerate(group):
             canvas = state.argmax[i : i + 1]
             if name is not None:
@@ -532,8 +544,8 @@ def _try(
             converged = bool(np.array(state.converged)[i])
             finished.append(_Settled(layout, canvas, surprises, behind, converged))
     if name is None:
-        return finished[0], passes
-    return min(finished, key=lambda settled: settled.mean(name)), passes
+        return finished[0], passes, decoded
+    return min(finished, key=lambda settled: settled.mean(name)), passes, decoded
 
 
 def _in_groups(

@@ -364,6 +364,7 @@ class _Teller:
         self._stopper = StopStrings(answer.stop)
         self._text = ""
         self._encoded = self._generated = self._canvases = self._passes = 0
+        self._positions = self._now = 0  # decoded, of canvases that are over and of this one
         self._prompt_seconds = 0.0
         self._log_probabilities: list[float] = []
         self.clock = Clock()
@@ -379,15 +380,21 @@ class _Teller:
                 self._prompt_seconds, self._encoded = self.clock.seconds, item.tokens
             case DenoisingState():
                 self._passes += 1
+                self._now = item.decoded
                 yield draft_of(answer.tokenizer, item, self._canvases, answer.config, self._reader)
             case Retry():
+                self._turn()
                 yield Notice(item.guard, again=True)
             case Committed():
                 yield from self._commit(item)
             case Weighed():
                 self._log_probabilities += item.log_probabilities
 
+    def _turn(self) -> None:
+        self._positions, self._now = self._positions + self._now, 0
+
     def _commit(self, item: Committed) -> Iterator[Event]:
+        self._turn()
         self._canvases += 1
         self._generated += len(item.tokens)
         self.reason = item.finish_reason
@@ -425,6 +432,8 @@ class _Teller:
             canvases=self._canvases,
             denoising_steps=self._passes,
             tokens_per_forward=self._generated / self._passes,
+            positions_decoded=self._positions,
+            positions_per_token=self._positions / self._generated,
             prompt_seconds=self._prompt_seconds,
             generation_seconds=seconds,
             tokens_per_second=self._generated / seconds,

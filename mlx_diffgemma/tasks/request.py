@@ -178,7 +178,9 @@ class Draft:
     """One denoising step: the canvas as it stands.
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
-    (nats) have one entry per canvas position; the answer ends before token `end`. `visible` are the
+    (nats) have one entry per canvas position, and so has `settled`: the next step does not decode
+    these. `decoded` positions have been, over all steps of the canvas. The answer ends before token
+    `end`. `visible` are the
     tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
     `tokenizer` can tell the text of each token.
     """
@@ -190,6 +192,8 @@ class Draft:
     accepted: tuple[bool, ...]
     entropies: tuple[float, ...]
     probabilities: tuple[float, ...]
+    settled: tuple[bool, ...]
+    decoded: int
     end: int
     visible: tuple[bool, ...]
     text: str
@@ -233,7 +237,8 @@ class Done:
     """The end, with statistics.
 
     `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
-    end token, as the reference does. Times are seconds of computing:
+    end token, as the reference does. `positions_decoded` by all steps is the work that does not
+    depend on the machine: a step over a whole canvas counts its length. Times are seconds of computing:
     `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
     divides by the latter. Memory is in bytes, weights included. Log-probabilities (nats) are the
     encoder's, of the tokens committed, the end token included; None where it has not read them.
@@ -246,6 +251,8 @@ class Done:
     canvases: int
     denoising_steps: int
     tokens_per_forward: float
+    positions_decoded: int
+    positions_per_token: float
     prompt_seconds: float
     generation_seconds: float
     tokens_per_second: float
@@ -277,6 +284,8 @@ def draft_of(
         accepted=tuple(np.array(state.accepted)[0].tolist()),
         entropies=tuple(np.array(state.entropy)[0].tolist()),
         probabilities=tuple(np.array(state.probability)[0].tolist()),
+        settled=tuple(np.array(state.settled)[0].tolist()),
+        decoded=state.decoded,
         end=end,
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
