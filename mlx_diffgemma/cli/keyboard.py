@@ -92,9 +92,12 @@ def silenced(descriptor: int | None, *, by_key: bool = False) -> Iterator[None]:
         signal.signal(number, aside)  # it was continued
         silence()
 
-    silence()
-    handlers = {n: signal.signal(n, aside) for n in (signal.SIGTERM, signal.SIGTSTP)}
+    signals = (signal.SIGTERM, signal.SIGTSTP)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        signal.signal(number, aside)
     try:
+        silence()
         yield
     finally:
         for number, handler in handlers.items():

@@ -182,6 +182,7 @@ def test_help_is_quick_and_loads_nothing() -> None:
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'mlx', 'numpy', 'huggingface_hub', 'tokenizers', 'jinja2', 'torch'}\n"
+        "heavy |= {'prompt_toolkit', 'rich.markdown'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
