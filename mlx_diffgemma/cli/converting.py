@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from .terminal import say
+from .terminal import say, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,12 +26,13 @@ class Progress(Protocol):
 def progress(what: str) -> Iterator[Progress]:
     """Show progress on stderr; `what` is looked at until there is any."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines()
         return
-    with console.status(f"reading the headers of {what}") as status:
+    with console.status(Text(visible(f"reading the headers of {what}"))) as status:
         bars = Bars(console)
         try:
 

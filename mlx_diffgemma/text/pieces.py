@@ -237,6 +237,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if data[at] < 0x80:  # as nearly all of them
+        return data[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]

@@ -38,3 +38,10 @@ def test_a_log_gets_a_line_now_and_then(
         "fetching 1.0 MB of 5.0 MB",
         "fetching 1.0 MB of 5.0 MB, converting 2.0 kB of 5.0 MB",
     ]
+
+
+def test_a_name_moves_no_cursor(tmp_path: Path) -> None:
+    told = at_a_terminal("convert", f"{tmp_path}/[bold]\x1b]52;c;eHh4\x07", tmp_path / "out")
+    assert "\x1b]52" not in told
+    assert "\x07" not in told
+    assert "[bold]" in told.replace("\n", "")
