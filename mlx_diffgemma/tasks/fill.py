@@ -508,7 +508,7 @@ def _try(
     draws: Draws,
     window: int,
 ) -> Decoding[Draft, tuple[_Settled, int, int]]:
-    """Denoise each layout, and count steps and positions; the one whose hole `name` surprises least.
+    """Denoise each layout; the one whose hole `name` surprises least, steps and positions.
 
     Without a name there is one layout, and it gets all its steps.
     """
