@@ -96,11 +96,8 @@ def evaluate(
     for case in cases:
         answers.setdefault(load.model or SPECIALIST.get(case.task, "tiny"), []).append(case)
     if not as_json:
-        print(
-            f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}{'decoded':>9}",
-            end="",
-        )
-        print(f"{'tokens/pass':>13}  repair")
+        heads = f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}"
+        print(f"{heads}{'decoded':>9}{'tokens/pass':>13}  repair")
     total = len(cases) * seeds * len(budgets) * len(wanted or [""])
     with counting("runs", total, quiet=quiet) as counted:
         for name, source in product(wanted or ["as it is"], answers):
