@@ -98,6 +98,7 @@ class Undecided:
         self._ends = mx.array(config.eos_token_ids)
         self._cache = cache
         self._positions: mx.array | None = None
+        self._early = False  # a certain end token stands early in the canvas
         self._stale = 0.0  # canvases of settled positions left out, since a pass over all
         self._agreed = mx.zeros(canvas.shape, dtype=mx.int32)
         self._due = mx.zeros((len(canvas),), dtype=mx.bool_)
@@ -120,7 +121,8 @@ class Undecided:
     def sampler(self, asked: Pass) -> Sampler:
         """What accepts tokens after this pass."""
         sampler = self._config.sampler
-        if self._rule and asked.positions is not None and isinstance(sampler, EntropyBound):
+        part = asked.positions is not None and not self._early
+        if self._rule and part and isinstance(sampler, EntropyBound):
             return EntropyBound(sampler.bound * self._rule.tighten)
         return sampler
 
@@ -166,8 +168,9 @@ class Undecided:
         settled = np.array(self.settled)[0]
         ends = np.flatnonzero(settled & np.isin(np.array(argmax)[0], np.array(self._ends)))
         answer = settled[: ends[0] + 1] if len(ends) else settled
-        self._stale += float(answer.mean() * len(answer) / len(settled))
+        self._early = len(answer) <= rules.EARLY * len(settled)
+        self._stale += int(answer.sum()) / len(settled)
         at = None
-        if not np.array(self._due).all() and self._stale < self._rule.refresh:
+        if not np.array(self._due).all() and (self._early or self._stale < self._rule.refresh):
             at = rules.undecided(settled, np.array(entropies)[0])
         self._positions = None if at is None else mx.array(at)

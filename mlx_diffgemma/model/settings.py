@@ -40,15 +40,16 @@ class Settling:
     Attributes:
         entropy: nats.
         agreed: decodings.
-        tighten: what an entropy bound is multiplied by in a pass over some positions.
+        tighten: what an entropy bound is multiplied by in a pass over some positions, unless the
+            answer ends early.
         refresh: a pass over all positions follows when passes over some have left out so many
-            canvases, in the sum, of settled positions that belong to the answer.
+            canvases, in the sum, of settled positions of the answer; unless it ends early.
     """
 
     entropy: float = 0.2
     agreed: int = 1
-    tighten: float = 0.5
-    refresh: float = 2.0
+    tighten: float = 0.2
+    refresh: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -206,6 +207,6 @@ _SPEEDS: dict[Speed, dict[str, Any]] = {
         "plateau": 2,
         "min_steps": 2,
         "max_denoising_steps": 24,
-        "settling": Settling(tighten=1.0, refresh=8.0),
+        "settling": Settling(tighten=0.5, refresh=2.0),
     },
 }

@@ -240,8 +240,9 @@ class Done:
     end token, as the reference does. `positions_decoded` by all steps is the work that does not
     depend on the machine: a step over a whole canvas counts its length. Times are seconds of
     computing: `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and
-    `tokens_per_second` divides by the latter. Memory is in bytes, weights included. Log-probabilities (nats) are the
-    encoder's, of the tokens committed, the end token included; None where it has not read them.
+    `tokens_per_second` divides by the latter. Memory is in bytes, weights included.
+    Log-probabilities (nats) are the encoder's, of the tokens committed, the end token included;
+    None where it has not read them.
     """
 
     finish_reason: FinishReason
