@@ -6,9 +6,7 @@ than gathering. Parameters have the checkpoint's names without `model.decoder.`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +35,8 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 def rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Root-mean-square norm in float32."""
-    x = x.float()
-    if x.shape[-1] > HEAD:
-        return F.rms_norm(x, x.shape[-1:], weight, EPS)
-    # On a GPU, the fused one is slow for rows as short as a head.
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-    return x if weight is None else x * weight
+    """Root-mean-square norm over the last axis, computed in float32."""
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), EPS)
 
 
 class Norm(nn.Module):
@@ -79,38 +72,60 @@ class Attention(nn.Module):
         frequencies[:pairs] = base ** -(2 * torch.arange(pairs) / HEAD)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None, bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output and the new keys and values; `bias` (batch, 1, queries, keys) is -inf or 0."""
-        batch, length, _ = x.shape
-        angles = positions.float()[:, None] * self.frequencies
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What heads of queries and keys, and their halves swapped, are multiplied with: cosines
+        and sines times the norms' scales, (tokens, heads, HEAD)."""
+        angles = (positions.float()[:, None] * self.frequencies)[:, None]
         cos, sin = angles.cos(), angles.sin()
+        queries, keys = self.q_proj.weight.shape[0] // HEAD, self.k_proj.weight.shape[0] // HEAD
+        scales = torch.cat(
+            [self.q_norm.weight.expand(queries, HEAD), self.k_norm.weight.expand(keys, HEAD)]
+        )
+        a, b = scales.chunk(2, dim=-1)
+        return torch.cat([a * cos, b * cos], -1), torch.cat([-b * sin, a * sin], -1)
 
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(batch, length, -1, HEAD).transpose(1, 2)
+    def forward(
+        self,
+        normed: Tensor,
+        scale: Tensor,
+        positions: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output and the new keys and values; `bias` (batch, 1, queries, keys) is -inf or 0.
 
-        def turned(states: Tensor) -> Tensor:
-            a, b = states.chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-        raw = heads(self.k_proj(x))
-        queries = turned(rms(heads(self.q_proj(x)), self.q_norm.weight)).to(raw.dtype)
-        keys = turned(rms(raw, self.k_norm.weight)).to(raw.dtype)
-        values = rms(raw if self.full else heads(self.v_proj(x))).to(raw.dtype)
-        all_keys, all_values = keys, values
+        `scale` is that of the norm before: it goes into the weights, as do all such scales here.
+        """
+        batch, length, _ = normed.shape
+        kind = normed.dtype
+        parts = [self.q_proj.weight, self.k_proj.weight]
+        if not self.full:
+            parts.append(self.v_proj.weight)
+        projected = F.linear(normed, (torch.cat(parts) * scale).to(kind))
+        heads = projected.view(batch, length, projected.shape[-1] // HEAD, HEAD)
+        size = torch.linalg.vector_norm(heads, dim=-1, keepdim=True, dtype=torch.float32)
+        heads = heads * torch.rsqrt(size.square() / HEAD + EPS).to(kind)
+        queries, keys = (p.shape[0] // HEAD for p in parts[:2])
+        turning = heads[:, :, : queries + keys]
+        values = heads[:, :, -keys:].transpose(1, 2)
+        straight, crossed = (table.to(kind) for table in self.rotation(positions))
+        a, b = turning.chunk(2, dim=-1)
+        turned = torch.addcmul(turning * straight, torch.cat([b, a], dim=-1), crossed)
+        turned = turned.transpose(1, 2)
+        own, seen_keys, seen_values = turned[:, :queries], turned[:, queries:], values
         if past is not None:
-            all_keys = torch.cat([past[0], keys], dim=2)
-            all_values = torch.cat([past[1], values], dim=2)
-        groups = queries.shape[1] // keys.shape[1]
+            seen_keys = torch.cat([past[0], seen_keys], dim=2)
+            seen_values = torch.cat([past[1], values], dim=2)
+        groups = queries // keys
         seen = F.scaled_dot_product_attention(
-            queries,
-            all_keys.repeat_interleave(groups, dim=1),
-            all_values.repeat_interleave(groups, dim=1),
-            attn_mask=bias.to(raw.dtype),
+            own,
+            seen_keys.repeat_interleave(groups, dim=1),
+            seen_values.repeat_interleave(groups, dim=1),
+            attn_mask=bias,
             scale=1.0,
         )
-        return self.o_proj(seen.transpose(1, 2).reshape(batch, length, -1)), keys, values
+        seen = seen.transpose(1, 2).reshape(batch, length, -1)
+        return F.linear(seen, self.o_proj.weight.to(kind)), turned[:, queries:], values
 
 
 class MLP(nn.Module):
@@ -122,12 +137,6 @@ class MLP(nn.Module):
         self.up_proj = linear(hidden, intermediate)
         self.down_proj = linear(intermediate, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(
-            F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)
-        )
-        return out
-
 
 class Router(nn.Module):
     """Weights of all experts, zero but for the best two."""
@@ -138,14 +147,16 @@ class Router(nn.Module):
         self.scale = nn.Parameter(torch.ones(shape.hidden))
         self.per_expert_scale = nn.Parameter(torch.ones(shape.experts))
 
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = rms(x) * self.scale * self.scale.shape[0] ** -0.5
-        with torch.autocast(x.device.type, enabled=False):
-            shares = (scaled @ self.proj.weight.T).softmax(-1)
-        best = shares.amax(-1, keepdim=True)
-        second = shares.masked_fill(shares >= best, -1.0).amax(-1, keepdim=True)
-        chosen = torch.where(shares >= second, shares, 0.0)
-        return chosen / chosen.sum(-1, keepdim=True) * self.per_expert_scale
+    def forward(self, normed: Tensor) -> Tensor:
+        weight = self.proj.weight * self.scale * self.scale.shape[0] ** -0.5
+        shares = F.linear(normed, weight.to(normed.dtype)).float().softmax(-1)
+        with torch.no_grad():
+            best = shares.amax(-1, keepdim=True)
+            second = shares.masked_fill(shares >= best, -1.0).amax(-1, keepdim=True)
+            chosen = (shares >= second).float()
+        shares = shares * chosen
+        shares = shares / shares.sum(-1, keepdim=True) * self.per_expert_scale
+        return shares.to(normed.dtype)
 
 
 class Experts(nn.Module):
@@ -155,12 +166,6 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(shape.experts, 2 * shape.expert, shape.hidden))
         self.down_proj = nn.Parameter(torch.empty(shape.experts, shape.hidden, shape.expert))
-
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        both = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (weights.shape[-1], -1))
-        gate, up = both.chunk(2, dim=-1)
-        inner = F.gelu(gate, approximate="tanh") * up * weights[..., None].to(up.dtype)
-        return F.linear(inner.flatten(-2), self.down_proj.transpose(1, 2).flatten(0, 1).T)
 
 
 class Block(nn.Module):
@@ -186,11 +191,35 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seen, keys, values = self.self_attn(self.input_layernorm(x), positions, past, bias)
+        """Layer output in float32, and keys and values in the type of `bias`."""
+        kind = bias.dtype
+        scale = self.input_layernorm.weight
+        seen, keys, values = self.self_attn(rms(x.to(kind)), scale, positions, past, bias)
         x = x + self.post_attention_layernorm(seen)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        routed = self.experts(self.pre_feedforward_layernorm_2(x), self.router(x))
-        both = dense + self.post_feedforward_layernorm_2(routed)
+        # MLP and experts side by side: all gates, then all ups.
+        normed = rms(x.to(kind))
+        gates, ups = self.experts.gate_up_proj.chunk(2, dim=1)
+        dense, routed = (
+            self.pre_feedforward_layernorm.weight,
+            self.pre_feedforward_layernorm_2.weight,
+        )
+        weight = torch.cat(
+            [
+                self.mlp.gate_proj.weight * dense,
+                gates.flatten(0, 1) * routed,
+                self.mlp.up_proj.weight * dense,
+                ups.flatten(0, 1) * routed,
+            ]
+        )
+        gate, up = F.linear(normed, weight.to(kind)).chunk(2, dim=-1)
+        inner = F.gelu(gate, approximate="tanh") * up
+        width = self.mlp.gate_proj.weight.shape[0]
+        by_expert = inner[..., width:].unflatten(-1, (len(gates), -1))
+        mixed = (by_expert * self.router(normed)[..., None]).flatten(-2)
+        down = self.experts.down_proj.transpose(1, 2).flatten(0, 1).T
+        both = self.post_feedforward_layernorm_1(
+            F.linear(inner[..., :width], self.mlp.down_proj.weight.to(kind))
+        ) + self.post_feedforward_layernorm_2(F.linear(mixed, down.to(kind)))
         return x + self.post_feedforward_layernorm(both), keys, values
 
 
@@ -201,17 +230,15 @@ class SelfConditioning(MLP):
         super().__init__(shape.hidden, shape.intermediate)
         self.pre_norm = Norm(shape.hidden)
 
-    def forward(self, embedded: Tensor, believed: Tensor) -> Tensor:  # type: ignore[override]
-        return rms(embedded + super().forward(self.pre_norm(believed)))
-
-
-def _same(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+    def forward(self, embedded: Tensor, believed: Tensor, kind: torch.dtype) -> Tensor:
+        normed = self.pre_norm(believed.to(kind))
+        gate = F.gelu(F.linear(normed, self.gate_proj.weight.to(kind)), approximate="tanh")
+        inner = gate * F.linear(normed, self.up_proj.weight.to(kind))
+        return rms(embedded + F.linear(inner, self.down_proj.weight.to(kind)))
 
 
 class Model(nn.Module):
-    """Encoder and decoder over the same blocks; `quick` compiles what is called for shapes that do
-    not change."""
+    """Encoder and decoder over the same blocks; `kind` is what their products are computed in."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -220,7 +247,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(shape, bool(i % 2)) for i in range(shape.layers))
         self.norm = Norm(shape.hidden)
         self.self_conditioning = SelfConditioning(shape)
-        self.quick: Callable[..., Any] = _same
+        self.kind = torch.float32
 
     def start(self) -> None:
         """Draw the weights."""
@@ -242,13 +269,13 @@ class Model(nn.Module):
         past = order[:, None] >= order
         # Padding sees itself, or its softmax would be over nothing.
         seen = (past & real[:, None]) | (order[:, None] == order)
-        bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -torch.inf)[:, None]
+        bias = self._bias(seen)[:, None]
         x = self.embed(ids)
         cache = []
         for block in self.layers:
-            x, keys, values = self.quick(block)(x, order, None, bias)
+            x, keys, values = block(x, order, None, bias)
             cache.append((keys, values))
-        return self.norm(x), cache
+        return self.norm(x.to(self.kind)), cache
 
     def decode(self, canvas: Tensor, believed: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """Hidden states of the canvas behind the cache of `real` prompts."""
@@ -256,12 +283,16 @@ class Model(nn.Module):
         before = real.shape[1]
         order = torch.arange(before, before + length, device=canvas.device)
         seen = torch.cat([real, torch.ones_like(canvas, dtype=torch.bool)], dim=1)[:, None, None]
-        bias = torch.zeros(seen.shape, device=canvas.device).masked_fill(~seen, -torch.inf)
-        bias = bias.expand(batch, 1, length, before + length)
-        x = self.self_conditioning(self.embed(canvas), believed)
+        bias = self._bias(seen).expand(batch, 1, length, before + length)
+        x = self.self_conditioning(self.embed(canvas), believed, self.kind)
         for block, past in zip(self.layers, cache, strict=True):
-            x, _, _ = self.quick(block)(x, order, past, bias)
-        return self.norm(x)
+            x, _, _ = block(x, order, past, bias)
+        return self.norm(x.to(self.kind))
+
+    def _bias(self, seen: Tensor) -> Tensor:
+        """Zero where something is seen, -inf elsewhere."""
+        none = torch.zeros(seen.shape, dtype=self.kind, device=seen.device)
+        return none.masked_fill(~seen, -torch.inf)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32, softly capped."""
@@ -269,7 +300,8 @@ class Model(nn.Module):
 
 
 def capped(hidden: Tensor, table: Tensor) -> Tensor:
-    return torch.tanh(F.linear(hidden, table).float() / CAP) * CAP
+    """Logits, capped in float32."""
+    return torch.tanh(F.linear(hidden, table.to(hidden.dtype)).float() / CAP) * CAP
 
 
 def losses(hidden: Tensor, table: Tensor, target: Tensor) -> Tensor:
@@ -286,7 +318,7 @@ def belief(
     log_shares = scores.log_softmax(-1)
     shares = log_shares.exp()
     entropy = -(shares * log_shares).sum(-1)
-    soft = (shares.to(table.dtype) @ table).float() * math.sqrt(table.shape[1])
+    soft = (shares.to(hidden.dtype) @ table.to(hidden.dtype)).float() * math.sqrt(table.shape[1])
     best = scores.argmax(-1)
     if uniform is None:
         return soft, entropy, best, best

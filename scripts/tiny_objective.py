@@ -61,7 +61,7 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
         hidden, cache = model.encode(whole, seen)
         order = torch.arange(batch.target.shape[1], device=device)
         weight = torch.cat([PROMPT_WEIGHT * real, order < batch.length], dim=1)[:, 1:]
-        each = model.quick(losses)(hidden[:, :-1].contiguous(), table, whole[:, 1:].contiguous())
+        each = losses(hidden[:, :-1].contiguous(), table, whole[:, 1:].contiguous())
         read = (each * weight).sum(1) / batch.length[:, 0]
         # The decoder must not see past the prompt.
         cache = [(keys[:, :, :width], values[:, :, :width]) for keys, values in cache]
@@ -70,25 +70,27 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
 
     canvas = first_canvas(batch, vocab)
     believed = torch.zeros(*canvas.shape, model.shape.hidden, device=device)
-    depth = torch.randint(unroll + 1, (rows, 1), device=device)
     moves = torch.rand(rows, 1, device=device) < 0.65
-    for i in range(unroll):
-        # Not within `no_grad`: the layers would be compiled once more.
-        hidden = model.decode(canvas, believed, cache, real).detach()
-        with torch.no_grad():
-            temperature = 0.4 + 0.6 * torch.rand(rows, 1, 1, device=device)
-            uniform = torch.rand(*canvas.shape, vocab, device=device)
-            soft, entropy, _, drawn = model.quick(belief)(hidden, table, temperature, uniform)
-            entropy = torch.where(batch.pinned > 0, 0.0, entropy)
-            noise = torch.randint(vocab, canvas.shape, device=device)
-            noise = torch.where(batch.start >= 0, batch.start, noise)
-            after = torch.where(accepted(entropy), drawn, noise)
-            after = torch.where(batch.pinned > 0, batch.target, after)
-            canvas = torch.where(moves & (depth > i), after, canvas)
-            soft = torch.where(batch.pinned[..., None] > 0, model.embed(batch.target), soft)
-            believed = torch.where(depth[..., None] > i, soft, believed)
+    with torch.no_grad():
+        for i in range(unroll):
+            # Rows are in no order: the first ones go on for longest.
+            some = slice(0, rows * (unroll - i) // (unroll + 1))
+            past = [(keys[some], values[some]) for keys, values in cache]
+            hidden = model.decode(canvas[some], believed[some], past, real[some])
+            shape = canvas[some].shape
+            temperature = 0.4 + 0.6 * torch.rand(shape[0], 1, 1, device=device)
+            uniform = torch.rand(*shape, vocab, device=device)
+            soft, entropy, _, drawn = belief(hidden, table, temperature, uniform)
+            pinned, start, target = batch.pinned[some] > 0, batch.start[some], batch.target[some]
+            entropy = torch.where(pinned, 0.0, entropy)
+            noise = torch.randint(vocab, shape, device=device)
+            after = torch.where(accepted(entropy), drawn, torch.where(start >= 0, start, noise))
+            after = torch.where(pinned, target, after)
+            canvas = torch.cat([torch.where(moves[some], after, canvas[some]), canvas[some.stop :]])
+            soft = torch.where(pinned[..., None], model.embed(target), soft)
+            believed = torch.cat([soft, believed[some.stop :]])
     hidden = model.decode(canvas, believed, cache, real)
-    each = model.quick(losses)(hidden, table, batch.target)
+    each = losses(hidden, table, batch.target)
     return each.sum(1) / batch.length[:, 0], read
 
 

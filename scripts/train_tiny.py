@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -80,14 +79,14 @@ RECIPES = {
             "chat": (88, 0.15),
             "talk": (320, 1.0),
         },
-        {88: (0.85, 1024), 320: (0.15, 384)},
+        {88: (0.85, 512), 320: (0.15, 160)},
         {88: ("json", "json-pinned", "typo", "gap", "chat"), 320: ("chat-system", "chat-turns")},
         reading=True,
     ),
     "tiny-puzzles": Recipe(
         Shape(VOCAB),
         {"sudoku6": (64, 0.95), "sudoku4": (64, 0.05)},
-        {64: (1.0, 1024)},
+        {64: (1.0, 512)},
         {64: ("sudoku", "sudoku-hard")},
         reading=False,
     ),
@@ -178,9 +177,10 @@ class Training:
         self.recipe, self.device = recipe, device
         self.model = Model(recipe.shape).to(device)
         self.model.start()
+        self.kind = torch.bfloat16 if device == "cuda" else torch.float32
         self.optimiser = Optimiser(self.model)
         self.pools = {width: Pool(recipe, width, rows, device) for width in recipe.share}
-        self.rows = {width: max(rows // shrink, 2) for width, (_, rows) in recipe.share.items()}
+        self.rows = {width: max(rows // shrink, 3) for width, (_, rows) in recipe.share.items()}
         tasks = len(recipe.tasks)
         # For each task: denoising loss, reading loss, rows.
         self.sums = torch.zeros(3, tasks, device=device)
@@ -190,9 +190,8 @@ class Training:
     def step(self, width: int) -> None:
         """One step, all of it on the device."""
         batch = self.pools[width].draw(self.rows[width])
-        kind = torch.bfloat16 if self.device == "cuda" else torch.float32
-        with torch.autocast(self.device, kind, enabled=self.device == "cuda", cache_enabled=False):
-            denoised, read = loss_of(self.model, batch, self.recipe.reading)
+        self.model.kind = self.kind
+        denoised, read = loss_of(self.model, batch, self.recipe.reading)
         (denoised.mean() + 0.5 * read.mean()).backward()
         self.optimiser.step()
         for parameter in self.model.parameters():
@@ -201,34 +200,32 @@ class Training:
         news = torch.stack([denoised.detach(), read.detach(), torch.ones_like(read)])
         self.sums.index_add_(1, batch.task + first, news)
 
-    def capture(self, width: int, compile_layers: bool = False) -> None:
+    def capture(self, width: int) -> None:
         """Record a step, to be launched at once; on a CPU it stays a call."""
         if self.device != "cuda":
             self.steps[width] = lambda: self.step(width)
             return
-        if compile_layers:
-            torch._dynamo.config.recompile_limit = 64  # two kinds of layer in several shapes
-            self.model.quick = compiled
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self.step(width)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.empty_cache()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
                 self.step(width)
-            torch.cuda.synchronize()
-            self.steps[width] = graph.replay
-        finally:
-            self.model.quick = plain
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(width)
+        torch.cuda.synchronize()
+        self.steps[width] = graph.replay
 
-    def feed(self, maker: Maker, wait: bool = False) -> None:
-        """Take over rows that are ready."""
-        while (made := maker.take(wait)) is not None:
+    def feed(self, maker: Maker, wait: bool = False, most: int = 6) -> None:
+        """Take over rows that are ready, or wait until every task has some."""
+        while most or wait:
+            made = maker.take(wait)
+            if made is None:
+                return
             self.pools[self.recipe.tasks[made[0]][0]].add(*made)
+            most = max(most - 1, 0)
             if wait and all(pool.ready for pool in self.pools.values()):
                 return
 
@@ -243,6 +240,7 @@ class Training:
 
     def test(self, held_out: dict[int, list[tuple[str, Batch]]], reading: bool) -> str:
         """Success on held-out rows: denoising, steps, and reading on."""
+        self.model.kind = torch.float32
         shown = []
         for tasks in held_out.values():
             for name, batch in tasks:
@@ -253,21 +251,6 @@ class Training:
                     text += f" {100 * right(read_on(self.model, batch), batch).float().mean():.1f}"
                 shown.append(text)
         return ", ".join(shown)
-
-
-def plain(function: Callable[..., object]) -> Callable[..., object]:
-    """The function as it is."""
-    return function
-
-
-_COMPILED: dict[object, Callable[..., object]] = {}
-
-
-def compiled(function: Callable[..., object]) -> Callable[..., object]:
-    """Compile a function once; all layers of one kind share the code."""
-    if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function, dynamic=False)
-    return _COMPILED[function]
 
 
 def export(model: Model, directory: Path) -> None:
@@ -350,23 +333,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="that make examples")
     parser.add_argument("--rows", type=int, default=1 << 17, help="kept of a task")
     parser.add_argument("--test", type=float, default=2, help="minutes between tests")
-    parser.add_argument("--compile", action="store_true", help="on a GPU, after some minutes")
-    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--held-out", type=Path, help="only write held-out examples to this file")
     parser.add_argument("--each", type=int, default=200, help="held-out examples a task")
     return parser.parse_args()
-
-
-def try_compiled(training: Training, width: int) -> None:
-    """Go over to compiled layers, or stay without them."""
-    factor = training.optimiser.factor
-    now = factor.clone()
-    try:
-        factor.zero_()
-        training.capture(width, compile_layers=True)
-    except Exception as error:  # whatever the compiler met: training goes on
-        print(f"compiled layers failed: {error!r}"[:2000], flush=True)
-    factor.copy_(now)
 
 
 def main() -> None:
@@ -404,9 +373,6 @@ def train(
     training.feed(maker, wait=True)
     widths, shares = list(recipe.share), [share for share, _ in recipe.share.values()]
     optimiser.factor.fill_(0.0)
-    if given.compile_only:
-        training.capture(widths[0], compile_layers=True)
-        return
     for width in widths:
         training.capture(width)
     state_path = given.work / f"{given.model}.pt"
@@ -418,10 +384,6 @@ def train(
         step, spent = saved["step"], saved["spent"]
     rng = random.Random(given.seed + step)
     total = given.minutes * 60
-    # Compiling takes minutes; until it is done, steps are as they are.
-    compiling = None
-    if given.compile:
-        compiling = subprocess.Popen([sys.executable, *sys.argv, "--compile-only"])
     began, saved_at, tested_at, told_at = time.perf_counter() - spent, spent, spent, spent
     while spent < total:
         warm = min(1.0, (step + 1) / 200)
@@ -432,12 +394,6 @@ def train(
             training.feed(maker)
             if given.device == "cuda":
                 torch.cuda.synchronize()
-            if compiling is not None and (code := compiling.poll()) is not None:
-                print(f"{spent:.0f} s: compiled, {code}", flush=True)
-                compiling = None
-                if code == 0:
-                    try_compiled(training, widths[0])
-                    print(f"{time.perf_counter() - began:.0f} s: goes on", flush=True)
         spent = time.perf_counter() - began
         if spent - told_at > 15 or spent >= total:
             told_at = spent
