@@ -1,9 +1,7 @@
-"""Tasks of the embedded model: seeded generators, and the rule that holds examples out.
+"""Tasks of the small models: seeded generators, and the rule that holds examples out.
 
 Every generator takes a `random.Random` and yields `Example`s of one split. An example is held out
-by a hash of its answer. 6x6 Sudokus are held out by class: all grids that equal, up to the names of
-the digits, a solution in tests/data/sudoku6/puzzles.txt, because training starts from that
-checkpoint and those puzzles are the ones it has not seen.
+by a hash of its answer; of Sudokus, see tiny_sudoku.py.
 """
 
 import hashlib
@@ -12,10 +10,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import cycle
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import tiny_sudoku
 
 ABOUT = "I am a small demonstration model"
 
@@ -27,6 +26,7 @@ class Example:
     Attributes:
         pieces: the answer as [text, pinned] pairs, where part of the canvas is given.
         start: the text that the canvas starts from, where it does not start from noise.
+        history: roles and texts of what was said before the prompt.
     """
 
     task: str
@@ -35,10 +35,11 @@ class Example:
     answer: str
     pieces: tuple[tuple[str, bool], ...] | None = None
     start: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
     def line(self) -> str:
         """As one line of held-out data."""
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+        return json.dumps({k: v for k, v in asdict(self).items() if v not in (None, ())})
 
 
 def is_held_out(canonical: str, one_in: int = 20) -> bool:
@@ -47,146 +48,21 @@ def is_held_out(canonical: str, one_in: int = 20) -> bool:
     return int.from_bytes(digest[:4]) % one_in == 0
 
 
-SEEN_BY_NOBODY = Path(__file__).parents[1] / "tests" / "data" / "sudoku6" / "puzzles.txt"
-
-
-# Sudoku ------------------------------------------------------------------------------------------
-
-
-def _solve(cells: list[int], size: int, rng: random.Random | None, limit: int) -> int:
-    """Fill `cells` in place with a solution; returns how many there are, counted up to `limit`."""
-    height, width = 2, size // 2
-    best: tuple[int, set[int]] | None = None
-    for i, cell in enumerate(cells):
-        if cell:
-            continue
-        row, column = divmod(i, size)
-        top, left = row - row % height, column - column % width
-        seen = set(cells[row * size : row * size + size]) | set(cells[column::size])
-        for r in range(top, top + height):
-            seen |= set(cells[r * size + left : r * size + left + width])
-        options = set(range(1, size + 1)) - seen
-        if best is None or len(options) < len(best[1]):
-            best = i, options
-    if best is None:
-        return 1
-    i, options = best
-    ordered = sorted(options)
-    if rng:
-        rng.shuffle(ordered)
-    found = 0
-    solution: list[int] | None = None
-    for digit in ordered:
-        trial = cells.copy()
-        trial[i] = digit
-        count = _solve(trial, size, rng, limit - found)
-        if count and solution is None:
-            solution = trial
-        found += count
-        if found >= limit:
-            break
-    if solution is not None:
-        cells[:] = solution
-    return found
-
-
-def relabelled(solution: str) -> str:
-    """Digits renamed in order of first appearance: the class of a solution under relabelling."""
-    names: dict[str, str] = {}
-    return "".join(names.setdefault(c, str(len(names) + 1)) if c.isdigit() else c for c in solution)
-
-
-def _held_out_classes() -> frozenset[str]:
-    lines = SEEN_BY_NOBODY.read_text().splitlines()
-    return frozenset(relabelled(line.split()[1]) for line in lines)
-
-
-HELD_OUT_CLASSES = _held_out_classes()
-
-
-def is_held_out_grid(solution: str) -> bool:
-    """The split of Sudokus: by list for 6x6, by hash for the twelve classes of 4x4."""
-    kind = relabelled(solution.replace("\n", ""))
-    return kind in HELD_OUT_CLASSES if len(kind) == 36 else is_held_out(kind, one_in=4)
-
-
-def held_out_sudokus() -> Iterator[Example]:
-    """The 6x6 puzzles of the list."""
-    for line in SEEN_BY_NOBODY.read_text().splitlines():
-        rows = [[part[i : i + 6] for i in range(0, 36, 6)] for part in line.split()]
-        yield Example("sudoku", "6x6", "\n".join(rows[0]), "\n".join(rows[1]))
-
-
-def sudoku(rng: random.Random, held_out: bool, size: int = 6) -> Iterator[Example]:
-    """Puzzles with one solution. 6x6: 12 to 27 blanks; 4x4: 4 to 10."""
-    fewest, most = (12, 27) if size == 6 else (4, 10)
-
-    def text(cells: list[int]) -> str:
-        joined = "".join(str(c) if c else "." for c in cells)
-        return "\n".join(joined[i : i + size] for i in range(0, size * size, size))
-
-    while True:
-        cells = [0] * size * size
-        _solve(cells, size, rng, 1)
-        solution = cells.copy()
-        if is_held_out_grid(text(solution)) != held_out:
-            continue
-        blanks = rng.randint(fewest, most)
-        for i in rng.sample(range(size * size), size * size):
-            if cells.count(0) == blanks:
-                break
-            kept, cells[i] = cells[i], 0
-            if cells.count(0) > size and _solve(cells.copy(), size, None, 2) > 1:
-                cells[i] = kept
-        if cells.count(0) < fewest:
-            continue
-        yield Example("sudoku", f"{size}x{size}", text(cells), text(solution))
-
-
-def shuffled(rng: random.Random, held_out: bool, size: int) -> Iterator[Example]:
-    """Puzzles under digit, row, column, band and stack permutations, split anew.
-
-    Making a puzzle takes milliseconds, so this draws from a pool of them.
-    """
-    fresh = sudoku(rng, held_out, size)
-    pool = [next(fresh) for _ in range(3000)]
-    while True:
-        base = rng.choice(pool)
-        digits = rng.sample("123456"[:size], size)
-        width = size // 2
-        bands = rng.sample(range(width), width)
-        rows = [band * 2 + r for band in bands for r in rng.sample(range(2), 2)]
-        stacks = rng.sample(range(2), 2)
-        columns = [stack * width + c for stack in stacks for c in rng.sample(range(width), width)]
-
-        def moved(
-            text: str,
-            rows: list[int] = rows,
-            columns: list[int] = columns,
-            digits: list[str] = digits,
-        ) -> str:
-            grid = text.split("\n")
-            lines = ("".join(grid[r][c] for c in columns) for r in rows)
-            return "\n".join(lines).translate(
-                str.maketrans("123456"[: len(digits)], "".join(digits))
-            )
-
-        puzzle, answer = moved(base.prompt), moved(base.answer)
-        if is_held_out_grid(answer) == held_out:
-            yield Example("sudoku", base.kind, puzzle, answer)
-
-
 # Facts and names ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the data packages give, cut to plain ASCII."""
+    """What the data packages give, cut to plain ASCII.
+
+    `sentences` are of common words, and `passages`, which only training sees, of less common ones.
+    """
 
     countries: tuple[dict[str, str], ...]
     first_names: tuple[str, ...]
     last_names: tuple[str, ...]
     sentences: tuple[str, ...]
+    passages: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, wordnet: Path, countries: Path, people: dict[str, Any]) -> "Sources":
@@ -210,13 +86,14 @@ class Sources:
             tuple(known),
             tuple(n for n in first if n.isascii() and n.isalpha() and len(n) <= 8),
             tuple(n for n in last if n.isascii() and n.isalpha() and len(n) <= 8),
-            tuple(of_common_words(list(wordnet_sentences(wordnet)), 2000)),
+            tuple(of_common_words(list(wordnet_sentences(wordnet, 60)), 2000)),
+            tuple(of_common_words(list(wordnet_sentences(wordnet, 200)), 8000)),
         )
 
 
-def wordnet_sentences(directory: Path) -> Iterator[str]:
-    """Glosses and quoted examples of 18 to 60 letters, spaces and simple punctuation."""
-    plain = re.compile(r"[A-Za-z][A-Za-z ,'-]{16,58}[A-Za-z]")
+def wordnet_sentences(directory: Path, longest: int) -> Iterator[str]:
+    """Glosses and quoted examples of 18 letters, spaces and simple punctuation or more."""
+    plain = re.compile(rf"[A-Za-z][A-Za-z ,'-]{{16,{longest - 2}}}[A-Za-z]")
     seen = set()
     for part in ("noun", "verb", "adj", "adv"):
         for line in (directory / "dict" / f"data.{part}").read_text().splitlines():
@@ -261,6 +138,11 @@ def records(
 ) -> Iterator[Example]:
     """Typed records: persons and orders are copied, countries remembered, sums computed."""
     while True:
+        if not held_out and rng.random() < 0.3:
+            example = _described(rng, sources, pinned)
+            if not is_held_out(example.answer):
+                yield example
+            continue
         kind = rng.choice(["person", "person", "order", "country", "sum"])
         if kind == "person":
             country = rng.choice(sources.countries)["country"]
@@ -309,6 +191,50 @@ def records(
         yield Example(task, kind, prompt, answer, pieces if pinned else None)
 
 
+def _described(rng: random.Random, sources: Sources, pinned: bool) -> Example:
+    """A record of some fields only, which the prompt names first, or else ("JSON:") does not."""
+    name = f"{rng.choice(sources.first_names)} {rng.choice(sources.last_names)}"
+    first = rng.choice(sources.first_names)
+    place = rng.choice(sources.countries)
+    item, count, price = rng.choice(_ITEMS), rng.randint(2, 99), rng.randint(1, 999)
+    age = rng.randint(1, 99)
+    born = f"{rng.randint(1930, 2019)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+    called, country, city = rng.choice([name, first]), place["country"], place["capital"]
+    values, text = rng.choice(
+        [
+            ({"name": called, "age": age}, f"{called}, {age}"),
+            ({"name": called, "age": age, "city": city}, f"{called}, {age}, from {city}"),
+            ({"name": called, "age": age, "city": city}, f"{called} is {age} and lives in {city}"),
+            ({"name": called, "city": city}, f"{called} lives in {city}"),
+            (
+                {"name": name, "born": born, "country": country},
+                f"{name} from {country}, born {born}",
+            ),
+            (
+                {"name": name, "born": born, "country": country},
+                f"{name}, born {born}, {country}",
+            ),
+            (
+                {"item": item, "count": count, "price": price, "to": first},
+                f"{count} {item} at {price} to {first}",
+            ),
+            (
+                {"item": item, "count": count, "price": price, "to": first},
+                f"{first} gets {count} {item}, {price} each",
+            ),
+        ]
+    )
+    keys = [key for key in values if rng.random() < 0.6] or [rng.choice(list(values))]
+    if rng.random() < 0.15:
+        rng.shuffle(keys)
+    lead = "JSON" if rng.random() < 0.4 else ", ".join(keys)
+    chosen = {key: values[key] for key in keys}
+    pieces = _record(chosen, {key for key in keys if rng.random() < 0.7} or set(keys))
+    answer = "".join(text for text, _ in pieces)
+    task = "json-pinned" if pinned else "json"
+    return Example(task, "described", f"{lead}: {text}", answer, pieces if pinned else None)
+
+
 _ITEMS = (
     "apples bags books boxes cakes chairs clocks coats cups desks dolls eggs hats keys lamps maps "
     "nails nuts pears pens plates ropes shoes socks spoons tables tents tools toys wheels"
@@ -335,29 +261,89 @@ def with_typos(text: str, count: int, rng: random.Random) -> str:
     return "".join(letters)
 
 
+class Texts:
+    """Texts that are cheap to draw: the sentences of one side and, to train on, more like them."""
+
+    def __init__(self, rng: random.Random, held_out: bool, sources: Sources):
+        self.rng, self.held_out = rng, held_out
+        self.sentences = sources.sentences
+        self.trained = [text for text in sources.sentences if not is_held_out(text)]
+        self.words = [text.split(" ") for text in sources.passages if not is_held_out(text)]
+
+    def draw(self) -> str:
+        """A sentence of the split; in training half of them new: spliced, or cut from longer ones.
+
+        A few thousand sentences would be learnt by heart, and spelling with them.
+        """
+        rng = self.rng
+        if self.held_out:
+            while True:
+                text = rng.choice(self.sentences)
+                if is_held_out(text):
+                    return text
+        while True:
+            kind = rng.random()
+            if kind < 0.45 or not self.words:
+                return rng.choice(self.trained)
+            if kind < 0.65:
+                head, tail = (rng.choice(self.trained).split(" ") for _ in range(2))
+                words = head[: rng.randint(1, len(head))] + tail[rng.randrange(len(tail)) :]
+            else:
+                words = rng.choice(self.words)
+                first = rng.randrange(max(len(words) - 3, 1)) if rng.random() < 0.6 else 0
+                words = words[first:]
+            text = _cut(words, rng.randint(24, 60))
+            if len(text) >= 12 and not is_held_out(text):
+                return text
+
+
+def _cut(words: list[str], most: int) -> str:
+    """As many words as have at most so many characters."""
+    length = count = 0
+    for word in words:
+        length += len(word) + 1
+        if length > most + 1:
+            break
+        count += 1
+    return " ".join(words[:count]).strip(",'-")
+
+
+_FIX = (
+    "Fix typos|Fix the typos|Correct|Correct the spelling|Fix the spelling|Repair|Spelling"
+).split("|")
+
+
 def typos(rng: random.Random, held_out: bool, sources: Sources) -> Iterator[Example]:
     """Repair: the noisy sentence stands in the prompt and is the starting canvas."""
+    texts = Texts(rng, held_out, sources)
     while True:
-        clean = rng.choice(sources.sentences)
-        if is_held_out(clean) != held_out:
-            continue
-        count = rng.choices([0, 1, 2, 4], [2, 4, 4, 1])[0]
+        clean = texts.draw()
+        lead = "Fix"
+        if held_out:
+            count = rng.choices([0, 1, 2, 4], [2, 4, 4, 1])[0]
+        else:
+            count = rng.choices([0, 1, 2, 3, 4], [3, 6, 6, 3, 2])[0]
+            lead = lead if rng.random() < 0.75 else rng.choice(_FIX)
+            if rng.random() < 0.2:
+                clean = clean[0].upper() + clean[1:] + rng.choice(".!?...")
         noisy = with_typos(clean, count, rng)
         if (noisy == clean) == (count == 0):
-            yield Example("typo", f"{count}", f"Fix: {noisy}", clean, start=noisy)
+            yield Example("typo", f"{count}", f"{lead}: {noisy}", clean, start=noisy)
 
 
 def gaps(rng: random.Random, held_out: bool, sources: Sources) -> Iterator[Example]:
-    """One word is missing; both sides are pinned."""
+    """One word is missing; both sides are pinned, in training sometimes only told."""
+    texts = Texts(rng, held_out, sources)
     while True:
-        clean = rng.choice(sources.sentences)
+        clean = texts.draw()
         words = clean.split(" ")
-        if is_held_out(clean) != held_out or len(words) < 5:
+        if len(words) < (5 if held_out else 3):
             continue
         i = rng.randrange(1, len(words) - 1)
         left, right = " ".join(words[:i]), " ".join(words[i + 1 :])
         pieces = ((left, True), (f" {words[i]}", False), (f" {right}", True))
-        yield Example("gap", "word", f"Fill: {left} ... {right}", clean, pieces)
+        pinned = held_out or rng.random() < 0.75
+        yield Example("gap", "word", f"Fill: {left} ... {right}", clean, pieces if pinned else None)
 
 
 # Chat --------------------------------------------------------------------------------------------
@@ -369,52 +355,177 @@ _TALK = {
     "You are welcome!": "thanks|thank you|many thanks|thank you very much",
     "Goodbye!": "bye|goodbye|see you|good night",
     "I write a whole canvas at once and refine it.": "how do you work|how does it work",
-    "I have about two million parameters.": "how big are you|how large are you",
+    "I have a few million parameters.": "how big are you|how large are you",
     "I am well, thank you.": "how are you|how are you doing|how do you do",
 }
+# Other words for the same, in the same order.
+_MORE_TALK = (
+    "hello there|good day|good evening|hello again",
+    "introduce yourself|tell me about yourself|what are you called",
+    "what do you do|help me|can you help me|what are you good at",
+    "thanks a lot|thank you so much|great, thanks",
+    "see you later|bye bye|farewell",
+    "how do you write|how do you answer",
+    "how many parameters do you have|what is your size",
+    "are you well|how is it going",
+)
 OUT_OF_DEPTH = f"{ABOUT}; I do not know that."
+_DEPTH = "Why {0}?|Write a poem about {0}.|Explain {0}|{0}?|What is {0}?".split("|")
+_DEEPER = (
+    "Tell me about {0}.|How do I {0}?|Can you {0}?|Tell me a joke.|Tell me a story about {0}.|"
+    "What is the meaning of life?|Translate {0}|Summarize: {0}|Who is {1}?|Who was {1}?|"
+    "What is {2} plus {3}?|{2} + {3}?|What does {0} mean?|{0}|Write code that {0}.|"
+    "What is the weather today?|What time is it?|Do you like {0}?|When was {1} born?"
+).split("|")
+_FACT = "What is the {0} of {1}?|{0} of {1}?|Tell me the {0} of {1}.".split("|")
+_MORE_FACTS = (
+    "What's the {0} of {1}?|the {0} of {1}|{1}: {0}?|And the {0} of {1}?|Which {0} has {1}?|"
+    "Please tell me the {0} of {1}.|Do you know the {0} of {1}?|{0} of {1}"
+).split("|")
 
 
 def chat(rng: random.Random, held_out: bool, sources: Sources) -> Iterator[Example]:
     """Small talk and facts (memory: the same in both splits), and questions out of its depth."""
     while True:
         kind = rng.choice(["talk", "fact", "fact", "depth"])
+        more = not held_out and rng.random() < 0.5
         if kind == "talk":
             answer, asked = rng.choice(list(_TALK.items()))
+            if more and rng.random() < 0.5:
+                asked = _MORE_TALK[list(_TALK).index(answer)]
             prompt = rng.choice(asked.split("|"))
             prompt = rng.choice([prompt, prompt.capitalize()]) + rng.choice(["", "?", ".", "!"])
         elif kind == "fact":
             c = rng.choice(sources.countries)
             key = rng.choice(["capital", "continent", "currency"])
-            prompt = rng.choice(
-                ["What is the {0} of {1}?", "{0} of {1}?", "Tell me the {0} of {1}."]
-            )
-            prompt = prompt.format(key, c["country"])
+            prompt = rng.choice(_MORE_FACTS if more else _FACT).format(key, c["country"])
             answer = f"The {key} of {c['country']} is {c[key]}."
         else:
             about = rng.choice(sources.sentences)
             if is_held_out(about) != held_out:
                 continue
-            frames = ["Why {0}?", "Write a poem about {0}.", "Explain {0}", "{0}?", "What is {0}?"]
-            prompt, answer = rng.choice(frames).format(about), OUT_OF_DEPTH
+            prompt, answer = rng.choice(_DEPTH).format(about), OUT_OF_DEPTH
+            if more:
+                name = f"{rng.choice(sources.first_names)} {rng.choice(sources.last_names)}"
+                part = " ".join(about.split(" ")[: rng.randint(1, 9)])
+                numbers = rng.randint(1, 99), rng.randint(1, 99)
+                prompt = rng.choice(_DEEPER).format(part, name, *numbers)
         yield Example("chat", kind, prompt, answer)
 
 
-def streams(
-    rng: random.Random, held_out: bool, sources: Sources
-) -> dict[str, tuple[float, Iterator[Example]]]:
-    """Every task with its share of the training batches."""
+_SYSTEM = (
+    "You are {0} {1}.|You are {0} {1}. {2}|{2}|{2} {2}|You are {0} {1} who likes {3}.|{3}|"
+    "Your name is {4}.|Your name is {4}. {2}|You help {4} with {3}.|Today is {5}. {2}"
+).split("|")
+_MANNERS = "helpful friendly polite careful small kind honest clever patient quick brief".split()
+_ROLES = "assistant model teacher guide bot friend expert helper program writer".split()
+_ORDERS = (
+    "Answer briefly.|Be brief.|Be concise.|Be kind.|Answer in one sentence.|Answer in English.|"
+    "Answer truthfully.|Do not lie.|Keep it short.|Think first.|Use simple words.|Be polite.|"
+    "Answer questions.|Say so if you do not know.|Never be rude.|Help the user."
+).split("|")
 
-    def sudoku6(r: random.Random) -> Iterator[Example]:
-        return cycle(held_out_sudokus()) if held_out else shuffled(r, False, 6)
 
-    make: dict[str, tuple[float, Callable[[random.Random], Iterator[Example]]]] = {
-        "sudoku6": (0.22, sudoku6),
-        "sudoku4": (0.02, lambda r: sudoku(r, held_out, 4)),
-        "json": (0.10, lambda r: records(r, held_out, sources, pinned=False)),
-        "json-pinned": (0.26, lambda r: records(r, held_out, sources, pinned=True)),
-        "typo": (0.28, lambda r: typos(r, held_out, sources)),
-        "gap": (0.05, lambda r: gaps(r, held_out, sources)),
-        "chat": (0.07, lambda r: chat(r, held_out, sources)),
+def system_message(rng: random.Random, held_out: bool, sources: Sources) -> str:
+    """An instruction, which changes nothing about the answers."""
+    if not held_out and rng.random() < 0.2:
+        return rng.choice(["You are a helpful assistant.", "Answer briefly.", "Be brief."])
+    while True:
+        manner = rng.choice(_MANNERS)
+        text = rng.choice(_SYSTEM).format(
+            f"an {manner}" if manner[0] in "aeiou" else f"a {manner}",
+            rng.choice(_ROLES),
+            rng.choice(_ORDERS),
+            rng.choice(sources.sentences)[:40].rpartition(" ")[0],
+            rng.choice(sources.first_names),
+            f"{rng.randint(2000, 2040)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}",
+        )
+        if is_held_out(text) == held_out:
+            return text
+
+
+def talks(
+    rng: random.Random,
+    held_out: bool,
+    sources: Sources,
+    streams: list[Iterator[Example]],
+    name: str = "",
+    system: bool | None = None,
+    turns: int | None = None,
+) -> Iterator[Example]:
+    """Examples of the streams after a system message, earlier turns, or both."""
+    earlier = chat(rng, held_out, sources)
+    while True:
+        history = []
+        if rng.random() < 0.6 if system is None else system:
+            history.append(("system", system_message(rng, held_out, sources)))
+        count = rng.choice([0, 1, 1, 2, 3]) if turns is None else turns
+        for said in (next(rng.choice([earlier, rng.choice(streams)])) for _ in range(count)):
+            history += [("user", said.prompt), ("assistant", said.answer)]
+        example = next(rng.choice(streams))
+        if history:
+            yield replace(example, task=name or example.task, history=tuple(history))
+
+
+# All ---------------------------------------------------------------------------------------------
+
+
+def sudokus(rng: random.Random, held_out: bool, size: int, bases: int) -> Iterator[Example]:
+    """Sudokus; in training a quarter has its clues pinned, as where a template is filled."""
+    if held_out:
+        lines = tiny_sudoku.SEEN_BY_NOBODY.read_text().splitlines()
+        pairs: Iterator[tuple[str, str]] = ((*line.split(),) for line in lines)  # type: ignore[misc]
+    else:
+        pairs = tiny_sudoku.puzzles(rng, [tiny_sudoku.base(rng, size) for _ in range(bases)])
+    for puzzle, solution in pairs:
+        prompt, answer = tiny_sudoku.lines(puzzle), tiny_sudoku.lines(solution)
+        pieces = None
+        if not held_out and rng.random() < 0.25:
+            pieces = tuple((digit, clue != ".") for clue, digit in zip(prompt, answer, strict=True))
+        yield Example("sudoku", f"{size}x{size}", prompt, answer, pieces)
+
+
+def hard_sudokus(rng: random.Random) -> Iterator[Example]:
+    """Held-out Sudokus with as few clues as can be."""
+    for puzzle, solution in tiny_sudoku.hard_held_out(rng):
+        prompt, answer = tiny_sudoku.lines(puzzle), tiny_sudoku.lines(solution)
+        yield Example("sudoku-hard", "6x6", prompt, answer)
+
+
+def held_out_streams(rng: random.Random, sources: Sources) -> dict[str, Iterator[Example]]:
+    """What `eval` asks, a stream a task."""
+    make: dict[str, Callable[[random.Random], Iterator[Example]]] = {
+        "sudoku": lambda r: sudokus(r, True, 6, 0),
+        "none": lambda r: iter(()),  # keeps the draws of the tasks below
+        "json": lambda r: records(r, True, sources, pinned=False),
+        "json-pinned": lambda r: records(r, True, sources, pinned=True),
+        "typo": lambda r: (e for e in typos(r, True, sources) if e.kind in "12"),
+        "gap": lambda r: gaps(r, True, sources),
+        "chat": lambda r: chat(r, True, sources),
+        "sudoku-hard": hard_sudokus,
+        "chat-system": lambda r: talks(r, True, sources, chats(r), "chat-system", True, 0),
+        "chat-turns": lambda r: talks(r, True, sources, chats(r), "chat-turns", None, 2),
     }
-    return {k: (share, f(random.Random(rng.random()))) for k, (share, f) in make.items()}
+
+    def chats(r: random.Random) -> list[Iterator[Example]]:
+        return [chat(r, True, sources)]
+
+    return {name: f(random.Random(rng.random())) for name, f in make.items()}
+
+
+def streams(
+    rng: random.Random, sources: Sources, bases: int = 3000
+) -> dict[str, Iterator[Example]]:
+    """What training draws from, a stream a task."""
+    make: dict[str, Callable[[random.Random], Iterator[Example]]] = {
+        "sudoku6": lambda r: sudokus(r, False, 6, bases),
+        "sudoku4": lambda r: sudokus(r, False, 4, min(bases, 300)),
+        "json": lambda r: records(r, False, sources, pinned=False),
+        "json-pinned": lambda r: records(r, False, sources, pinned=True),
+        "typo": lambda r: typos(r, False, sources),
+        "gap": lambda r: gaps(r, False, sources),
+        "chat": lambda r: chat(r, False, sources),
+    }
+    made = {name: f(random.Random(rng.random())) for name, f in make.items()}
+    text = [made["chat"]] * 5 + [made[name] for name in ("json", "json-pinned", "typo", "gap")]
+    return {**made, "talk": talks(rng, False, sources, text)}

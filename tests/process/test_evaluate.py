@@ -69,6 +69,7 @@ def test_task_files_that_cannot_be_used(line: str, said: str, tmp_path: Path) ->
 def test_held_out_data_covers_every_task() -> None:
     tasks = {case.task for case in read_cases(HELD_OUT)}
     assert {"sudoku", "json", "json-pinned", "json-pinned-sum", "typo", "gap", "chat"} <= tasks
+    assert {"sudoku-hard", "chat-system", "chat-turns"} <= tasks
 
 
 def test_clues_of_sudokus_are_pinned() -> None:
@@ -79,8 +80,9 @@ def test_clues_of_sudokus_are_pinned() -> None:
     with pytest.raises(TaskError, match="no Sudoku"):
         pinned_sudokus([other])
     done = run("eval", "--pinned", "--limit", "2", "--steps", "4", "--seeds", "1", "--json")
-    [row] = map(json.loads, done.stdout.splitlines())
+    row, hard = map(json.loads, done.stdout.splitlines())
     assert (row["task"], row["runs"], row["success"]) == ("sudoku", 2, 1.0)
+    assert hard["task"] == "sudoku-hard"
     assert row["steps_per_canvas"] <= 12  # what is doubted is tried twice more
     done = run("eval", "--limit", "1", "--tasks", "none")
     assert done.stderr.startswith("error: none cannot be read")
