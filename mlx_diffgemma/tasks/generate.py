@@ -433,7 +433,7 @@ class _Teller:
             denoising_steps=self._passes,
             tokens_per_forward=self._generated / self._passes,
             positions_decoded=self._positions,
-            positions_per_token=self._positions / self._generated,
+            positions_per_token=self._positions / max(self._generated, 1),
             prompt_seconds=self._prompt_seconds,
             generation_seconds=seconds,
             tokens_per_second=self._generated / seconds,
