@@ -197,7 +197,7 @@ def test_links_scripts_files_and_tests_are_there() -> None:
 def test_readme_is_a_front_page() -> None:
     """An index of packages shows README alone: its links have to be absolute."""
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 180
+    assert len(text.splitlines()) <= 190
     assert re.findall(r"\]\((?!https://|#)([^)]+)", text) == []
 
 
