@@ -102,5 +102,5 @@ def test_a_prompt_has_exactly_the_wanted_length(tokens: int) -> None:
 
 
 def test_medians_by_hand() -> None:
-    runs = [Measurement(*[value] * 11) for value in (3, 1, 2, 9)]
-    assert middle(runs) == Measurement(*[2] * 11)
+    runs = [Measurement(*[value] * 12) for value in (3, 1, 2, 9)]
+    assert middle(runs) == Measurement(*[2] * 12)

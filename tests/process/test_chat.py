@@ -346,7 +346,7 @@ def test_tools_without_asking_and_in_json(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_loaded_leaves_the_one_there_is() -> None:
     typed = "/model no/such/thing\nhello\n/model tiny-puzzles\n/model\n/undo\n"
     done = run("chat", "--seed", "0", stdin=typed)
-    assert "error: no/such/thing is neither a directory nor a name on the hub\n" in done.stderr
+    assert "error: no/such/thing is neither a directory nor a name on the hub" in done.stderr
     assert done.stdout.startswith("Hello!")
     said = "Model: tiny-puzzles; it reads the conversation anew.\nModel: tiny-puzzles\n"
     assert done.stderr.endswith(f"{said}Forgotten: hello\n")

@@ -41,9 +41,13 @@ def test_exact_and_pattern() -> None:
 
 def test_score_by_hand() -> None:
     case = Case("t", "p", answer="x")
-    runs = [(case, Outcome("x", 4, 1, 10.0)), (case, Outcome("y", 2, 1, 20.0))] * 2
+    runs = [
+        (case, Outcome("x", 4, 1, 10.0, 6.0, 3.0)),
+        (case, Outcome("y", 2, 1, 20.0, 2.0, 1.0)),
+    ] * 2
     row = score("t", 8, runs, seeds=2)
     assert (row.runs, row.success, row.steps_per_canvas, row.tokens_per_forward) == (4, 0.5, 3, 15)
+    assert (row.decoded_per_canvas, row.positions_per_token) == (2, 4)
     assert row.error == pytest.approx((0.25 / 2) ** 0.5)  # two cases; their seeds are not new ones
     assert row.typos_fixed is None
 

@@ -536,7 +536,12 @@ def test_editing(small: Server) -> None:
     assert reply.headers["x-ignored-parameters"] == "temperature"
     edited = reply.json()
     alone = edit(*load(), EDIT["text"], EDIT["instruction"], lines=(2, 2), seed=0)
-    told = {"text": alone.text, "denoising_steps": alone.steps, "notes": list(alone.notes)}
+    told = {
+        "text": alone.text,
+        "denoising_steps": alone.steps,
+        "positions_decoded": alone.positions_decoded,
+        "notes": list(alone.notes),
+    }
     assert edited == told
     assert alone.text != EDIT["text"]
     events = small.post("/v1/edit", {**EDIT, "stream_drafts": True}).text.strip().split("\n\n")
@@ -755,7 +760,7 @@ def test_a_slow_reader_misses_drafts_and_no_text() -> None:
         def submit(self, work: Any, listen: Callable[[object], None], patience: Any) -> None:
             for canvas in range(20):
                 for step in range(48):
-                    listen(Draft(canvas, step, 48, (), (), (), (), 0, (), ""))
+                    listen(Draft(canvas, step, 48, (), (), (), (), (), 0, 0, (), ""))
                 listen(Text(f"{canvas},"))
             listen(None)
 

@@ -39,7 +39,7 @@ def test_nothing_shows_an_address_or_hundreds_of_numbers(small: Any) -> None:
         assert len(shown) < 500
         assert " at 0x" not in shown
         assert type(each).__name__ in shown
-    long = Draft(0, 1, 2, (1,), (True,), (0.0,), (1.0,), 1, (True,), "x" * 5000)
+    long = Draft(0, 1, 2, (1,), (True,), (0.0,), (1.0,), (False,), 1, 1, (True,), "x" * 5000)
     assert len(repr(long)) < 200
 
 
@@ -89,9 +89,11 @@ def test_tokens_are_text_on_a_page_not_tags(small: Any) -> None:
         def pieces(self, ids: object) -> list[str]:
             return ['<script>"&']
 
-    draft = Draft(0, 1, 2, (1,), (True,), (0.0,), (1.0,), 1, (True,), "<b>", Hostile())  # type: ignore[arg-type]
+    draft = Draft(0, 1, 2, (1,), (True,), (0.0,), (1.0,), (False,), 1, 1, (True,), "<b>", Hostile())  # type: ignore[arg-type]
     page = draft._repr_html_()
     assert "<script" not in page
     assert '<script>"&' in unescape(page)
-    plain = Draft(0, 1, 2, (1,), (True,), (0.0,), (1.0,), 1, (True,), "<b>")._repr_html_()
+    plain = Draft(
+        0, 1, 2, (1,), (True,), (0.0,), (1.0,), (False,), 1, 1, (True,), "<b>"
+    )._repr_html_()
     assert re.sub("</?pre>", "", plain) == "&lt;b&gt;"
