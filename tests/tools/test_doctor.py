@@ -84,8 +84,12 @@ def another_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_offset_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     right = DiffusionGemma._rotations
 
-    def wrong(model: DiffusionGemma, offsets: list[int], count: int) -> Any:
-        return right(model, offsets[:1] * len(offsets), count)
+    def wrong(model: DiffusionGemma, positions: mx.array) -> Any:
+        length = model.config.canvas_length
+        rows, ragged = divmod(positions.shape[1], length)
+        if rows > 1 and not ragged and positions[0, length] != positions[0, length - 1] + 1:
+            positions = mx.tile(positions[:, :length], (1, rows))
+        return right(model, positions)
 
     monkeypatch.setattr(DiffusionGemma, "_rotations", wrong)
 
