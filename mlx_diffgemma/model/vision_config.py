@@ -67,6 +67,9 @@ class VisionConfig:
             )
         except KeyError as missing:
             raise ConfigError(f"vision_config: there is no {missing.args[0]}") from None
+        except ConfigError as error:
+            said = str(error).removeprefix("config.json: ").removeprefix("vision_config.")
+            raise ConfigError(f"vision_config: {said}") from None
         made._check(vision.get("num_key_value_heads", made.heads))
         return made
 
