@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 from ..arguments import SettingError
 from .cache import Evaluate
-from .layers import SCORE_BYTES, GatedMLP, rms_norm
-from .vision_config import VisionConfig
+from .layers import GatedMLP, rms_norm
+from .vision_config import SCORE_BYTES, VisionConfig
 
 # Widths of a head that MLX has a fused attention for: other heads are padded to the next one.
 FUSED_WIDTHS = (64, 80, 128)
@@ -59,6 +59,8 @@ class VisionAttention(nn.Module):
         keys = turned(self.k_norm(self.k_proj(x).reshape(shape)), rotation)
         values = rms_norm(self.v_proj(x).reshape(shape), self.eps)
         queries, keys, values = (self._padded(each) for each in (queries, keys, values))
+        for each in (queries, keys, values) if evaluate is not None else ():
+            evaluate(each)  # one after the other: what each is made of is gone then
         rows = max(1, SCORE_BYTES // (4 * self.heads * count))
         parts = []
         for first in range(0, count, rows):
@@ -76,13 +78,14 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Attention and MLP, each between two norms."""
+    """Attention and MLP, each between two norms; both go through the patches in blocks."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = VisionAttention(config)
         self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.rows = config.rows
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
@@ -91,7 +94,13 @@ class VisionLayer(nn.Module):
     def __call__(self, x: mx.array, rotation: mx.array, evaluate: Evaluate | None) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), rotation, evaluate)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        parts = []
+        for first in range(0, len(x), self.rows):
+            some = self.pre_feedforward_layernorm(x[first : first + self.rows])
+            parts.append(self.post_feedforward_layernorm(self.mlp(some)))
+            if evaluate is not None and self.rows < len(x):
+                evaluate(parts[-1])
+        return x + mx.concatenate(parts)
 
 
 class VisionEncoder(nn.Module):
@@ -205,6 +214,7 @@ class Vision(nn.Module):
         return self.embed_vision(self.vision_tower(patches, rows, columns, evaluate))
 
 
+@mx.compile
 def turned(x: mx.array, rotation: mx.array) -> mx.array:
     """Axial rotary embedding of heads (N, heads, head_dim): pairs stand a quarter head apart."""
     a, b = mx.split(mx.unflatten(x, -1, (2, 2, -1)), 2, axis=-2)

@@ -11,6 +11,9 @@ BUDGETS = (70, 140, 280, 560, 1120)
 
 DEFAULT_BUDGET = 280
 
+# Bytes that the scores of one block of queries may take, and one block inside an MLP.
+SCORE_BYTES = 1 << 27
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -72,6 +75,21 @@ class VisionConfig:
             raise ConfigError(f"vision_config: {said}") from None
         made._check(vision.get("num_key_value_heads", made.heads))
         return made
+
+    def working_bytes(self, tokens: int, item: int) -> int:
+        """Return what reading a picture takes beside the weights, where numbers have `item` bytes.
+
+        As measured on MLX's CPU backend: scores and their exponentials, and 13 arrays as wide as
+        the tower. Where attention is fused there are no scores.
+        """
+        patches = tokens * self.pool**2
+        scores = min(SCORE_BYTES, 4 * self.heads * patches**2)
+        return 2 * scores + 13 * patches * item * self.hidden_size
+
+    @property
+    def rows(self) -> int:
+        """Patches that go through an MLP at once: eight arrays of its width exist then."""
+        return max(1, SCORE_BYTES // (4 * 8 * self.intermediate_size))
 
     def _check(self, key_heads: Any) -> None:
         """Refuse numbers that do not go together, and matrices that cannot exist."""

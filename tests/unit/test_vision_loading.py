@@ -1,5 +1,6 @@
 """The vision tower is loaded by itself, and what is wrong with it is one sentence."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx_diffgemma.arguments import SettingError
 from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.checkpoint.vision import load_vision
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.model import vision, vision_config
 from mlx_diffgemma.model.config import ConfigError
 from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.model.vision_config import VisionConfig
@@ -92,6 +94,22 @@ def test_text_and_tower_are_loaded_without_each_other(tmp_path: Path) -> None:
     assert loaded.vision_tower.std_scale.shape == (64,)
     with pytest.raises(CheckpointError, match="there is no vocab_size"):
         load_model(tmp_path)
+
+
+def test_what_a_picture_takes_is_not_more_than_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks bound it: without them scores and the insides of an MLP all existed at once."""
+    monkeypatch.setattr(vision_config, "SCORE_BYTES", 1 << 20)
+    monkeypatch.setattr(vision, "SCORE_BYTES", 1 << 20)
+    numbers = tower(hidden_size=144, head_dim=72, intermediate_size=538, position_embedding_size=48)
+    seen = Vision(numbers)
+    patches = mx.zeros((48 * 48, 48))
+    mx.eval(seen.parameters(), patches)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(seen(patches, 48, 48, mx.eval))
+    taken = mx.get_peak_memory() - before
+    assert taken < 1.1 * numbers.working_bytes(256, 4) < 2 * 4 * 2 * 2304**2
 
 
 def test_a_checkpoint_without_a_tower_says_so(tmp_path: Path) -> None:
