@@ -59,8 +59,9 @@ class VisionAttention(nn.Module):
         keys = turned(self.k_norm(self.k_proj(x).reshape(shape)), rotation)
         values = rms_norm(self.v_proj(x).reshape(shape), self.eps)
         queries, keys, values = (self._padded(each) for each in (queries, keys, values))
-        for each in (queries, keys, values) if evaluate is not None else ():
-            evaluate(each)  # one after the other: what each is made of is gone then
+        if evaluate is not None:
+            for each in (queries, keys, values):
+                evaluate(each)  # one after the other: what each is made of is gone then
         rows = max(1, SCORE_BYTES // (4 * self.heads * count))
         parts = []
         for first in range(0, count, rows):
