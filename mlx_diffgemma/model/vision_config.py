@@ -79,12 +79,13 @@ class VisionConfig:
     def working_bytes(self, tokens: int, item: int) -> int:
         """Return what reading a picture takes beside the weights, where numbers have `item` bytes.
 
-        As measured on MLX's CPU backend: a block of scores, and seven arrays as wide as the tower.
-        Where attention is fused there are no scores.
+        As measured on MLX's CPU backend: a block of scores beside seven arrays as wide as the
+        tower, or eleven of these before it. Where attention is fused there are no scores.
         """
         patches = tokens * self.pool**2
         scores = min(SCORE_BYTES, 4 * self.heads * patches**2)
-        return scores + 7 * patches * item * self.hidden_size
+        array = patches * item * self.hidden_size
+        return max(scores + 7 * array, 11 * array)
 
     @property
     def rows(self) -> int:
