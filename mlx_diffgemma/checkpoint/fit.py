@@ -42,33 +42,35 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fit(found: Info, memory: int | None) -> Fit:
-    """Run a model in so many bytes; None is what is free.
+def fit(found: Info, memory: int | None, *, pictures: bool = False) -> Fit:
+    """Run a model in so many bytes; None is what is free. `pictures` need the vision tower, too.
 
     Raises:
         TooLarge: not even one canvas behind a short prompt fits; says what would.
     """
     if memory is None:
         memory = free_memory()
-    fixed = found.memory_needed(0)
+    fixed = found.memory_needed(0, pictures=pictures)
     context = found.context
     if found.cache_bytes_per_token:
         context = min(context, max(memory - fixed, 0) // found.cache_bytes_per_token)
     if memory < fixed or context < 2 * found.canvas_length:
+        needed = found.memory_needed(2 * found.canvas_length, pictures=pictures)
+        weights = found.loaded_bytes + pictures * found.vision_bytes
         raise TooLarge(
-            f"the model needs {decimal(found.memory_needed(2 * found.canvas_length))} with a short "
-            f"prompt ({decimal(found.loaded_bytes)} of it weights), and {decimal(memory)} are "
-            f"free: {_advice(found, memory)}; --max-memory overrules what is free"
+            f"the model needs {decimal(needed)} with a short prompt{' and pictures' * pictures} "
+            f"({decimal(weights)} of it weights), and {decimal(memory)} are free: "
+            f"{_advice(found, memory, needed)}; --max-memory overrules what is free"
         )
-    left = memory - found.memory_needed(min(context, 8192))
+    left = memory - found.memory_needed(min(context, 8192), pictures=pictures)
     return Fit(context, 0 < found.table_bytes <= TABLE_SHARE * left)
 
 
-def _advice(found: Info, memory: int) -> str:
+def _advice(found: Info, memory: int, needed: int) -> str:
     for bits in (8, 6, 5, 4, 3, 2):
         # Scales and biases of groups of 64 add half a bit.
         weights = found.text_parameters * (bits + 0.5) / 8
-        rest = found.memory_needed(2 * found.canvas_length) - found.loaded_bytes
+        rest = needed - found.loaded_bytes
         if weights < found.loaded_bytes and weights + rest <= memory:
             return (
                 f"converted to {bits} bits it would fit (mlx-diffgemma convert -q --q-bits {bits})"

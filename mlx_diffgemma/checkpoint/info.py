@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..model.config import Config, ConfigError
+from ..model.vision_config import BUDGETS, VisionConfig
 from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
 from .quantization import quantization_of
 
@@ -37,7 +38,9 @@ class Info:
     """Sizes are in bytes. `cache_bytes_per_token` grows with the context (full layers); the
     sliding layers hold at most `cache_bytes_window` in all. `loaded_bytes` are those of the text
     model in the type it computes in, `table_bytes` those of a quantized embedding table once it is
-    dequantized, else 0; `step_bytes` is what a denoising step needs beside both."""
+    dequantized, else 0; `step_bytes` is what a denoising step needs beside both. `vision_bytes` are
+    those of the vision tower, which only pictures load, `picture_bytes` what reading one of most
+    tokens needs beside it; both are 0 of a checkpoint that reads text alone."""
 
     layers: int
     canvas_length: int
@@ -49,6 +52,8 @@ class Info:
     loaded_bytes: int
     table_bytes: int
     step_bytes: int
+    vision_bytes: int = 0
+    picture_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -63,10 +68,16 @@ class Info:
         """Numbers that are loaded: all but vision."""
         return sum(part.parameters for part in self.parts if part.name != "vision")
 
-    def memory_needed(self, context: int) -> int:
-        """Return the bytes of weights, of so many tokens of context and of one denoising step."""
+    def memory_needed(self, context: int, *, pictures: bool = False) -> int:
+        """Return the bytes of weights, of so many tokens of context and of one denoising step.
+
+        With `pictures` the vision tower is among the weights. A picture is not read during a step.
+        """
         cache = self.cache_bytes_per_token * context + self.cache_bytes_window
-        return self.loaded_bytes + cache + self.step_bytes
+        fixed = self.loaded_bytes + cache
+        if not pictures:
+            return fixed + self.step_bytes
+        return fixed + self.vision_bytes + max(self.step_bytes, self.picture_bytes)
 
 
 # Bytes of a number by what is computed in.
@@ -122,6 +133,7 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
     size = _FLOAT_BYTES[dtype] if dtype else max(stored, default=2)
     quantized = any(tensor.name.endswith("embed_tokens.scales") for tensor in text)
     per_token, window = _cache_bytes(config, size)
+    tower = sum(_loaded_bytes(each, size) for each in grouped.get("vision", []))
     return Info(
         layers=len(config.layers),
         canvas_length=config.canvas_length,
@@ -133,6 +145,8 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
         loaded_bytes=sum(_loaded_bytes(tensor, size) for tensor in text),
         table_bytes=size * config.vocab_size * config.hidden_size if quantized else 0,
         step_bytes=min(STEP_BYTES, _COPIES * 4 * config.canvas_length * config.vocab_size),
+        vision_bytes=tower,
+        picture_bytes=_picture_bytes(headers, size) if tower else 0,
     )
 
 
@@ -154,6 +168,18 @@ def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:
 def _loaded_bytes(tensor: Tensor, size: int) -> int:
     """Return the bytes of a tensor where floating-point numbers take `size` bytes."""
     return prod(tensor.shape) * size if tensor.dtype in FLOATS else tensor.end - tensor.start
+
+
+def _picture_bytes(headers: Headers, size: int) -> int:
+    """Return what reading a picture of most tokens takes; 0 where the tower is none of ours.
+
+    Such a tower is refused when it is loaded, and holds up nobody who reads text.
+    """
+    try:
+        vision = VisionConfig.from_dict(headers.config)
+    except ConfigError:
+        return 0
+    return vision.working_bytes(BUDGETS[-1], size) if vision else 0
 
 
 def _cache_bytes(config: Config, size: int) -> tuple[int, int]:

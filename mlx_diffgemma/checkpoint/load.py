@@ -161,6 +161,21 @@ def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
     generation = read_generation(headers.directory, headers.config)
     model = build_model(headers.config, generation, set(tensors))
     check_tensors(model, tensors)
+    weights = sanitize(read_weights(tensors, dtype))
+    model.load_weights(list(weights.items()))
+    del weights
+    model.merge()
+    mx.eval(model.parameters(), model.constants)
+    model.eval()
+    return model
+
+
+def read_weights(tensors: dict[str, Tensor], dtype: DType | None) -> dict[str, mx.array]:
+    """Read these tensors and no others, floating-point numbers as `dtype`; None keeps their type.
+
+    Raises:
+        CheckpointError: a file cannot be loaded.
+    """
     weights: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
         try:
@@ -168,19 +183,14 @@ def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be loaded: {_sentence(error)}") from None
         assert isinstance(stored, dict)  # a safetensors file is
-        weights.update(sanitize(stored))
-    if dtype is not None:
-        target = getattr(mx, dtype)
-        weights = {
-            name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
-            for name, array in weights.items()
-        }
-    model.load_weights(list(weights.items()))
-    del weights
-    model.merge()
-    mx.eval(model.parameters(), model.constants)
-    model.eval()
-    return model
+        weights.update((name, array) for name, array in stored.items() if name in tensors)
+    if dtype is None:
+        return weights
+    target = getattr(mx, dtype)
+    return {
+        name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
+        for name, array in weights.items()
+    }
 
 
 def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
@@ -241,14 +251,18 @@ def check_ids(model: DiffusionGemma, tokenizer: Tokenizer) -> None:
 
 
 def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
-    """Compare names, shapes and types of a file with the model's.
+    """Compare names, shapes and types of a file with the text model's, as `check_parameters`."""
+    check_parameters(model, {parameter_name(name): tensor for name, tensor in tensors.items()})
+
+
+def check_parameters(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Compare a module with the tensors of its parameters, by their names in the module.
 
     Raises:
         CheckpointError: naming what is missing, unknown, of another shape or of another type.
     """
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     expected = {name: tuple(array.shape) for name, array in parameters.items()}
-    found = {parameter_name(name): tensor for name, tensor in tensors.items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(f"the checkpoint lacks {_first(missing)}")
     if extra := sorted(found.keys() - expected.keys()):

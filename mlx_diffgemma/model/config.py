@@ -73,17 +73,17 @@ class Config:
             raise ConfigError(f"tie_word_embeddings = {found} is not supported")
         try:
             made = cls(
-                vocab_size=_size(text, "vocab_size"),
-                hidden_size=_size(text, "hidden_size"),
-                intermediate_size=_size(text, "intermediate_size"),
-                moe_intermediate_size=_size(text, "moe_intermediate_size"),
-                num_attention_heads=_size(text, "num_attention_heads"),
-                num_experts=_size(text, "num_experts"),
-                top_k_experts=_size(text, "top_k_experts"),
-                rms_norm_eps=_positive(text, "rms_norm_eps", 1e-6),
-                final_logit_softcapping=_positive(text, "final_logit_softcapping", 30.0),
-                max_position_embeddings=_size(text, "max_position_embeddings"),
-                canvas_length=_size(config, "canvas_length", 256),
+                vocab_size=size(text, "vocab_size"),
+                hidden_size=size(text, "hidden_size"),
+                intermediate_size=size(text, "intermediate_size"),
+                moe_intermediate_size=size(text, "moe_intermediate_size"),
+                num_attention_heads=size(text, "num_attention_heads"),
+                num_experts=size(text, "num_experts"),
+                top_k_experts=size(text, "top_k_experts"),
+                rms_norm_eps=positive(text, "rms_norm_eps", 1e-6),
+                final_logit_softcapping=positive(text, "final_logit_softcapping", 30.0),
+                max_position_embeddings=size(text, "max_position_embeddings"),
+                canvas_length=size(config, "canvas_length", 256),
                 layers=tuple(_layers(text)),
             )
         except KeyError as missing:
@@ -120,7 +120,7 @@ class Config:
             raise ConfigError("its sizes ask for a matrix larger than any there is")
 
 
-def _size(values: dict[str, Any], key: str, default: int | None = None) -> int:
+def size(values: dict[str, Any], key: str, default: int | None = None) -> int:
     """A whole number by its name; without a default, KeyError says that it is missing."""
     value = values[key] if default is None else values.get(key, default)
     if not is_size(value):
@@ -128,8 +128,8 @@ def _size(values: dict[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
-def _positive(values: dict[str, Any], key: str, default: float | None = None) -> float:
-    """Read a positive number that float32 holds, as `_size` reads a whole one."""
+def positive(values: dict[str, Any], key: str, default: float | None = None) -> float:
+    """Read a positive number that float32 holds, as `size` reads a whole one."""
     value = values[key] if default is None else values.get(key, default)
     if not is_number(value) or value < NUMBER_LIMITS[0]:
         raise ConfigError(f"{key} = {shown(value)} is not a positive number")
@@ -171,12 +171,12 @@ def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
         raise ConfigError(f"rope_parameters = {shown(ropes)} is not a JSON object")
     for i, kind in enumerate(kinds):
         own = overrides.get(i, {})
-        head_dim = _size({**text, **own}, "head_dim")
+        head_dim = size({**text, **own}, "head_dim")
         theta, fraction = _rope(kind, ropes.get(kind))
         yield LayerConfig(
             head_dim=head_dim,
-            num_key_value_heads=_size({**text, **own}, "num_key_value_heads"),
-            window=_size(text, "sliding_window") if kind == "sliding_attention" else None,
+            num_key_value_heads=size({**text, **own}, "num_key_value_heads"),
+            window=size(text, "sliding_window") if kind == "sliding_attention" else None,
             rope_theta=theta,
             rotated_pairs=int(fraction * head_dim // 2),
         )
@@ -184,7 +184,7 @@ def _layers(text: dict[str, Any]) -> Iterator[LayerConfig]:
 
 def _kinds(text: dict[str, Any]) -> list[str]:
     """The kind of attention of each layer."""
-    count = _size(text, "num_hidden_layers")
+    count = size(text, "num_hidden_layers")
     if count > LAYERS_LIMIT:
         raise ConfigError(f"num_hidden_layers = {count} is more than {LAYERS_LIMIT}")
     kinds = text.get("layer_types")
@@ -237,4 +237,4 @@ def _rope(kind: str, rope: Any) -> tuple[float, float]:
     )
     if not supported:
         raise ConfigError(f"rope_parameters.{kind} = {shown(rope)} is not supported")
-    return _positive(rope, "rope_theta"), float(fraction)
+    return positive(rope, "rope_theta"), float(fraction)

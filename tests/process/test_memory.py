@@ -30,6 +30,8 @@ def real(bits: float) -> Info:
         loaded_bytes=int(26 * GB * bits / 8),
         table_bytes=1_476_395_008,
         step_bytes=350_000_000,
+        vision_bytes=1_150_000_000,
+        picture_bytes=570_000_000,
     )
 
 
@@ -49,6 +51,15 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         fit(real(4.5), 14 * GB)
     with pytest.raises(TooLarge, match="no number of bits"):
         fit(real(16), 4 * GB)
+
+
+def test_pictures_cost_context_and_text_pays_nothing_for_them() -> None:
+    """The vision tower, and what reading a picture takes beyond what a step does."""
+    text, seeing = (fit(real(4.5), 17 * GB, pictures=pictures) for pictures in (False, True))
+    assert text.context - seeing.context == pytest.approx((1.15 + 0.57 - 0.35) * GB / 20_480, abs=2)
+    assert fit(real(4.5), int(15.3 * GB)).context > 1000
+    with pytest.raises(TooLarge, match=r"a short prompt and pictures \(15.8 GB of it weights\)"):
+        fit(real(4.5), int(15.3 * GB), pictures=True)
 
 
 @pytest.mark.parametrize(

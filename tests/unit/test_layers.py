@@ -12,7 +12,7 @@ ROWS = [
     ["errors", "files", "arguments"],
     ["model"],
     ["diffusion"],
-    ["text"],
+    ["text", "images"],
     ["checkpoint", "tasks"],
     ["convert"],
     ["measure", "server"],
