@@ -1,0 +1,258 @@
+"""What is written next: a canvas denoised, one that the encoder verifies, its next token, a draft.
+
+Each is a decoding of one attempt, whose result is the state to commit. The loop over canvases, in
+`generate.py`, asks for it, judges it, and has the encoder keep what is committed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import mlx.core as mx
+import numpy as np
+
+from ..arguments import SettingError, shown
+from ..diffusion.causal import CausalReader, front, written
+from ..diffusion.constraints import Constraint
+from ..diffusion.decoding import Decoding, Rest
+from ..diffusion.denoise import DenoisingState, Start, denoise
+from ..diffusion.draws import Draws
+from ..model.cache import LayerCache
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.settings import GenerationConfig
+from .starts import CanvasStart, Opening
+
+# How an answer is written. "denoise" is the model's own way, canvas after canvas; "causal" takes the
+# encoder's best token again and again; "speculative" gives what that gives, from drafts.
+Mode = Literal["denoise", "causal", "speculative"]
+
+# A token that the encoder finds less likely is doubted.
+DOUBT = 0.3
+
+# Times that a doubted canvas is opened again at most.
+ROUNDS = 3
+
+# Denoising steps of a draft, the last ones of the schedule.
+DRAFT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Read:
+    """The encoder has read so many tokens of the answer, in one pass."""
+
+    tokens: int
+
+
+Written = Decoding[DenoisingState | Read, DenoisingState]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Holds what all attempts at all canvases of an answer have in common."""
+
+    model: DiffusionGemma
+    cache: list[LayerCache]
+    config: GenerationConfig
+    draws: Draws
+    start: CanvasStart
+
+    def begin(self, generated: Sequence[int], forbidden: Constraint | None) -> Start | None:
+        """Where the next canvas starts; None is noise."""
+        begun = self.start.begin(generated, self.draws)
+        if forbidden is not None:
+            begun = begun or Start(self.draws.tokens((1, self.model.config.canvas_length)))
+            begun = replace(begun, constraint=forbidden)
+        return begun
+
+    def ends(self, tokens: Sequence[int]) -> int | None:
+        """Count the tokens up to the first that ends an answer, with it."""
+        ends = self.config.eos_token_ids
+        return next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+
+
+def check_mode(mode: object) -> None:
+    """Refuse what is no mode.
+
+    Raises:
+        SettingError: naming the modes.
+    """
+    if mode not in (modes := get_args(Mode)):
+        raise SettingError(f"a mode is one of {', '.join(modes)}, not {shown(mode)}")
+
+
+def attempt(
+    writer: Writer,
+    reader: CausalReader | None,
+    mode: Mode,
+    verify: bool,
+    warm: list[int],
+    generated: Sequence[int],
+    forbidden: Constraint | None,
+    room: int,
+) -> Written:
+    """What is written behind `generated`, at most `room` tokens of it count; all but denoising
+    alone needs a reader. `warm` is what a draft has left for the next."""
+    if reader is None or (mode == "denoise" and not verify):
+        return denoised(writer, generated, forbidden)
+    match mode:
+        case "denoise":
+            return verified(writer, reader, generated, forbidden, room)
+        case "causal":
+            return next_token(writer, reader, generated, forbidden)
+        case "speculative":
+            return speculated(writer, reader, generated, forbidden, room, warm)
+
+
+def denoised(
+    writer: Writer, generated: Sequence[int], forbidden: Constraint | None
+) -> Decoding[DenoisingState, DenoisingState]:
+    """A canvas, as the reference makes it."""
+    begun = writer.begin(generated, forbidden)
+    return (yield from denoise(writer.model, writer.cache, writer.config, writer.draws, begun))
+
+
+def verified(
+    writer: Writer,
+    reader: CausalReader,
+    generated: Sequence[int],
+    forbidden: Constraint | None,
+    room: int,
+) -> Written:
+    """A canvas that the encoder has read: from its first doubt on it is opened again, in the middle
+    of the schedule, and the one stays that the encoder likes best.
+    """
+    config, draws = writer.config, writer.draws
+    reader.take_back()
+    begun = writer.begin(generated, forbidden)
+    begun = begun or Start(draws.tokens((1, writer.model.config.canvas_length)))
+    best: DenoisingState | None = None
+    liked = -math.inf
+    start = begun
+    for left in reversed(range(ROUNDS + 1)):
+        state = yield from denoise(writer.model, writer.cache, config, draws, start)
+        tokens: list[int] = np.array(state.argmax)[0].tolist()
+        length = min(writer.ends(tokens) or len(tokens), room)
+        yield Read(reader.read(tokens[:length]))
+        chances = np.array(reader.log_probabilities())
+        if best is None or chances.mean() > liked:
+            best, liked = state, chances.mean()
+            opened = _doubted(chances, begun, length)
+        if not left or opened is None:
+            break
+        start = _opened(begun, best, opened, draws, config)
+        reader.take_back()
+    assert best is not None
+    return best
+
+
+def _doubted(chances: np.ndarray, begun: Start, length: int) -> np.ndarray | None:
+    """(L,) what is opened again: all from the first doubted token to the last one; None: nothing.
+
+    What is given is not doubted.
+    """
+    doubted = chances < math.log(DOUBT)
+    free = np.ones(begun.canvas.shape[1], dtype=bool)
+    if begun.pinned is not None:
+        free = ~np.array(begun.pinned)[0]
+    doubted &= free[:length]
+    if not doubted.any():
+        return None
+    opened = np.zeros_like(free)
+    opened[np.argmax(doubted) : length] = True
+    return opened & free
+
+
+def _opened(
+    begun: Start, state: DenoisingState, opened: np.ndarray, draws: Draws, config: GenerationConfig
+) -> Start:
+    """A canvas with noise where it is opened, that enters the schedule in its middle."""
+    noise = begun.constraint.noise(draws.tokens(begun.canvas.shape))
+    canvas = mx.where(mx.array(opened), noise, state.argmax)
+    middle = max(begun.first_step, config.max_denoising_steps // 2, 1)
+    return replace(begun, canvas=canvas, first_step=middle)
+
+
+def next_token(
+    writer: Writer, reader: CausalReader, generated: Sequence[int], forbidden: Constraint | None
+) -> Written:
+    """The encoder's best token, or all of what the answer has to begin with."""
+    yield Rest()
+    reader.take_back()
+    state = _given(writer, generated)
+    if state is None:
+        constraint = forbidden or writer.start.choices(generated, (), 1)
+        following = reader.following(constraint, 0, 1)
+        state = written(following.tokens, following)
+    yield state
+    return state
+
+
+def _given(writer: Writer, generated: Sequence[int]) -> DenoisingState | None:
+    """What the answer has to begin with, where nothing has been written yet."""
+    if generated or not isinstance(writer.start, Opening):
+        return None
+    return written(writer.start.tokens)
+
+
+def speculated(
+    writer: Writer,
+    reader: CausalReader,
+    generated: Sequence[int],
+    forbidden: Constraint | None,
+    room: int,
+    warm: list[int],
+) -> Written:
+    """The encoder's next token, and of what the denoiser drafts behind it all that the encoder
+    would have written. `warm` is where that draft starts, and becomes what remains of it.
+    """
+    reader.take_back()
+    if (given := _given(writer, generated)) is not None:
+        yield given
+        return given
+    following = reader.following(forbidden or writer.start.choices(generated, (), 1), 0, 1)
+    first = following.tokens[0]
+    if room == 1 or first in writer.config.eos_token_ids:
+        state = written([first], following)
+        yield state
+        return state
+    start = _drafting(writer, generated, first, room, warm)
+    state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
+    drafted: list[int] = np.array(state.argmax)[0].tolist()
+    length = min(writer.ends(drafted) or len(drafted), room)
+    draft = drafted[:length]
+    yield Read(reader.read(draft))
+    kept = 1
+    if length > 1:
+        choices = writer.start.choices(generated, draft, length)
+        chosen = reader.following(choices, 0, length).tokens
+        kept = next((i for i in range(1, length) if draft[i] != chosen[i]), length)
+    warm[:] = drafted[kept + 1 :]
+    return front(state, kept)
+
+
+def _drafting(
+    writer: Writer, generated: Sequence[int], first: int, room: int, warm: Sequence[int]
+) -> Start:
+    """A canvas that begins with a token, enters the schedule near its end, and is no longer than
+    what may be written."""
+    config, draws = writer.config, writer.draws
+    begun = writer.begin(generated, None)
+    begun = begun or Start(draws.tokens((1, writer.model.config.canvas_length)))
+    length = begun.canvas.shape[1]
+    tokens = np.array(begun.canvas)[0]
+    rest = list(warm)[: length - 1]
+    tokens[1 : 1 + len(rest)] = rest
+    tokens[0] = first
+    pinned = np.zeros(length, dtype=bool)
+    if begun.pinned is not None:
+        held = np.array(begun.pinned)[0]
+        tokens = np.where(held, np.array(begun.canvas)[0], tokens)
+        pinned |= held
+    pinned[0] = True
+    return replace(
+        begun,
+        canvas=mx.array(tokens)[None],
+        pinned=mx.array(pinned)[None],
+        first_step=max(1, config.max_denoising_steps - DRAFT_STEPS + 1),
+    )
