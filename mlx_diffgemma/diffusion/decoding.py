@@ -145,7 +145,7 @@ class Batch(Generic[Item]):
             self.remove(key)
 
     def step(self) -> Generator[tuple[int, Item | Exception | None], None, None]:
-        """Yield the items of all runs, until each asks for a pass, rests or has read some of a prompt.
+        """Yield the items of all runs, until each asks for a pass, rests, or reads a prompt.
 
         Items come with their run's number; the last of a run is None, or what it has raised, and
         the others go on. Stopping in the middle loses items. A pass of many canvases may take

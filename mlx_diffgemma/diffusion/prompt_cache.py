@@ -251,7 +251,7 @@ class PromptCache:
         between = self._tokens[mark.length : length]
         del self._tokens[length:]
         pairs = list(zip(self.cache, mark.layers, strict=True))
-        if all([layer.trim(place, length) for layer, place in pairs]):
+        if all(layer.trim(place, length) for layer, place in pairs):
             return
         del self._tokens[mark.length :]
         for layer, place in pairs:

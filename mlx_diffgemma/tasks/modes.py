@@ -23,8 +23,8 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig
 from .starts import CanvasStart, Opening
 
-# How an answer is written. "denoise" is the model's own way, canvas after canvas; "causal" takes the
-# encoder's best token again and again; "speculative" gives what that gives, from drafts.
+# How an answer is written. "denoise" is the model's own way, canvas after canvas; "causal" takes
+# the encoder's best token again and again; "speculative" gives what that gives, from drafts.
 Mode = Literal["denoise", "causal", "speculative"]
 
 # A token that the encoder finds less likely is doubted.

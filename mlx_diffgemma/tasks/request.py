@@ -247,10 +247,10 @@ class Done:
     `cached_tokens` of the `prompt_tokens` had been encoded before. `generated_tokens` counts the
     end token, as the reference does. `positions_decoded` by all steps is the work that does not
     depend on the machine: a step over a whole canvas counts its length. Times are seconds of
-    computing: `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and `tokens_per_second`
-    divides by the latter. Memory is in bytes, weights included. Log-probabilities (nats) are the
-    encoder's, of the tokens committed, the end token included; None where it has not read them.
-    The encoder reads answers too, in `encoder_passes` over `positions_encoded` tokens: canvases
+    computing: `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and
+    `tokens_per_second` divides by the latter. Memory is in bytes, weights included.
+    Log-probabilities (nats) are the encoder's, of the tokens committed, the end token included;
+    None where it has not read them. The encoder reads answers too, in `encoder_passes` over `positions_encoded` tokens: canvases
     behind which another follows, and those that it verifies. Where it decides, in another mode than
     "denoise" or with `verify`, `tokens_per_forward` and `positions_per_token` count that as well.
     """
