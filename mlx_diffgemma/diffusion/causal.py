@@ -103,14 +103,13 @@ def written(tokens: Sequence[int], following: Following | None = None) -> Denois
     """Tokens as a canvas that nothing has denoised, certain where nothing is known of them."""
     canvas = mx.array([list(tokens)], dtype=mx.int32)
     zeros, everywhere = mx.zeros(canvas.shape), mx.ones(canvas.shape, dtype=mx.bool_)
-    known = following is not None
     return DenoisingState(
         step=1,
         canvas=canvas,
         argmax=canvas,
         accepted=everywhere,
-        entropy=mx.array([following.entropies]) if known else zeros,
-        probability=mx.array([following.probabilities]) if known else zeros + 1,
+        entropy=zeros if following is None else mx.array([following.entropies]),
+        probability=zeros + 1 if following is None else mx.array([following.probabilities]),
         converged=mx.array([True]),
         settled=~everywhere,
         decoded=0,

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ..arguments import SettingError, shown
 from ..diffusion.causal import CausalReader, front, written
@@ -26,6 +27,14 @@ from .starts import CanvasStart, Opening
 # How an answer is written. "denoise" is the model's own way, canvas after canvas; "causal" takes
 # the encoder's best token again and again; "speculative" gives what that gives, from drafts.
 Mode = Literal["denoise", "causal", "speculative"]
+
+# Names by which they are compared, with and without `verify`.
+WAYS: dict[str, tuple[Mode, bool]] = {
+    "denoise": ("denoise", False),
+    "verify": ("denoise", True),
+    "causal": ("causal", False),
+    "speculative": ("speculative", False),
+}
 
 # A token that the encoder finds less likely is doubted.
 DOUBT = 0.3
@@ -81,6 +90,17 @@ def check_mode(mode: object) -> None:
         raise SettingError(f"a mode is one of {', '.join(modes)}, not {shown(mode)}")
 
 
+def check_ways(names: Sequence[str]) -> None:
+    """Refuse what is no key of `WAYS`.
+
+    Raises:
+        SettingError: naming them.
+    """
+    for name in names:
+        if name not in WAYS:
+            raise SettingError(f"a mode is one of {', '.join(WAYS)}, not {shown(name)}")
+
+
 def attempt(
     writer: Writer,
     reader: CausalReader | None,
@@ -119,58 +139,74 @@ def verified(
     forbidden: Constraint | None,
     room: int,
 ) -> Written:
-    """A canvas that the encoder has read: from its first doubt on it is opened again, in the middle
-    of the schedule, and the one stays that the encoder likes best.
+    """A canvas that the encoder has read. At its first doubt the encoder's own choice is put, what
+    stands before it stays, what follows is denoised again from the middle of the schedule on; and
+    of all these canvases the one is taken that the encoder likes best.
     """
-    config, draws = writer.config, writer.draws
     reader.take_back()
     begun = writer.begin(generated, forbidden)
-    begun = begun or Start(draws.tokens((1, writer.model.config.canvas_length)))
-    best: DenoisingState | None = None
-    liked = -math.inf
-    start = begun
-    for left in reversed(range(ROUNDS + 1)):
-        state = yield from denoise(writer.model, writer.cache, config, draws, start)
+    begun = begun or Start(writer.draws.tokens((1, writer.model.config.canvas_length)))
+    start, best, liked, kept = begun, None, -math.inf, 0
+    for more in reversed(range(ROUNDS + 1)):
+        state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
         tokens: list[int] = np.array(state.argmax)[0].tolist()
-        length = min(writer.ends(tokens) or len(tokens), room)
-        yield Read(reader.read(tokens[:length]))
+        tokens = tokens[: min(writer.ends(tokens) or len(tokens), room)]
+        yield Read(reader.read(tokens))
         chances = np.array(reader.log_probabilities())
         if best is None or chances.mean() > liked:
             best, liked = state, chances.mean()
-            opened = _doubted(chances, begun, length)
-        if not left or opened is None:
+        doubtful = _doubtful(chances, begun, kept) if more else []
+        front = _corrected(writer, reader, generated, tokens, doubtful, forbidden)
+        if front is None:
             break
-        start = _opened(begun, best, opened, draws, config)
+        kept = len(front)
+        start = _opened(writer, begun, front, state, len(tokens))
         reader.take_back()
     assert best is not None
     return best
 
 
-def _doubted(chances: np.ndarray, begun: Start, length: int) -> np.ndarray | None:
-    """(L,) what is opened again: all from the first doubted token to the last one; None: nothing.
-
-    What is given is not doubted.
-    """
+def _doubtful(chances: npt.NDArray[np.float64], begun: Start, kept: int) -> list[int]:
+    """Places of tokens that are doubted: what is given and what is kept is not."""
     doubted = chances < math.log(DOUBT)
-    free = np.ones(begun.canvas.shape[1], dtype=bool)
     if begun.pinned is not None:
-        free = ~np.array(begun.pinned)[0]
-    doubted &= free[:length]
-    if not doubted.any():
-        return None
-    opened = np.zeros_like(free)
-    opened[np.argmax(doubted) : length] = True
-    return opened & free
+        doubted &= ~np.array(begun.pinned)[0, : len(doubted)]
+    doubted[:kept] = False
+    return np.flatnonzero(doubted).tolist()
+
+
+def _corrected(
+    writer: Writer,
+    reader: CausalReader,
+    generated: Sequence[int],
+    tokens: list[int],
+    doubtful: Sequence[int],
+    forbidden: Constraint | None,
+) -> list[int] | None:
+    """The tokens up to the first doubtful place where the encoder would write another, which is the
+    last of them; None if there is no such place."""
+    for at in doubtful:
+        constraint = None if at else forbidden
+        if constraint is None:
+            constraint = writer.start.choices([*generated, *tokens[:at]], (), 1)
+        (choice,) = reader.following(constraint, at, 1).tokens
+        if choice != tokens[at]:
+            return [*tokens[:at], choice]
+    return None
 
 
 def _opened(
-    begun: Start, state: DenoisingState, opened: np.ndarray, draws: Draws, config: GenerationConfig
+    writer: Writer, begun: Start, front: Sequence[int], state: DenoisingState, end: int
 ) -> Start:
-    """A canvas with noise where it is opened, that enters the schedule in its middle."""
-    noise = begun.constraint.noise(draws.tokens(begun.canvas.shape))
-    canvas = mx.where(mx.array(opened), noise, state.argmax)
+    """The canvas of a state that begins with these tokens, with noise from there to `end`."""
+    config, draws, shape = writer.config, writer.draws, begun.canvas.shape
+    given = mx.zeros(shape, dtype=mx.bool_) if begun.pinned is None else begun.pinned
+    at = mx.arange(shape[1])[None]
+    noise = begun.constraint.noise(draws.tokens(shape))
+    canvas = mx.where((at < end) & ~given, noise, state.argmax)
+    canvas[:, : len(front)] = mx.array(list(front))
     middle = max(begun.first_step, config.max_denoising_steps // 2, 1)
-    return replace(begun, canvas=canvas, first_step=middle)
+    return replace(begun, canvas=canvas, pinned=given | (at < len(front)), first_step=middle)
 
 
 def next_token(

@@ -250,9 +250,10 @@ class Done:
     computing: `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and
     `tokens_per_second` divides by the latter. Memory is in bytes, weights included.
     Log-probabilities (nats) are the encoder's, of the tokens committed, the end token included;
-    None where it has not read them. The encoder reads answers too, in `encoder_passes` over `positions_encoded` tokens: canvases
-    behind which another follows, and those that it verifies. Where it decides, in another mode than
-    "denoise" or with `verify`, `tokens_per_forward` and `positions_per_token` count that as well.
+    None where it has not read them. The encoder reads answers too, in `encoder_passes` over
+    `positions_encoded` tokens: canvases behind which another follows, and those that it verifies.
+    Where it decides, in another mode than "denoise" or with `verify`, `tokens_per_forward` and
+    `positions_per_token` count that as well.
     """
 
     finish_reason: FinishReason
