@@ -169,7 +169,8 @@ def decode_tokens(
             if reason and not attempts[-1].converged:
                 reason = "not_converged"
         yield Committed(tokens, reason, verdict.guard)
-        mx.clear_cache()
+        if mode != "causal":  # whose every token is one
+            mx.clear_cache()
         complete = reason is not None or ended()
         encoded = 0
         if likelihood:

@@ -152,13 +152,8 @@ def test_trimmed_is_as_never_read(loaded: tuple[DiffusionGemma, Tokenizer]) -> N
     """Behind what a sliding layer holds, within it, and where more was read than it can hold."""
     model, _ = loaded
     tokens = [5 + i % 700 for i in range(1700)]
-    for begun, read, left in (
-        (0, 20, 7),
-        (505, 20, 512),
-        (600, 40, 620),
-        (600, 40, 600),
-        (600, 900, 700),
-    ):
+    places = [(0, 20, 7), (505, 20, 512), (600, 40, 620), (600, 40, 600), (600, 900, 700)]
+    for begun, read, left in places:
         cache = PromptCache(model)
         cache.extend(tokens[:begun])
         mark = cache.mark()
