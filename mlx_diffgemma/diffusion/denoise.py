@@ -125,7 +125,8 @@ def denoise(
         sampled = _sampled(constraint, known.seen, fixed, canvas)
         confidence = mx.exp(known.log_probability(model, sampled))
         known, entropy, confidence = _certain(model, canvas, fixed, known, confidence)
-        accepted = rules.accept(config.sampler, undecided.certain(entropy), confidence, fixed)
+        counted = undecided.certain(entropy)
+        accepted = rules.accept(undecided.sampler(asked), counted, confidence, fixed)
         was_fixed = fixed
         noise = start.background
         if noise is None:
@@ -155,7 +156,7 @@ def denoise(
         )
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)
-        undecided.turn(last.entropy)
+        undecided.turn(last.argmax, last.entropy)
         yield last
         if np.array(last.converged).all():
             break

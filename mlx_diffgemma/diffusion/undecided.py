@@ -13,7 +13,7 @@ import numpy as np
 
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
-from ..model.settings import GenerationConfig
+from ..model.settings import EntropyBound, GenerationConfig, Sampler
 from . import sampler as rules
 from .constraints import Choices
 from .head import Readout, log_probability
@@ -93,11 +93,13 @@ class Undecided:
     """
 
     def __init__(self, config: GenerationConfig, cache: list[LayerCache], canvas: mx.array):
+        self._config = config
         self._rule = config.settling if len(canvas) == 1 else None
         self._ends = mx.array(config.eos_token_ids)
         self._cache = cache
         self._positions: mx.array | None = None
-        self._partial = 0  # passes over some positions, since one over all
+        self._early = False  # a certain end token stands early in the canvas
+        self._stale = 0.0  # canvases of settled positions left out, since a pass over all
         self._agreed = mx.zeros(canvas.shape, dtype=mx.int32)
         self._due = mx.zeros((len(canvas),), dtype=mx.bool_)
         self.settled = mx.zeros(canvas.shape, dtype=mx.bool_)
@@ -110,12 +112,19 @@ class Undecided:
         mine = self._cache[0].reader is self
         self._cache[0].reader = self
         if self._positions is None or last or not mine:  # another has read its canvas since
-            self._partial = 0
+            self._stale = 0.0
             return Pass(canvas, self._cache, expected)
         assert expected is not None
-        self._partial += 1
         at = self._positions
         return Pass(canvas[:, at], self._cache, expected[:, at], at)
+
+    def sampler(self, asked: Pass) -> Sampler:
+        """What accepts tokens after this pass."""
+        sampler = self._config.sampler
+        part = asked.positions is not None and not self._early
+        if self._rule and part and isinstance(sampler, EntropyBound):
+            return EntropyBound(sampler.bound * self._rule.tighten)
+        return sampler
 
     def certain(self, entropies: mx.array) -> mx.array:
         """Entropies (B, L) for acceptance, to which what is settled adds nothing."""
@@ -152,11 +161,16 @@ class Undecided:
         """Lists what the next step needs, for the caller to evaluate."""
         return [self._agreed, self._due]
 
-    def turn(self, entropies: mx.array) -> None:
-        """Choose what the next pass decodes."""
+    def turn(self, argmax: mx.array, entropies: mx.array) -> None:
+        """Choose what the next pass decodes; all arrays have been computed."""
         if self._rule is None:
             return
+        settled = np.array(self.settled)[0]
+        ends = np.flatnonzero(settled & np.isin(np.array(argmax)[0], np.array(self._ends)))
+        answer = settled[: ends[0] + 1] if len(ends) else settled
+        self._early = len(answer) <= rules.EARLY * len(settled)
+        self._stale += int(answer.sum()) / len(settled)
         at = None
-        if not np.array(self._due).all() and self._partial < self._rule.refresh:
-            at = rules.undecided(np.array(self.settled)[0], np.array(entropies)[0])
+        if not np.array(self._due).all() and (self._early or self._stale < self._rule.refresh):
+            at = rules.undecided(settled, np.array(entropies)[0])
         self._positions = None if at is None else mx.array(at)

@@ -33,18 +33,28 @@ class Settling:
     """Says when a position is settled, and so is not decoded again until a pass over all of them.
 
     It is where it is accepted, its entropy is below a bound, and decoding it has `agreed` so many
-    times in a row that the token which stands there is the best one. Behind a certain end token it
-    need not have. What is given agrees at once.
+    times in a row that the token which stands there is the best one; what is given agrees at once.
+    Behind a certain end token that comes early it need not have. The reference decodes all
+    positions in each step. How the numbers were chosen is in docs/performance.md.
 
     Attributes:
         entropy: nats.
         agreed: decodings.
-        refresh: so many passes over some positions are followed by one over all.
+        tighten: what an entropy bound is multiplied by in a pass over some positions, unless the
+            answer ends early.
+        refresh: a pass over all positions follows when passes over some have left out so many
+            canvases, in the sum, of settled positions of the answer; unless it ends early.
     """
 
-    entropy: float = 0.05
+    entropy: float = 0.2
     agreed: int = 1
-    refresh: int = 16
+    tighten: float = 0.2
+    refresh: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise SettingError(f"{name} of settling must be positive, not {shown(value)}")
 
 
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
@@ -57,7 +67,8 @@ class GenerationConfig:
     """Sampler settings. The defaults are the reference's, for checkpoints that say nothing.
 
     The reference has neither `plateau`, the number of steps without a change of the best canvas
-    after which it is taken however uncertain it is, nor `min_steps`, before which nothing stops.
+    after which it is taken however uncertain it is, nor `min_steps`, before which nothing stops,
+    nor `settling`, by which a step decodes only positions that are undecided.
     """
 
     max_new_tokens: int = 256
@@ -190,12 +201,12 @@ def _ends(given: Any) -> tuple[int, ...]:
 
 _SPEEDS: dict[Speed, dict[str, Any]] = {
     "faithful": {},
-    "balanced": {"stability_threshold": 0, "plateau": 6, "min_steps": 2},
+    "balanced": {"plateau": 2, "min_steps": 2, "settling": Settling()},
     "fast": {
-        "stability_threshold": 0,
         "confidence_threshold": 0.02,
         "plateau": 2,
         "min_steps": 2,
         "max_denoising_steps": 24,
+        "settling": Settling(tighten=0.5, refresh=2.0),
     },
 }

@@ -343,6 +343,10 @@ def encode_prompt(
         ContextError: the prompt is empty, or text that is far too long.
         TokenizerError: the chat template refuses the messages.
     """
+    if tools and not tokenizer.knows_tools:
+        raise SettingError("this model's chat template knows no tools")
+    if enable_thinking and not tokenizer.knows_thinking:
+        raise SettingError("this model's chat template knows no thinking")
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ContextError("the prompt is empty")
@@ -355,10 +359,6 @@ def encode_prompt(
         return token_ids(parts)
     if len(messages) < len(parts):
         raise SettingError("a prompt is either messages or token ids, not both")
-    if tools and not tokenizer.knows_tools:
-        raise SettingError("this model's chat template knows no tools")
-    if enable_thinking and not tokenizer.knows_thinking:
-        raise SettingError("this model's chat template knows no thinking")
     text = tokenizer.apply_chat_template(
         messages, enable_thinking=enable_thinking, tools=tools or None
     )

@@ -158,6 +158,8 @@ def test_what_a_model_does_not_know_is_refused(small: Server, more: Any, said: s
     options: Any = {"tools": more["tools"]} if "tools" in more else {"enable_thinking": True}
     with pytest.raises(SettingError, match=said):
         stream_generate(*load(), "hello", **options)
+    with pytest.raises(SettingError, match=said):
+        stream_generate(*load(), [2, 3], **options)
     off = {"tools": [], "enable_thinking": False, "reasoning_effort": "none", "steps": 1}
     assert small.post("/v1/chat/completions", {"messages": HELLO, **off}).status_code == 200
 

@@ -74,8 +74,7 @@ NO_HOLE = "has no hole such as"
         _case(generate, SettingError, "start must be", "hi", start="x"),
         _case(generate, SettingError, "tools must be", "hi", tools=5),
         _case(generate, SettingError, "prompt_cache must be", "hi", prompt_cache="x"),
-        _case(generate, CanvasError, "no text in the pieces", "hi", start=Pieces(())),
-        _case(generate, CanvasError, "pieces are pairs", "hi", start=Pieces((("a",),))),  # type: ignore[arg-type]
+        _case(generate, CanvasError, "no text in the pieces", "hi", start=Pieces((("", True),))),
         _case(generate, Error, "half of a surrogate pair", HALF),
         _case(generate, Error, "half of a surrogate pair", "hi", opening=HALF),
         _case(fill, TemplateError, NO_HOLE, "abc"),
