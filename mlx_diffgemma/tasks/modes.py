@@ -45,6 +45,9 @@ ROUNDS = 3
 # Denoising steps of a draft, the last ones of the schedule.
 DRAFT_STEPS = 2
 
+# A draft that goes on with what another has left has this part of a canvas more than that.
+SPARE = 8
+
 
 @dataclass(frozen=True)
 class Read:
@@ -252,7 +255,7 @@ def speculated(
         state = written([first], following)
         yield state
         return state
-    start = _drafting(writer, generated, first, room, warm)
+    start = _drafting(writer, generated, first, warm)
     state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
     drafted: list[int] = np.array(state.argmax)[0].tolist()
     length = min(writer.ends(drafted) or len(drafted), room)
@@ -267,15 +270,17 @@ def speculated(
     return front(state, kept)
 
 
-def _drafting(
-    writer: Writer, generated: Sequence[int], first: int, room: int, warm: Sequence[int]
-) -> Start:
-    """A canvas that begins with a token, enters the schedule near its end, and is no longer than
-    what may be written."""
+def _drafting(writer: Writer, generated: Sequence[int], first: int, warm: Sequence[int]) -> Start:
+    """A canvas that begins with a token, goes on with what an earlier draft has left, and enters
+    the schedule near its end."""
     config, draws = writer.config, writer.draws
     begun = writer.begin(generated, None)
     begun = begun or Start(draws.tokens((1, writer.model.config.canvas_length)))
     length = begun.canvas.shape[1]
+    if warm and not begun.constraint.joint:  # a plan is laid over a whole canvas
+        left = writer.ends(warm) or len(warm)
+        length = min(length, 1 + left + length // SPARE)
+        begun = replace(begun, canvas=begun.canvas[:, :length])
     tokens = np.array(begun.canvas)[0]
     rest = list(warm)[: length - 1]
     tokens[1 : 1 + len(rest)] = rest
