@@ -349,5 +349,6 @@ def bench_table(reports: "Sequence[Report]") -> Table:
         # Three digits, but no exponents: 1,710 and 0.0632.
         shown = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
         shown = [f"{value} {unit}".strip() for value in shown]
-        table.add_row(name, *shown, *[f"{values[-1] / values[0]:.2f}"] * (len(values) == 2))
+        ratio = f"{values[-1] / values[0]:.2f}" if values[0] else ""
+        table.add_row(name, *shown, *[ratio] * (len(values) == 2))
     return table

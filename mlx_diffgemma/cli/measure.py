@@ -67,11 +67,20 @@ def evaluate(
     pinned: Annotated[
         bool, typer.Option("--pinned", help="Only Sudokus, as templates whose clues are pinned.")
     ] = False,
+    mode: Annotated[
+        str, typer.Option(help="Modes to compare: denoise, verify, causal, speculative.")
+    ] = "denoise",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Exact success on held-out tasks, by steps and recipe."""
+    """Exact success on held-out tasks, by steps, recipe and mode."""
     budgets = _budgets(steps)
+    ways = mode.split(",")
+    from ..tasks.modes import check_ways
+
+    check_ways(ways)
+    if pinned and ways != ["denoise"]:
+        fail("--pinned does not go with --mode: templates are filled by denoising", code=2)
     from itertools import product
 
     from ..measure.evaluate import (
@@ -98,12 +107,14 @@ def evaluate(
     if not as_json:
         heads = f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}"
         print(f"{heads}{'decoded':>9}{'tokens/pass':>13}  repair")
-    total = len(cases) * seeds * len(budgets) * len(wanted or [""])
+    total = len(cases) * seeds * len(budgets) * len(ways) * len(wanted or [""])
     with counting("runs", total, quiet=quiet) as counted:
         for name, source in product(wanted or ["as it is"], answers):
             with _converted(name if wanted else None, replace(load, model=source)) as checkpoint:
                 model, tokenizer = checkpoint()
-                found = evaluate(model, tokenizer, answers[source], budgets, seeds, counted.advance)
+                found = evaluate(
+                    model, tokenizer, answers[source], budgets, seeds, counted.advance, ways
+                )
                 for score in found:
                     with counted.hidden():
                         _tell_score(name, score, as_json=as_json)
@@ -155,8 +166,9 @@ def _tell_score(recipe: str, score: "Score", *, as_json: bool) -> None:
     if score.typos_fixed is not None and score.clean_damaged is not None:
         fixed, damaged = 100 * score.typos_fixed, 100 * score.clean_damaged
         repair = f"  {fixed:.1f} % of typos fixed, {damaged:.2f} % damaged"
+    task = score.task if score.mode == "denoise" else f"{score.task}, {score.mode}"
     put(
-        f"{recipe:<11}{score.task:<17}{score.steps:>5}{success:>16}"
+        f"{recipe:<11}{task:<17}{score.steps:>5}{success:>16}"
         f"{score.steps_per_canvas:>14.1f}{score.decoded_per_canvas:>9.2f}{score.tokens_per_forward:>13.1f}{repair}"
     )
 
@@ -173,10 +185,18 @@ def bench(
     max_tokens: MaxTokens = None,
     steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs; medians are printed.")] = 3,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Measure these in turns: denoise, verify, causal, speculative."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast a checkpoint is on this machine."""
+    from ..tasks.modes import check_ways
+
+    ways = modes.split(",") if modes else []
+    check_ways(ways)
     from rich.console import Console
 
     from ..measure import bench as measuring
@@ -191,6 +211,8 @@ def bench(
         measuring.Subject(*each, dtype=load.dtype, max_memory=memory, speed=load.speed)
         for each in named
     ]
+    if ways:
+        subjects = [subject.in_way(way) for subject in subjects for way in ways]
     progress = (lambda line: None) if quiet else say
     reports = measuring.bench(subjects, prompt_tokens, steps, max_tokens, repeats, progress)
     if as_json:

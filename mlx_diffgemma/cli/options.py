@@ -28,6 +28,8 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 SpeedName = Literal["faithful", "balanced", "fast"]
 
+ModeName = Literal["denoise", "causal", "speculative"]
+
 SamplerName = Literal["entropy", "confidence"]
 
 GUARDS = ("empty", "not_converged", "repetition")
@@ -223,11 +225,25 @@ class Answering(Sampling):
         bool,
         typer.Option("--shrink", help="Canvases no longer than what is left of --max-tokens."),
     ] = False
+    mode: Annotated[
+        ModeName,
+        typer.Option(
+            help="denoise is the model's own way; causal writes what its encoder finds likeliest, "
+            "token by token; speculative the same, from drafts."
+        ),
+    ] = "denoise"
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Denoise again what the encoder doubts in a canvas."),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self._named() - set(GUARDS):
             fail(f"--guards takes all, none, or of {_LISTED}; not {self.guards}", code=2)
+        if self.mode != "denoise" and (self.verify or self.shrink):
+            given = "--verify" if self.verify else "--shrink"
+            fail(f"--mode {self.mode} does not go with {given}", code=2)
 
     def settings(self) -> "Settings":
         """The settings of all answers, see `tasks.request.Settings`."""
@@ -237,6 +253,8 @@ class Answering(Sampling):
             "sampler": self.rule(),
             "guards": self._guards(),
             "shrink": self.shrink,
+            "mode": self.mode,
+            "verify": self.verify,
         }
 
     def _named(self) -> set[str]:

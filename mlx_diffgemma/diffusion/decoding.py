@@ -21,7 +21,13 @@ Other = TypeVar("Other")
 
 Result = TypeVar("Result")
 
-Decoding = Generator[Item | Pass, mx.array | None, Result]
+
+@dataclass(frozen=True)
+class Rest:
+    """Asks for nothing: what a decoding computes by itself goes on, once others had their turn."""
+
+
+Decoding = Generator[Item | Pass | Rest, mx.array | None, Result]
 
 # Canvas positions computed side by side where a task has many canvases.
 POSITIONS_AT_ONCE = 4096
@@ -45,7 +51,7 @@ def drive(model: DiffusionGemma, decoding: Decoding[Item, object]) -> Generator[
             answer = None
             if isinstance(item, Pass):
                 answer = model.decode([item], mx.async_eval)[0]
-            else:
+            elif not isinstance(item, Rest):
                 yield item
 
 
@@ -71,9 +77,9 @@ def relay(
                 item = decoding.send(answer)
             except StopIteration as end:
                 return end.value
-            answer = (yield item) if isinstance(item, Pass) else None
+            answer = (yield item) if isinstance(item, Pass | Rest) else None
             clock.seconds += perf_counter() - resumed
-            if not isinstance(item, Pass):
+            if not isinstance(item, Pass | Rest):
                 yield from tell(item)
 
 
@@ -139,7 +145,7 @@ class Batch(Generic[Item]):
             self.remove(key)
 
     def step(self) -> Generator[tuple[int, Item | Exception | None], None, None]:
-        """Yield the items of all runs, until each has asked for a pass or read a chunk of a prompt.
+        """Yield the items of all runs, until each asks for a pass, rests, or reads a prompt.
 
         Items come with their run's number; the last of a run is None, or what it has raised, and
         the others go on. Stopping in the middle loses items. A pass of many canvases may take
@@ -163,6 +169,8 @@ class Batch(Generic[Item]):
                 answer = None
                 if isinstance(item, Pass):
                     self._asked[key] = _Asked(item)
+                    break
+                if isinstance(item, Rest):
                     break
                 yield key, item
                 if isinstance(item, Reading):  # the others do not wait for the whole prompt

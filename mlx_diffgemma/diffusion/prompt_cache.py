@@ -237,6 +237,27 @@ class PromptCache:
         ):
             del self._snapshots[0]
 
+    def mark(self) -> CacheSnapshot:
+        """This place, for `trim`; it is not remembered here."""
+        return CacheSnapshot(len(self), tuple(layer.snapshot() for layer in self.cache))
+
+    def trim(self, mark: CacheSnapshot, length: int, chunk: int = PREFILL_CHUNK) -> None:
+        """Hold the first `length` tokens only, at least those of a mark made on the way here.
+
+        What sliding layers no longer hold, behind more tokens than their window, is encoded again.
+        """
+        if length == len(self):
+            return
+        between = self._tokens[mark.length : length]
+        del self._tokens[length:]
+        pairs = list(zip(self.cache, mark.layers, strict=True))
+        if all(layer.trim(place, length) for layer, place in pairs):
+            return
+        del self._tokens[mark.length :]
+        for layer, place in pairs:
+            layer.restore(place)
+        self.extend(between, chunk)
+
     def _reusable(self, agreed: int) -> int:
         if agreed == len(self):
             return agreed

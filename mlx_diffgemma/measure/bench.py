@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -16,6 +17,7 @@ from ..checkpoint.load import DType, load
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import Speed
 from ..tasks.generate import stream_generate
+from ..tasks.modes import WAYS
 from ..tasks.request import Done, Draft
 from ..text.tokenizer import Tokenizer
 
@@ -77,17 +79,26 @@ class Subject:
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before
+        self._way = "denoise"
         self._runs: list[Measurement] = []
+
+    def in_way(self, way: str) -> "Subject":
+        """The same loaded checkpoint, measured in one of the `WAYS`."""
+        other = copy(self)
+        other.name, other._way, other._runs = f"{self.name}, {way}", way, []
+        return other
 
     def warm_up(self, prompt_tokens: int) -> None:
         """Take two steps that do not count: kernels are compiled, pages are read at first use."""
-        measure(self._model, self._tokenizer, prompt_tokens, steps=2, max_tokens=1, seed=0)
+        measure(self._model, self._tokenizer, prompt_tokens, 2, 1, 0, self._way)
 
     def run(self, prompt_tokens: int, steps: int | None, max_tokens: int | None) -> None:
         """Measure once more; each run has a seed of its own."""
         seed = len(self._runs)
         others = mx.get_active_memory() - self._weights
-        run = measure(self._model, self._tokenizer, prompt_tokens, steps, max_tokens, seed)
+        run = measure(
+            self._model, self._tokenizer, prompt_tokens, steps, max_tokens, seed, self._way
+        )
         # Another checkpoint that is loaded beside this one does not count.
         self._runs.append(replace(run, peak_memory=run.peak_memory - others))
 
@@ -110,13 +121,22 @@ def measure(
     steps: int | None,
     max_tokens: int | None,
     seed: int,
+    way: str = "denoise",
 ) -> Measurement:
-    """Answer a prompt of so many tokens."""
+    """Answer a prompt of so many tokens, in one of the `WAYS`."""
+    mode, verify = WAYS[way]
     drafts: list[tuple[int, float]] = []
     prompt = prompt_of(tokenizer, prompt_tokens)
     started = time.perf_counter()
     for event in stream_generate(
-        model, tokenizer, prompt, steps=steps, max_tokens=max_tokens, seed=seed
+        model,
+        tokenizer,
+        prompt,
+        steps=steps,
+        max_tokens=max_tokens,
+        seed=seed,
+        mode=mode,
+        verify=verify,
     ):
         if isinstance(event, Draft):
             drafts.append((event.canvas, time.perf_counter()))

@@ -17,6 +17,7 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.edit import STRENGTH, edit_start
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
+from ..tasks.modes import WAYS
 from ..tasks.request import Done, Draft, Event
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
@@ -70,7 +71,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the report: a task (or kind) at one step budget, over all cases and seeds.
+    """One row of the report: a task (or kind) at one step budget in one mode, over all cases and
+    seeds.
 
     `decoded_per_canvas` is what the steps of a canvas decode of it: all steps, if each decodes all.
     Rates are in 0..1; `error` is the standard error of `success` over cases. `typos_fixed` and
@@ -88,6 +90,7 @@ class Score:
     positions_per_token: float
     typos_fixed: float | None = None
     clean_damaged: float | None = None
+    mode: str = "denoise"
 
 
 # Which shipped checkpoint answers a task, where none is named and it is not the default one.
@@ -158,12 +161,23 @@ def _sudoku_template(puzzle: str) -> str:
 
 
 def events_of(
-    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    case: Case,
+    steps: int | None,
+    seed: int,
+    way: str = "denoise",
 ) -> Iterator[Event]:
-    """Answer one case, as `stream_generate` does."""
+    """Answer one case, as `stream_generate` does, in one of the `WAYS`.
+
+    Where the encoder writes token by token, nothing but the prompt is given.
+    """
+    mode, verify = WAYS[way]
     draws = SeededDraws(seed, model.config.vocab_size)
     start: Start | Pieces | None = None
-    if case.pieces is not None:
+    if mode != "denoise":
+        pass
+    elif case.pieces is not None:
         start = Pieces(case.pieces)
     elif case.start is not None:
         config = model.generation.override(max_denoising_steps=steps)
@@ -171,17 +185,37 @@ def events_of(
         start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
     said = [*case.history, ("user", case.prompt)]
     messages = [{"role": role, "content": text} for role, text in said]
-    return stream_generate(model, tokenizer, messages, steps=steps, draws=draws, start=start)
+    return stream_generate(
+        model,
+        tokenizer,
+        messages,
+        steps=steps,
+        draws=draws,
+        start=start,
+        mode=mode,
+        verify=verify,
+    )
 
 
 def run_case(
-    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, steps: int | None, seed: int
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    case: Case,
+    steps: int | None,
+    seed: int,
+    way: str = "denoise",
 ) -> Outcome:
-    """Answer one case to the end."""
+    """Answer one case to the end.
+
+    Raises:
+        TaskError: a template is to be filled in another way than by denoising.
+    """
     if case.template is not None:
+        if way != "denoise":
+            raise TaskError(f"a template is filled by denoising, not by mode {way}")
         return _fill(model, tokenizer, case, case.template, steps, seed)
     text = ""
-    for event in events_of(model, tokenizer, case, steps, seed):
+    for event in events_of(model, tokenizer, case, steps, seed, way):
         if isinstance(event, Text):
             text += event.text
         elif isinstance(event, Done):
@@ -276,8 +310,10 @@ def evaluate(
     steps: Sequence[int],
     seeds: int,
     ran: Callable[[], None] = lambda: None,
+    ways: Sequence[str] = ("denoise",),
 ) -> Iterator[Score]:
-    """Yield a score per step budget and task, as soon as it is known; `ran` is called after a run.
+    """Yield a score per step budget, task and way, as soon as it is known; `ran` is called after a
+    run.
 
     Each run has a seed of its own: with one seed for all cases, all would start from one noise.
     """
@@ -285,14 +321,14 @@ def evaluate(
     for case in cases:
         groups[case.task].append(case)
     for budget in steps:
-        for task, members in groups.items():
+        for (task, members), way in product(groups.items(), ways):
             runs: list[tuple[Case, Outcome]] = []
             for number, seed in product(range(len(members)), range(seeds)):
                 case = members[number]
-                outcome = run_case(model, tokenizer, case, budget, seeds * number + seed)
+                outcome = run_case(model, tokenizer, case, budget, seeds * number + seed, way)
                 runs.append((case, outcome))
                 ran()
-            yield score(task, budget, runs, seeds)
+            yield replace(score(task, budget, runs, seeds), mode=way)
 
 
 def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: int) -> Score:

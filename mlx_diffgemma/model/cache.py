@@ -131,6 +131,26 @@ class LayerCache:
             self.length = self.size = snapshot.length
             self.reader = None
 
+    def trim(self, mark: LayerSnapshot, length: int) -> bool:
+        """Go back to `length` tokens, at least a mark's of the same sequence; False if a sliding
+        layer no longer holds what stands between, and nothing is changed."""
+        held = mark.length if self.window is None else 0
+        if mark.state is not None:
+            held = mark.state.shape[2]
+        new, kept = self.length - mark.length, length - mark.length
+        if held + new == self.size:  # nothing has been dropped
+            self.length, self.size, self.reader = length, held + kept, None
+            return True
+        if not kept:
+            self.restore(mark)
+            return True
+        if new > self.size or self._buffer is None or self.window is None:
+            return False
+        since = self._buffer[:, :, self.size - new : self.size - new + kept]
+        state = since if mark.state is None else mx.concatenate([mark.state, since], axis=2)
+        self.set_state(length, mx.contiguous(state[:, :, -(self.window - 1) :]))
+        return True
+
     def fork(self) -> "LayerCache":
         """Another that holds the same; memory is shared until one of them writes."""
         other = LayerCache(self.window)

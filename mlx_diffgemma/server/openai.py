@@ -10,6 +10,7 @@ from ..diffusion.guards import OFF, Guards
 from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
+from ..tasks.modes import Mode
 from ..tasks.request import Prepared, encode_text
 from ..text.template import Hole
 from ..text.tokenizer import no_check
@@ -38,6 +39,8 @@ class Sampling(Body):
     stream_options: dict[str, Any] | None = None
     stream_drafts: bool | None = None
     opening: str | None = None
+    mode: Mode | None = None
+    verify: bool | None = None
 
 
 class FunctionCall(Body):
@@ -132,7 +135,13 @@ class CompletionBody(Sampling):
     def unused(self) -> set[str]:
         """Name what means nothing to scores, and those where an answer is denoised."""
         if asks_scores(self):
-            told = {"seed": self.seed, "steps": self.steps, "stop": self.stop}
+            told = {
+                "seed": self.seed,
+                "steps": self.steps,
+                "stop": self.stop,
+                "mode": self.mode,
+                "verify": self.verify,
+            }
         else:
             told = {"logprobs": self.logprobs}
         return {name for name, value in told.items() if value is not None}
@@ -232,6 +241,8 @@ def chat_request(body: ChatBody) -> Request:
         tools=tools,
         stop=() if schema is not None else stops(body.stop),
         opening=opening,
+        mode=body.mode or "denoise",
+        verify=body.verify or False,
     )
 
 
@@ -342,6 +353,8 @@ def continuations(body: CompletionBody) -> list[Continuation]:
         stop=stops(body.stop),
         opening=body.opening or "",
         likelihood=best_of(body) > (body.n or 1),
+        mode=body.mode or "denoise",
+        verify=body.verify or False,
     )
     return [Continuation(prompt, request) for prompt in prompts_of(body)]
 
@@ -357,6 +370,8 @@ def infill(body: CompletionBody) -> FillRequest:
         raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
     if not isinstance(prompt, str):
         raise Refused(400, "a suffix goes with a prompt of text, not of token ids")
+    if body.verify or body.mode not in (None, "denoise"):
+        raise Refused(400, "a suffix goes with neither mode nor verify")
     parts: list[str | Hole] = [prompt, Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
     return FillRequest(parts, steps=body.steps, seed=body.seed)
 

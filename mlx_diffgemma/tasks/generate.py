@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Unpack
 
@@ -10,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import SettingError, check_kind, token_ids, whole_number
+from ..diffusion.causal import CausalReader
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Clock, Decoding, drive, relay
-from ..diffusion.denoise import DenoisingState, Start, denoise
+from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import Draws
 from ..diffusion.guards import (
     OFF,
@@ -27,13 +29,13 @@ from ..diffusion.guards import (
     judge_by,
     trust,
 )
-from ..diffusion.head import read_causally
 from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache, Reading, remaining_context
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Tokenizer, no_check
 from ..text.turns import StopStrings, Text, TurnReader
 from ..text.vocabulary import Vocabulary
+from .modes import Mode, Read, Writer, attempt, check_mode
 from .request import (
     Done,
     Event,
@@ -85,7 +87,7 @@ class Weighed:
 
 
 # What canvas after canvas tells.
-Told = Reading | Encoded | DenoisingState | Retry | Committed | Weighed
+Told = Reading | Encoded | DenoisingState | Read | Retry | Committed | Weighed
 
 
 def generate_tokens(
@@ -119,32 +121,36 @@ def decode_tokens(
     judge: Judge,
     ended: Callable[[], bool] = lambda: False,
     likelihood: bool = False,
+    mode: Mode = "denoise",
+    verify: bool = False,
 ) -> Decoding[Told, None]:
     """Canvas after canvas: a state a step, then what is committed.
 
     `judge` says what becomes of a canvas; `ended`, once it is committed, whether the text is
     complete. The last canvas is not encoded, a next prompt reads it; but with `likelihood` it is,
-    and each canvas is `Weighed`.
+    and each canvas is `Weighed`. In other modes than "denoise" a canvas is what is written next.
     """
     remaining = remaining_context(model, prompt)
-    length = model.config.canvas_length
+    length = model.config.canvas_length if mode == "denoise" else 1
     budget = config.max_new_tokens
     # The prompt's last token is encoded apart where its hidden state is wanted.
-    apart = len(prompt) - likelihood
+    causal = likelihood or verify or mode != "denoise"
+    apart = len(prompt) - causal
     new = len(prompt) - prompt_cache.shared(prompt[:apart])
     yield from prompt_cache.reading(prompt[:apart], prefill_chunk)
-    hidden = list(prompt_cache.encoding(prompt[apart:]))
+    reader: CausalReader | None = None
+    if causal:
+        (hidden,) = prompt_cache.encoding(prompt[apart:])
+        reader = CausalReader(model, prompt_cache, hidden, prefill_chunk)
     yield Encoded(new)
+    write = partial(attempt, Writer(model, prompt_cache.cache, config, draws, start), reader)
+    write = partial(write, mode, verify, [])
     generated: list[int] = []
     while True:
         attempts: list[Candidate] = []
         forbidden: Constraint | None = None
         while True:
-            begun = start.begin(generated, draws)
-            if forbidden is not None:
-                begun = begun or Start(draws.tokens((1, length)))
-                begun = replace(begun, constraint=forbidden)
-            state = yield from denoise(model, prompt_cache.cache, config, draws, begun)
+            state = yield from write(generated, forbidden, min(budget, remaining))
             attempts.append(_candidate(state, config, budget))
             verdict = judge(generated, attempts)
             if isinstance(verdict, Commit):
@@ -163,17 +169,24 @@ def decode_tokens(
             if reason and not attempts[-1].converged:
                 reason = "not_converged"
         yield Committed(tokens, reason, verdict.guard)
-        mx.clear_cache()
+        if mode != "causal":  # whose every token is one
+            mx.clear_cache()
         complete = reason is not None or ended()
+        encoded = 0
         if likelihood:
-            states = mx.concatenate(
-                [*hidden, *prompt_cache.encoding(tokens, prefill_chunk)], axis=1
-            )
-            seen = read_causally(model, states[:, :-1], mx.array([tokens]))
-            yield Weighed(tuple(np.array(seen.log_probability)[0].tolist()))
-            hidden = [states[:, -1:]]
-        elif not complete:
-            prompt_cache.extend(tokens, prefill_chunk)
+            assert reader is not None
+            encoded = reader.read(tokens)
+            yield Weighed(reader.log_probabilities())
+        if reader is None:
+            if not complete:
+                prompt_cache.extend(tokens, prefill_chunk)
+                encoded = len(tokens)
+        elif complete:
+            reader.take_back(tokens)
+        else:
+            encoded += reader.keep(tokens)
+        if encoded:
+            yield Read(encoded)
         if complete:
             return
         generated += tokens
@@ -209,6 +222,8 @@ class Request:
     stop: Sequence[str] = ()
     opening: str | Sequence[int] = ""
     likelihood: bool = False
+    mode: Mode = "denoise"
+    verify: bool = False
 
     def prepare(
         self,
@@ -259,6 +274,8 @@ class Request:
             draws=self.draws,
             prefill_chunk=self.prefill_chunk,
             likelihood=self.likelihood,
+            mode=self.mode,
+            verify=self.verify,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )
 
@@ -266,6 +283,8 @@ class Request:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
+        check_mode(self.mode)
+        check_kind("verify", self.verify, bool, "true or false")
         check_kind("guards", self.guards, Guards, "Guards")
         check_kind("opening", self.opening, (str, Sequence), "text or token ids")
         check_kind("start", self.start, (Start, Pieces, NoneType), "a Start or Pieces")
@@ -279,13 +298,17 @@ class Request:
             "opening": len(self.opening) > 0,
             "shrink": self.shrink,
             "guards": self.guards != OFF,
+            "verify": self.verify,
+            "mode": self.mode != "denoise",
         }
         for one, others in (
             ("schema", ("start", "opening", "shrink", "guards")),
             ("start", ("opening", "shrink")),
+            ("mode", ("start", "shrink", "verify")),
         ):
             if found := [other for other in others if given[one] and given[other]]:
-                raise SettingError(f"a {one} does not go with {found[0]}")
+                named = f"mode {self.mode}" if one == "mode" else f"a {one}"
+                raise SettingError(f"{named} does not go with {found[0]}")
 
     def _start(
         self,
@@ -334,6 +357,8 @@ class Answer:
     prefill_chunk: int
     stop: tuple[str, ...]
     likelihood: bool = False
+    mode: Mode = "denoise"
+    verify: bool = False
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
         """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
@@ -350,6 +375,8 @@ class Answer:
             self.judge,
             lambda: teller.reason is not None,
             self.likelihood,
+            self.mode,
+            self.verify,
         )
         yield from relay(tokens, teller.tell, teller.clock)
         yield from teller.end()
@@ -365,6 +392,7 @@ class _Teller:
         self._text = ""
         self._encoded = self._generated = self._canvases = self._passes = 0
         self._positions = self._now = 0  # decoded, of canvases that are over and of this one
+        self._reads = self._read = 0  # passes of the encoder, and tokens of the answer in them
         self._prompt_seconds = 0.0
         self._log_probabilities: list[float] = []
         self.clock = Clock()
@@ -379,9 +407,12 @@ class _Teller:
             case Encoded():
                 self._prompt_seconds, self._encoded = self.clock.seconds, item.tokens
             case DenoisingState():
-                self._passes += 1
+                self._passes += item.decoded > 0  # else it is the encoder's
                 self._now = item.decoded
                 yield draft_of(answer.tokenizer, item, self._canvases, answer.config, self._reader)
+            case Read():
+                self._turn()
+                self._reads, self._read = self._reads + 1, self._read + item.tokens
             case Retry():
                 self._turn()
                 yield Notice(item.guard, again=True)
@@ -424,6 +455,10 @@ class _Teller:
         seconds = self.clock.seconds - self._prompt_seconds
         prompt_tokens = len(self._answer.prompt)
         chances = self._log_probabilities
+        passes, positions = self._passes, self._positions
+        if self._answer.verify or self._answer.mode != "denoise":
+            # The prompt's pass gives the first token of all.
+            passes, positions = max(passes + self._reads, 1), positions + self._read
         yield Done(
             finish_reason=self.reason,
             prompt_tokens=prompt_tokens,
@@ -431,15 +466,17 @@ class _Teller:
             generated_tokens=self._generated,
             canvases=self._canvases,
             denoising_steps=self._passes,
-            tokens_per_forward=self._generated / self._passes,
+            tokens_per_forward=self._generated / passes,
             positions_decoded=self._positions,
-            positions_per_token=self._positions / max(self._generated, 1),
+            positions_per_token=positions / max(self._generated, 1),
             prompt_seconds=self._prompt_seconds,
             generation_seconds=seconds,
             tokens_per_second=self._generated / seconds,
             peak_memory=mx.get_peak_memory(),
             mean_log_probability=sum(chances) / len(chances) if chances else None,
             least_log_probability=min(chances) if chances else None,
+            encoder_passes=self._reads,
+            positions_encoded=self._read,
         )
 
 

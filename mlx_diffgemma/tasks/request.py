@@ -28,6 +28,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
 from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
+from .modes import Mode
 from .notebook import Cell, html_of
 from .starts import Pieces
 
@@ -133,6 +134,11 @@ class Settings(TypedDict, total=False):
             as in the reference. Not together with a schema, whose answers need none.
         shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
             model was trained on.
+        mode: "denoise" is the model's own way. "causal" writes the encoder's best token, one after
+            another, and "speculative" the same from drafts; neither samples, and neither goes with
+            `start`, `shrink` or `verify`.
+        verify: have the encoder read each canvas before it is committed: from the first token that
+            it doubts on, the canvas is denoised again, and the one stays that it likes best.
     """
 
     max_tokens: int | None
@@ -141,6 +147,8 @@ class Settings(TypedDict, total=False):
     prefill_chunk: int
     guards: Guards
     shrink: bool
+    mode: Mode
+    verify: bool
 
 
 class Options(Settings, total=False):
@@ -242,7 +250,10 @@ class Done:
     computing: `prompt_seconds` encodes the prompt, `generation_seconds` does the rest, and
     `tokens_per_second` divides by the latter. Memory is in bytes, weights included.
     Log-probabilities (nats) are the encoder's, of the tokens committed, the end token included;
-    None where it has not read them.
+    None where it has not read them. The encoder reads answers too, in `encoder_passes` over
+    `positions_encoded` tokens: canvases behind which another follows, and those that it verifies.
+    Where it decides, in another mode than "denoise" or with `verify`, `tokens_per_forward` and
+    `positions_per_token` count that as well.
     """
 
     finish_reason: FinishReason
@@ -260,6 +271,8 @@ class Done:
     peak_memory: int
     mean_log_probability: float | None = None
     least_log_probability: float | None = None
+    encoder_passes: int = 0
+    positions_encoded: int = 0
 
 
 Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done

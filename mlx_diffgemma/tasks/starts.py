@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..arguments import shown
 from ..diffusion.automaton import Plan, Plans
+from ..diffusion.constraints import ANYTHING, Constraint
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
 from ..diffusion.prompt_cache import ContextError, remaining_context
@@ -33,9 +34,20 @@ class CanvasStart(Protocol):
     def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
         """The start of the canvas behind these tokens; None is noise."""
 
+    def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
+        """Which tokens may stand at each of `count` places, the first right behind `generated`,
+        and each behind as many of `written` as there are places before it."""
+
+
+class Free:
+    """Any token may stand anywhere."""
+
+    def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
+        return ANYTHING
+
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Free):
     """Every canvas starts from noise; with a budget, no longer than what is left of it."""
 
     length: int
@@ -48,7 +60,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Opening:
+class Opening(Free):
     """The first canvas begins with these tokens; with a budget, canvases are as those of `Noise`,
     but hold the opening and a token more."""
 
@@ -67,7 +79,7 @@ class Opening:
 
 
 @dataclass(frozen=True, eq=False)
-class First:
+class First(Free):
     """The first canvas is given, as a start or as tokens that are pinned where they are not None;
     later ones start from noise."""
 
@@ -92,6 +104,15 @@ class Document:
         states = machine.advance(frozenset([machine.first]), generated)
         plan = machine.plan(self.length, self.budget - len(generated), states)
         return planned_start([plan], self.schema.vocabulary, draws)
+
+    def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
+        machine, left = self.schema.machine, self.budget - len(generated)
+        states = machine.advance(frozenset([machine.first]), generated)
+        plans = []
+        for i in range(count):
+            plans.append(machine.plan(1, left - i, states))
+            states = machine.advance(states, written[i : i + 1])
+        return Plans(plans, self.schema.vocabulary.size)
 
 
 def document(
