@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: nobody is asked for anything
 pytest.importorskip("lm_eval")
+# Before `datasets` is imported, which asks nobody then. Not the hub's own: other tests use one.
+os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from servers import serving
 
