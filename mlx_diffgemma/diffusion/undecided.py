@@ -97,6 +97,7 @@ class Undecided:
         self._rule = config.settling if len(canvas) == 1 else None
         self._ends = mx.array(config.eos_token_ids)
         self._cache = cache
+        self._mine = object()  # not this itself, which holds the cache: a cycle is freed late
         self._positions: mx.array | None = None
         self._early = False  # a certain end token stands early in the canvas
         self._stale = 0.0  # canvases of settled positions left out, since a pass over all
@@ -109,8 +110,8 @@ class Undecided:
         expected = None if known is None else known.seen.self_conditioning
         if self._rule is None:
             return Pass(canvas, self._cache, expected)
-        mine = self._cache[0].reader is self
-        self._cache[0].reader = self
+        mine = self._cache[0].reader is self._mine
+        self._cache[0].reader = self._mine
         if self._positions is None or last or not mine:  # another has read its canvas since
             self._stale = 0.0
             return Pass(canvas, self._cache, expected)

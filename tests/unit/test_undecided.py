@@ -1,5 +1,7 @@
 """Passes over some positions of a canvas, the rule that chooses them, and what it guarantees."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import mlx.core as mx
@@ -318,6 +320,24 @@ def test_positions_are_counted(loaded: tuple[DiffusionGemma, Tokenizer]) -> None
     assert 0 < filled.positions_decoded <= 64 * 64 * filled.steps
     edited = edit(model, tokenizer, "Hello world", "Fix", seed=0)
     assert 64 <= edited.positions_decoded <= 64 * edited.steps
+
+
+def test_a_cache_is_freed_with_what_read_its_canvas(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    """It held what chose the positions, which held it: memory came back when garbage was looked
+    for."""
+    model, tokenizer = loaded
+    gc.collect()
+    gc.disable()
+    try:
+        cache = cache_of(model, tokenizer, "Hello")
+        gone = weakref.ref(cache[0])
+        states_of(model, cache, 0)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_other_samplers_and_budgets_end(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
