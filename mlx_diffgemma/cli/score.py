@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import text_of
+from .inputs import optional_text, text_of
 from .options import LoadFaithful, Quiet, System, messages_of, with_options
 from .terminal import fail, put, quoted
 
@@ -36,7 +36,10 @@ def score(
     """Say how likely each token of a text is, in one pass of the encoder."""
     if system is not None and prompt is None:
         fail("--system goes with --prompt", code=2)
-    asked = None if prompt is None else messages_of(prompt, system)
+    asked = None
+    if prompt is not None:
+        system = optional_text(system, "the system message")
+        asked = messages_of(text_of(prompt, "the prompt"), system)
     text = text_of(text, "the text")
     if not text:
         fail("the text is empty", code=2)

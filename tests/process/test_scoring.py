@@ -1,11 +1,22 @@
 """`score`, and what `generate` says of its answer, as commands."""
 
 import json
+from pathlib import Path
 
 import pytest
 from command import run
 
 QUESTION, ANSWER = "What is the capital of Norway?", "The capital of Norway is Oslo."
+
+
+def test_the_prompt_of_a_score_may_be_a_file(tmp_path: Path) -> None:
+    """@NAME was scored as the prompt itself, though every other command reads the file."""
+    (tmp_path / "question").write_text(f"{QUESTION}\n")
+    told = run("score", ANSWER, "--quiet", "--prompt", f"@{tmp_path / 'question'}")
+    assert told.stdout == run("score", ANSWER, "--quiet", "--prompt", QUESTION).stdout
+    lost = run("score", ANSWER, "--quiet", "--prompt", f"@{tmp_path / 'none'}")
+    assert (lost.returncode, lost.stdout) == (1, "")
+    assert "cannot be read" in lost.stderr
 
 
 def test_score_of_an_argument_and_of_stdin() -> None:
