@@ -159,11 +159,11 @@ def verified(
         if best is None or chances.mean() > liked:
             best, liked = state, chances.mean()
         doubtful = _doubtful(chances, begun, kept) if more else []
-        front = _corrected(writer, reader, generated, tokens, doubtful, forbidden)
-        if front is None:
+        opening = _corrected(writer, reader, generated, tokens, doubtful, forbidden)
+        if opening is None:
             break
-        kept = len(front)
-        start = _opened(writer, begun, front, state, len(tokens))
+        kept = len(opening)
+        start = _opened(writer, begun, opening, state, len(tokens))
         reader.take_back()
     assert best is not None
     return best
