@@ -19,7 +19,7 @@ from .constraints import ANYTHING, Constraint
 from .decoding import Decoding
 from .draws import Draws, SeededDraws
 from .head import Readout, read_out
-from .undecided import Known, Undecided
+from .undecided import Known, Undecided, updated
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class DenoisingState:
         probability: of `argmax` under that distribution.
         converged: (B,) the stop rule has held; such a row no longer changes.
         settled: positions that the next step does not decode, see `settings.Settling`.
-        decoded: positions of a row that all steps so far have decoded; a step over all counts L.
+        decoded: positions of a row that all steps so far have decoded; a step over all counts L,
+            or less where some are pinned and only keys and values of them are wanted, see `Pass`.
     """
 
     step: int
@@ -108,7 +109,7 @@ def denoise(
     canvas, constraint, steps = start.canvas, start.constraint, config.max_denoising_steps
     fixed = start.pinned
     history: deque[mx.array] = deque(maxlen=max(config.stability_threshold, config.plateau or 0))
-    undecided = Undecided(config, cache, canvas)
+    undecided = Undecided(config, cache, canvas, start.pinned)
     known: Known | None = None
     last: DenoisingState | None = None
     decoded = 0
@@ -117,9 +118,9 @@ def denoise(
         asked = undecided.ask(canvas, known, last=step == steps)
         hidden = yield asked
         assert hidden is not None
-        decoded += asked.canvas.shape[1]
+        decoded += asked.decoded(len(cache))
         new = _read(model, hidden, temperature, constraint, draws, asked, more=step < steps)
-        known = new if known is None else known.updated(asked.positions, new)
+        known = updated(known, asked, new)
         read = canvas
         argmax = constraint.choose(known.seen.choices, fixed, canvas)
         sampled = _sampled(constraint, known.seen, fixed, canvas)
@@ -175,7 +176,7 @@ def _read(
 ) -> Known:
     """What a pass has given, and what the next one expects if there are `more`."""
     seen = read_out(
-        model, hidden, temperature, constraint, draws, asked.positions, self_conditioning=more
+        model, hidden, temperature, constraint, draws, asked.read_off, self_conditioning=more
     )
     return Known(hidden, temperature, seen)
 

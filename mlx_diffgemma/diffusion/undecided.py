@@ -31,10 +31,26 @@ class Known:
         """Log-probability (B, L) of allowed tokens (B, L)."""
         return log_probability(model, self.hidden, tokens, self.temperature, self.seen)
 
-    def updated(self, positions: mx.array | None, new: "Known") -> "Known":
-        """This, but what is new (B, P) at the positions (P,); None is all."""
-        if positions is None:
-            return new
+    def blank(self, length: int) -> "Known":
+        """Zeros of a canvas of that length, of which this is what some positions gave."""
+        seen = self.seen
+        return Known(
+            _zeros(self.hidden, length),
+            self.temperature,
+            Readout(
+                Choices(_zeros(seen.choices.scores, length), _zeros(seen.choices.tokens, length)),
+                None
+                if (drawn := seen.perturbed) is None
+                else Choices(_zeros(drawn.scores, length), _zeros(drawn.tokens, length)),
+                _zeros(seen.sampled, length),
+                _zeros(seen.entropy, length),
+                _zeros(seen.log_normalizer, length),
+                _zeros(seen.self_conditioning, length),
+            ),
+        )
+
+    def updated(self, positions: mx.array, new: "Known") -> "Known":
+        """This, but what is new (B, P) at the positions (P,)."""
         old, seen = self.seen, new.seen
         shape = self.hidden.shape[:2]
         before = mx.broadcast_to(mx.array(self.temperature), shape)
@@ -51,6 +67,33 @@ class Known:
                 _updated(old.self_conditioning, positions, seen.self_conditioning),
             ),
         )
+
+
+def updated(known: Known | None, asked: Pass, new: Known) -> Known:
+    """What is known after a pass that has given something new.
+
+    Nothing is known of what is pinned, if it was never asked for, and nobody asks.
+    """
+    at = asked.read_off
+    if at is None:
+        return new
+    if known is None:
+        known = new.blank(asked.canvas.shape[1])
+    return known.updated(at, new)
+
+
+@overload
+def _zeros(some: mx.array, length: int) -> mx.array: ...
+
+
+@overload
+def _zeros(some: mx.array | None, length: int) -> mx.array | None: ...
+
+
+def _zeros(some: mx.array | None, length: int) -> mx.array | None:
+    if some is None:
+        return None
+    return mx.zeros((some.shape[0], length, *some.shape[2:]), some.dtype)
 
 
 @overload
@@ -92,12 +135,22 @@ class Undecided:
     Only a canvas that is denoised by itself has the choice.
     """
 
-    def __init__(self, config: GenerationConfig, cache: list[LayerCache], canvas: mx.array):
+    def __init__(
+        self,
+        config: GenerationConfig,
+        cache: list[LayerCache],
+        canvas: mx.array,
+        pinned: mx.array | None = None,
+    ):
         self._config = config
         self._rule = config.settling if len(canvas) == 1 else None
         self._ends = mx.array(config.eos_token_ids)
         self._cache = cache
         self._mine = object()  # not this itself, which holds the cache: a cycle is freed late
+        self._wanted = None  # in a pass over all: what is pinned needs no hidden states
+        if self._rule and pinned is not None:
+            at = rules.undecided(np.array(pinned)[0], np.zeros(canvas.shape[1], np.float32))
+            self._wanted = None if at is None else mx.array(at)
         self._positions: mx.array | None = None
         self._early = False  # a certain end token stands early in the canvas
         self._stale = 0.0  # canvases of settled positions left out, since a pass over all
@@ -114,7 +167,7 @@ class Undecided:
         self._cache[0].reader = self._mine
         if self._positions is None or last or not mine:  # another has read its canvas since
             self._stale = 0.0
-            return Pass(canvas, self._cache, expected)
+            return Pass(canvas, self._cache, expected, wanted=self._wanted)
         assert expected is not None
         at = self._positions
         return Pass(canvas[:, at], self._cache, expected[:, at], at)

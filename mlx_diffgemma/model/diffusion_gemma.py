@@ -13,7 +13,7 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import CacheUpdate, EncoderMask, Evaluate, LayerCache
+from .cache import EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
 from .settings import GenerationConfig
@@ -75,16 +75,38 @@ class Pass:
         self_conditioning: (B, L or P, hidden), the embedding that the last step expects, or None.
         positions: (P,) of the canvas whose keys and values the last pass left in the cache; those
             of the others stay as they are, and are attended to.
+        wanted: (W,) of the canvas's positions, where a pass over all of one asks for the hidden
+            states of these alone: the last layer makes keys and values of the others, no more.
     """
 
     canvas: mx.array
     cache: list[LayerCache]
     self_conditioning: mx.array | None = None
     positions: mx.array | None = None
+    wanted: mx.array | None = None
 
-    def read(self, layer: int) -> CacheUpdate:
-        """What a layer's new keys and values attend to."""
-        return partial(self.cache[layer].read, positions=self.positions)
+    @property
+    def read_off(self) -> mx.array | None:
+        """Positions of the canvas whose hidden states come back; None is all."""
+        return self.positions if self.wanted is None else self.wanted
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the hidden states that come back, but for their width."""
+        rows, count = self.canvas.shape
+        return rows, count if self.wanted is None else len(self.wanted)
+
+    def decoded(self, layers: int) -> int:
+        """Positions of a row that it decodes; one that is not wanted counts but for the last of
+        the layers, and their sum is rounded up."""
+        count = self.canvas.shape[1]
+        return count - (count - self.shape[1]) // layers
+
+    def view(self, layer: int, all_look: bool) -> View:
+        """What a layer's tokens attend to; or those that are wanted, if not all look."""
+        rows, count = self.canvas.shape
+        read = partial(self.cache[layer].read, positions=self.positions)
+        return View(rows, count, None, read, queries=count if all_look else self.shape[1])
 
 
 class DiffusionGemma(nn.Module):
@@ -163,31 +185,30 @@ class DiffusionGemma(nn.Module):
         return self.model.decoder.norm(x)
 
     def decode(self, passes: Sequence[Pass], evaluate: Evaluate | None = None) -> list[mx.array]:
-        """Hidden states (B, L or P, hidden) of what each pass asks for.
+        """Hidden states (B, L, P or W, hidden) of what each pass asks for.
 
         Every canvas position sees the whole canvas and, of its cache, all that is held: in a
         sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
         called with each layer's output.
         """
-        shapes = [(len(each.canvas), each.canvas.shape[1]) for each in passes]
+        wanted = _wanted(passes)
         x = self.model.decoder.self_conditioning(
             self.embed(_in_a_row([each.canvas for each in passes])), self._expected(passes)
         )
         rotations = self._rotations(_in_a_row([self._positions(each) for each in passes]))
+        *_, last = self.model.decoder.layers
         for i, block in enumerate(self.model.decoder.layers):
-            views = [
-                View(rows, count, None, each.read(i))
-                for (rows, count), each in zip(shapes, passes, strict=True)
-            ]
-            x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar)
+            kept = wanted if block is last else None
+            views = [each.view(i, all_look=kept is None) for each in passes]
+            x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar, kept)
             if evaluate is not None:
                 evaluate(x)
         x = self.model.decoder.norm(x)
         if len(passes) == 1:
             return [x]
-        ends = list(accumulate(rows * count for rows, count in shapes))[:-1]
-        parts = mx.split(x[0], ends)
-        return [part.reshape(*shape, -1) for shape, part in zip(shapes, parts, strict=True)]
+        ends = list(accumulate(rows * count for rows, count in (each.shape for each in passes)))
+        parts = zip(passes, mx.split(x[0], ends[:-1]), strict=True)
+        return [part.reshape(*each.shape, -1) for each, part in parts]
 
     def _expected(self, passes: Sequence[Pass]) -> mx.array | None:
         """The passes' self-conditioning; None is one of zeros: norm and MLP leave them zero."""
@@ -291,6 +312,20 @@ def _in_a_row(parts: Sequence[mx.array]) -> mx.array:
     if len(parts) == 1:
         return parts[0]
     return mx.concatenate([mx.flatten(part, 0, 1) for part in parts])[None]
+
+
+def _wanted(passes: Sequence[Pass]) -> mx.array | None:
+    """Where in a row of all passes' tokens those stand that come back; None is all."""
+    if all(each.wanted is None for each in passes):
+        return None
+    tokens = [each.canvas.size for each in passes]
+    firsts = accumulate(tokens, initial=0)
+    return mx.concatenate(
+        [
+            first + (mx.arange(count) if each.wanted is None else each.wanted)
+            for each, count, first in zip(passes, tokens, firsts, strict=False)
+        ]
+    )
 
 
 def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -26,7 +26,8 @@ class View:
     the cache.
 
     Where attention is computed in blocks of queries, `evaluate` is called with each block before
-    the next is begun, or several would be under way.
+    the next is begun, or several would be under way. Only `queries` of the tokens look, where that
+    is given: the others are there to be seen.
     """
 
     rows: int
@@ -34,6 +35,12 @@ class View:
     mask: Mask
     update: CacheUpdate
     evaluate: Evaluate | None = None
+    queries: int | None = None
+
+    @property
+    def looking(self) -> int:
+        """How many of the tokens of a row look."""
+        return self.count if self.queries is None else self.queries
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
@@ -148,7 +155,14 @@ class Attention(nn.Module):
         """Lists the arrays that a forward pass needs beside the parameters."""
         return [self._frequencies, self._still, *self._scales.made]
 
-    def __call__(self, x: mx.array, views: Sequence[View], rotation: mx.array) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        views: Sequence[View],
+        rotation: mx.array,
+        wanted: mx.array | None = None,
+    ) -> mx.array:
+        """Outputs for x (B, T, hidden), or for the tokens `wanted` (W,) of it."""
         batch, length, _ = x.shape
         projected = self._merged(self._parts, x)
         normed = rms_norm(projected.reshape(batch, length, -1, self.layer.head_dim), self.eps)
@@ -157,16 +171,19 @@ class Attention(nn.Module):
         queries, new = turned[:, :, : self.heads], turned[:, :, self.heads :]
         if self.layer.window is None:
             new = mx.concatenate([new, normed[:, :, self.heads :]], axis=2)
+        if wanted is not None:
+            queries = queries[:, wanted]
         if len(views) == 1:
             seen = self._attend(queries, new, views[0])
         else:
             # Prompt caches differ in length: the tokens of each attend by themselves, unpadded.
+            looking = list(accumulate(view.rows * view.looking for view in views))[:-1]
             ends = list(accumulate(view.rows * view.count for view in views))[:-1]
-            parts = zip(mx.split(queries, ends, 1), mx.split(new, ends, 1), views, strict=True)
+            parts = zip(mx.split(queries, looking, 1), mx.split(new, ends, 1), views, strict=True)
             seen = mx.concatenate(
                 [mx.flatten(self._attend(*_in_rows(*part)), 0, 1) for part in parts]
             )
-        return self.o_proj(seen.reshape(batch, length, -1))
+        return self.o_proj(seen.reshape(*queries.shape[:2], -1))
 
     def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
         """What (rows, count, heads, head_dim) see, of this shape."""
@@ -197,8 +214,8 @@ class Attention(nn.Module):
 
 def _in_rows(queries: mx.array, new: mx.array, view: View) -> tuple[mx.array, mx.array, View]:
     """Tokens that stand in a row (1, rows x count, ...), as the rows that they are of."""
-    shape = view.rows, view.count
-    return mx.unflatten(queries[0], 0, shape), mx.unflatten(new[0], 0, shape), view
+    asking, seen = (view.rows, view.looking), (view.rows, view.count)
+    return mx.unflatten(queries[0], 0, asking), mx.unflatten(new[0], 0, seen), view
 
 
 def _spread(heads: int, layer: LayerConfig, queries: mx.array, keys: mx.array) -> mx.array:
@@ -429,9 +446,18 @@ class Block(nn.Module):
         return [*self.self_attn.constants, *self._scales.made]
 
     def __call__(
-        self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
+        self,
+        x: mx.array,
+        views: Sequence[View],
+        rotation: mx.array,
+        scalar: mx.array,
+        wanted: mx.array | None = None,
     ) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), views, rotation)
+        """Of x (B, T, hidden) the next layer's input, or of the tokens `wanted` (W,) alone: of the
+        others there are keys and values."""
+        attended = self.self_attn(self.input_layernorm(x), views, rotation, wanted)
+        if wanted is not None:
+            x = x[:, wanted]
         x = x + self.post_attention_layernorm(attended)
         # Three norms of one input are one norm and one product with three scales.
         scales = self._scales(*self._three)

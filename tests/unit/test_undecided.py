@@ -27,6 +27,7 @@ from mlx_diffgemma import (
     stream_generate,
 )
 from mlx_diffgemma.diffusion import sampler as rules
+from mlx_diffgemma.diffusion.automaton import Alternation, Plans, Repeat, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ForbidFirst
 from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import DenoisingState, Start, denoise
@@ -134,6 +135,30 @@ def test_passes_of_any_sizes_are_decoded_together() -> None:
     for one, other in zip(alone, together, strict=True):
         assert one.shape == other.shape
         assert mx.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 63), min_size=1), st.integers(0, 99))
+def test_a_pass_gives_what_is_wanted_of_it(some: set[int], seed: int) -> None:
+    """The last layer makes keys and values of the others, which later passes attend to."""
+    model, tokenizer = SMALL
+    draws = SeededDraws(seed, model.config.vocab_size)
+    canvas, expected = draws.tokens((1, 64)), model.embed(draws.tokens((1, 64)))
+    short, whole = (cache_of(model, tokenizer, QUESTIONS[0]) for _ in range(2))
+    at = mx.array(sorted(some))
+    all_of_it = model.decode([Pass(canvas, whole, expected)])[0]
+    beside = Pass(draws.tokens((2, 20)), cache_of(model, tokenizer, "Hello"))
+    alone = model.decode([beside])[0]
+    for passes in (
+        [Pass(canvas, short, expected, wanted=at)],
+        [beside, Pass(canvas, short, expected, wanted=at)],
+    ):
+        *others, part = model.decode(passes)
+        assert mx.allclose(part, all_of_it[:, at], rtol=1e-3, atol=1e-4)
+        for other in others:
+            assert mx.allclose(other, alone, rtol=1e-3, atol=1e-4)
+        again = [model.decode([Pass(canvas[:, at], c, positions=at)])[0] for c in (short, whole)]
+        assert mx.allclose(*again, rtol=1e-3, atol=1e-4)
 
 
 def test_a_constraint_holds_at_the_positions_of_a_pass() -> None:
@@ -260,21 +285,81 @@ def test_faithful_decodes_all_at_every_step() -> None:
     assert not any(bool(state.settled.any()) for state in states)
 
 
-def test_what_is_given_is_decoded_once(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
-    """Nine tenths of a form were decoded at every step."""
-    model, tokenizer = loaded
+def form(model: DiffusionGemma, tokenizer: Tokenizer) -> Start:
+    """A record in which six tokens are free."""
     row: list[int | None] = [*tokenizer.encode('{"name":"Anna Berg","from":"Norway"}'), *[1] * 64][
         :64
     ]
     row[8:14] = [None] * 6
-    cache = cache_of(model, tokenizer, QUESTIONS[0])
-    start = pinned_start([row], SeededDraws(5, model.config.vocab_size))
-    states = states_of(model, cache, 0, start)
+    return pinned_start([row], SeededDraws(5, model.config.vocab_size))
+
+
+def test_what_is_given_is_decoded_once(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """Nine tenths of a form were decoded at every step, and twice by the last layer."""
+    model, tokenizer = loaded
+    states = states_of(model, cache_of(model, tokenizer, QUESTIONS[0]), 0, form(model, tokenizer))
     decoded = np.diff([0, *(state.decoded for state in states)])
-    assert decoded[0] == 64
-    partial = decoded[decoded < 64]
+    over_all = 64 - 58 // 4  # the last of four layers makes keys and values of 58, no more
+    assert decoded[0] == over_all
+    assert bool(np.array(states[-1].converged)[0])
+    assert decoded[-1] == over_all
+    partial = decoded[decoded < over_all]
     assert len(partial)
     assert (partial <= 6).all()
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_what_is_pinned_need_not_be_read_off(
+    loaded: tuple[DiffusionGemma, Tokenizer], typed: bool
+) -> None:
+    """The first step finds of the free positions what it finds where all are read off."""
+    fast, tokenizer = loaded
+    start = form(fast, tokenizer)
+    if typed:
+        halves = Alternation((Tokens(tuple(range(384))), Tokens(tuple(range(384, 768)))))
+        plan = compile_pattern(Repeat(halves)).plan(64, 64)
+        start = replace(start, constraint=Plans([plan], fast.config.vocab_size))
+    states = []
+    for model in (fast, SMALL[0]):
+        cache = cache_of(model, tokenizer, QUESTIONS[0])
+        states.append(states_of(model, cache, 0, start)[0])
+    short, whole = states
+    assert short.decoded < whole.decoded == 64
+    assert mx.array_equal(short.argmax, whole.argmax)
+    assert mx.allclose(short.entropy, whole.entropy, rtol=1e-3, atol=1e-5)
+    assert mx.allclose(short.probability, whole.probability, rtol=1e-3, atol=1e-5)
+
+
+def test_a_pinned_canvas_is_stable_under_a_pass_over_all(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    """Leaving what is pinned out of the last layer changes nothing that is committed."""
+    model, tokenizer = loaded
+    start = form(model, tokenizer)
+    assert start.pinned is not None
+    for seed in range(4):
+        cache = cache_of(model, tokenizer, QUESTIONS[0])
+        states = states_of(model, cache, seed, start)
+        if not bool(np.array(states[-1].converged)[0]):
+            continue
+        answer = states[-1].argmax
+        assert mx.array_equal(answer, states[-2].argmax)
+        assert bool(mx.where(start.pinned, answer == start.canvas, True).all())
+        hidden = model.decode([Pass(answer, cache, model.embed(answer))])[0]
+        best = read_out(model, hidden, model.generation.t_min).choices.tokens[..., 0]
+        assert bool(mx.where(start.pinned, True, best == answer).all())
+
+
+@pytest.mark.parametrize("free", [0, 1, 63, 64])
+def test_forms_all_or_nothing_of_which_is_pinned(
+    loaded: tuple[DiffusionGemma, Tokenizer], free: int
+) -> None:
+    model, tokenizer = loaded
+    row: list[int | None] = [1] * 64
+    row[64 - free :] = [None] * free
+    start = pinned_start([row], SeededDraws(5, model.config.vocab_size))
+    states = states_of(model, cache_of(model, tokenizer, QUESTIONS[0]), 0, start)
+    assert (np.array(states[-1].argmax)[0, : 64 - free] == 1).all()
 
 
 def test_two_canvases_on_one_cache_do_not_mix(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
