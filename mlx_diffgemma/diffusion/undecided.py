@@ -156,6 +156,7 @@ class Undecided:
         self._stale = 0.0  # canvases of settled positions left out, since a pass over all
         self._agreed = mx.zeros(canvas.shape, dtype=mx.int32)
         self._due = mx.zeros((len(canvas),), dtype=mx.bool_)
+        self._whole = mx.array(False)  # a pass over all has left nothing to renoise
         self.settled = mx.zeros(canvas.shape, dtype=mx.bool_)
 
     def ask(self, canvas: mx.array, known: Known | None, last: bool) -> Pass:
@@ -200,6 +201,7 @@ class Undecided:
         decoded = mx.array(1) if asked.positions is None else mx.zeros(read.shape, dtype=mx.int32)
         if asked.positions is not None:
             decoded[:, asked.positions] = 1
+        self._whole = accepted.all() if asked.positions is None else mx.array(False)
         self._agreed = rules.agreeing(self._agreed, decoded, read, argmax)
         ends = (argmax[..., None] == self._ends).any(axis=-1)
         self.settled = rules.settled(self._rule, self._agreed, accepted, entropies, ends)
@@ -213,7 +215,7 @@ class Undecided:
     @property
     def state(self) -> list[mx.array]:
         """Lists what the next step needs, for the caller to evaluate."""
-        return [self._agreed, self._due]
+        return [self._agreed, self._due, self._whole]
 
     def turn(self, argmax: mx.array, entropies: mx.array) -> None:
         """Choose what the next pass decodes; all arrays have been computed."""
@@ -225,6 +227,8 @@ class Undecided:
         self._early = len(answer) <= rules.EARLY * len(settled)
         self._stale += int(answer.sum()) / len(settled)
         at = None
-        if not np.array(self._due).all() and (self._early or self._stale < self._rule.refresh):
+        # A canvas that looks done, or is due, is looked at as a whole: that may be its last pass.
+        done = bool(np.array(self._whole)) or np.array(self._due).all()
+        if not done and (self._early or self._stale < self._rule.refresh):
             at = rules.undecided(settled, np.array(entropies)[0])
         self._positions = None if at is None else mx.array(at)

@@ -33,6 +33,7 @@ from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import DenoisingState, Start, denoise
 from mlx_diffgemma.diffusion.head import read_out
 from mlx_diffgemma.diffusion.prompt_cache import PromptCache, prefill
+from mlx_diffgemma.diffusion.undecided import Known, Undecided
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.diffusion_gemma import Pass
 from mlx_diffgemma.model.settings import Settling
@@ -360,6 +361,31 @@ def test_forms_all_or_nothing_of_which_is_pinned(
     start = pinned_start([row], SeededDraws(5, model.config.vocab_size))
     states = states_of(model, cache_of(model, tokenizer, QUESTIONS[0]), 0, start)
     assert (np.array(states[-1].argmax)[0, : 64 - free] == 1).all()
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+def test_what_looks_done_is_looked_at_as_a_whole(
+    loaded: tuple[DiffusionGemma, Tokenizer], noise: int
+) -> None:
+    """An answer that the first step had found took a pass over some, and then one over all."""
+    model, tokenizer = loaded
+    cache = cache_of(model, tokenizer, QUESTIONS[0])
+    canvas = SeededDraws(0, model.config.vocab_size).tokens((1, 64))
+    undecided = Undecided(model.generation, cache, canvas)
+    asked = undecided.ask(canvas, None, last=False)
+    hidden = model.decode([asked])[0]
+    known = Known(hidden, 0.8, read_out(model, hidden, 0.8, self_conditioning=True))
+    accepted = mx.arange(64)[None] >= noise
+    entropies = mx.zeros((1, 64))
+    undecided.settle(asked, canvas, canvas, canvas, accepted, entropies)
+    undecided.confirmed(asked, mx.array([False]))
+    undecided.turn(canvas, entropies)
+    positions = undecided.ask(canvas, known, last=False).positions
+    if noise:
+        assert positions is not None
+        assert len(positions) < 64
+    else:
+        assert positions is None
 
 
 def test_two_canvases_on_one_cache_do_not_mix(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
