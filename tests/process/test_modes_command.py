@@ -56,5 +56,5 @@ def test_bodies_say_the_mode() -> None:
     body = CompletionBody.model_validate({"prompt": "Hello", "mode": "causal"})
     assert [each.request.mode for each in continuations(body)] == ["causal"]
     body = CompletionBody.model_validate({"prompt": "Hello", "suffix": "!", "mode": "causal"})
-    with pytest.raises(Refused, match="a suffix goes with neither mode nor verify"):
+    with pytest.raises(Refused, match="a suffix goes with neither mode nor verify nor acceptance"):
         infill(body)
