@@ -16,6 +16,7 @@ import numpy as np
 
 from ..diffusion.causal import CausalReader, Following, front, written
 from ..diffusion.constraints import Constraint
+from ..diffusion.decoding import Rest
 from ..diffusion.denoise import Start, denoise
 from ..model.settings import GenerationConfig, Speculation
 from .writing import Read, Writer, Written
@@ -25,14 +26,24 @@ from .writing import Read, Writer, Written
 Acceptance = Literal["exact", "typical"]
 
 
+# Tokens that the encoder writes without a draft, at most, before it is given another.
+ALONE = 32
+
+
 class Drafter:
-    """Drafts for one answer: knows what the last draft has left, and how far drafts were taken."""
+    """Drafts for one answer: knows what the last draft has left, and how far drafts were taken.
+
+    A draft pays where more of its tokens are taken than it takes passes, the encoder's with them.
+    While drafts of a step do not pay, the encoder writes without one, each time twice as long.
+    """
 
     def __init__(self, rule: Speculation, acceptance: Acceptance):
         self._rule = rule
         self._acceptance = acceptance
         self._steps = rule.steps
         self._warm: list[int] = []
+        self._alone = 0  # tokens that are still written without a draft
+        self._vain = 0  # drafts of a step in a row that did not pay
 
     def write(
         self,
@@ -43,6 +54,8 @@ class Drafter:
         room: int,
     ) -> Written:
         """The encoder's next token, and of what is drafted behind it what is taken."""
+        if self._alone:
+            yield Rest()
         reader.take_back()
         if (given := writer.given(generated)) is not None:
             yield given
@@ -50,7 +63,8 @@ class Drafter:
         constraint = forbidden or writer.places.choices(generated, (), 1)
         following = reader.following(constraint, 0, 1)
         first = following.tokens[0]
-        if room == 1 or first in writer.config.eos_token_ids:
+        if self._alone or room == 1 or first in writer.config.eos_token_ids:
+            self._alone, self._warm = max(self._alone - 1, 0), self._warm[1:]
             state = written([first], following)
             yield state
             return state
@@ -66,7 +80,21 @@ class Drafter:
             constraint = writer.places.choices(generated, draft, length)
             kept = self._taken(draft, reader.following(constraint, 0, length))
         self._warm = drafted[kept + 1 :]
+        self._adapt(kept, length)
         return front(state, kept)
+
+    def _adapt(self, taken: int, drafted: int) -> None:
+        """Say how many steps the next draft takes: more where this one paid and was not taken to
+        its end, else fewer."""
+        if taken > self._steps + 1:
+            self._vain = 0
+            more = -1 if taken == drafted else 1
+            self._steps = min(max(self._steps + more, 1), self._rule.most_steps)
+        elif self._steps > 1:
+            self._steps -= 1
+        else:
+            self._vain += 1
+            self._alone = min(1 << self._vain, ALONE)
 
     def _taken(self, draft: Sequence[int], following: Following) -> int:
         """Count the tokens of a draft that are taken; the first is the encoder's."""
