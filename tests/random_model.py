@@ -73,3 +73,73 @@ def scripted(kind: type[Scripted] = Scripted, *, one_hot: bool = False) -> Scrip
     signs = mx.random.bernoulli(shape=(768, width), key=mx.random.key(0)) * 2.0 - 1.0
     model.model.decoder.embed_tokens.weight = mx.eye(768) if one_hot else signs / width**0.5
     return model
+
+
+class Reciting(DiffusionGemma):
+    """Its encoder recites answers, one to each turn that `opens`; its denoiser drafts them, wrong
+    at every `wrong`-th token (0 is never, 1 always)."""
+
+    def begin(self, opens: Sequence[int], *answers: Sequence[int], wrong: int = 0) -> None:
+        self._opens, self._answers, self._wrong = list(opens), answers, wrong
+        self._seen: list[int] = []
+
+    def _wanted(self, place: int) -> tuple[int, int]:
+        """How far the answer has come at a place, and its token there."""
+        size = len(self._opens)
+        turns = [
+            i + size
+            for i in range(min(place, len(self._seen)) - size + 1)
+            if self._seen[i : i + size] == self._opens
+        ]
+        if not turns:
+            return 0, 0
+        answer, at = self._answers[len(turns) - 1], place - turns[-1]
+        return at, answer[min(at, len(answer) - 1)]
+
+    def encode(self, tokens: mx.array, cache: Any, *rest: Any, **options: Any) -> mx.array:
+        """States whose best next token is the answer's."""
+        first = cache[0].length
+        super().encode(tokens, cache, *rest, **options)
+        self._seen[first:] = tokens[0].tolist()
+        places = range(first + 1, first + 1 + tokens.shape[1])
+        return self.embedding(mx.array([[self._wanted(place)[1] for place in places]])) * 60.0
+
+    def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
+        """States whose best tokens are the answer's, but for those that are wrong."""
+        found = []
+        for asked in passes:
+            places = range(asked.canvas.shape[1]) if asked.positions is None else asked.positions
+            drafted = []
+            for place in map(int, places):
+                at, token = self._wanted(asked.cache[0].length + place)
+                drafted.append((token + 1) % 700 if self._wrong and not at % self._wrong else token)
+            found.append(self.embedding(mx.array([drafted])) * 60.0)
+        return found
+
+
+class Chain(DiffusionGemma):
+    """A text in which each token depends on the one before it, by a table of logits (V, V); its
+    denoiser always drafts token 3."""
+
+    table: mx.array
+
+    def encode(self, tokens: mx.array, cache: Any, *rest: Any, **options: Any) -> mx.array:
+        """States whose logits are the table's rows."""
+        super().encode(tokens, cache, *rest, **options)
+        cap = self.config.final_logit_softcapping
+        rows = mx.arctanh(self.table / cap) * cap
+        return mx.pad(rows[tokens], [(0, 0), (0, 0), (0, 32 - len(self.table))])
+
+    def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
+        """States whose best token is 3."""
+        threes = (mx.full(asked.canvas.shape, 3, dtype=mx.int32) for asked in passes)
+        return [self.embedding(each) * 60.0 for each in threes]
+
+
+def chain(logits: Sequence[Sequence[float]]) -> Chain:
+    """A text of at most 4096 tokens that no token ends."""
+    size = len(logits)
+    model: Chain = untrained(size, 8, eos=(size,), kind=Chain)
+    model.model.decoder.embed_tokens.weight = mx.eye(size, 32)
+    model.table = mx.array(logits)
+    return model

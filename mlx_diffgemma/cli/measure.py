@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..files import replacing
-from .options import Load, MaxTokens, Quiet, Steps, size, with_options
+from .options import Encoder, Load, MaxTokens, Quiet, Steps, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -70,16 +70,16 @@ def evaluate(
     mode: Annotated[
         str, typer.Option(help="Modes to compare: denoise, verify, causal, speculative.")
     ] = "denoise",
+    encoder: Encoder,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Exact success on held-out tasks, by steps, recipe and mode."""
     budgets = _budgets(steps)
-    ways = mode.split(",")
-    from ..tasks.modes import check_ways
+    from ..tasks.modes import DENOISE, ways_of
 
-    check_ways(ways)
-    if pinned and ways != ["denoise"]:
+    ways = ways_of(mode.split(","), encoder.temperature, encoder.acceptance)
+    if pinned and ways != [DENOISE]:
         fail("--pinned does not go with --mode: templates are filled by denoising", code=2)
     from itertools import product
 
@@ -189,14 +189,15 @@ def bench(
         str | None,
         typer.Option(help="Measure these in turns: denoise, verify, causal, speculative."),
     ] = None,
+    encoder: Encoder,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast a checkpoint is on this machine."""
-    from ..tasks.modes import check_ways
+    from ..tasks.modes import ways_of
 
-    ways = modes.split(",") if modes else []
-    check_ways(ways)
+    named = modes.split(",") if modes else ["denoise"]
+    ways = ways_of(named, encoder.temperature, encoder.acceptance)
     from rich.console import Console
 
     from ..measure import bench as measuring
@@ -204,14 +205,14 @@ def bench(
 
     if not quiet:
         load.introduce()
-    named = [(load.model or "the small model", load.model, load.revision)]
-    named += [] if compare is None else [(compare, compare, None)]
+    sources = [(load.model or "the small model", load.model, load.revision)]
+    sources += [] if compare is None else [(compare, compare, None)]
     memory = size(load.max_memory)
     subjects = [
         measuring.Subject(*each, dtype=load.dtype, max_memory=memory, speed=load.speed)
-        for each in named
+        for each in sources
     ]
-    if ways:
+    if modes:
         subjects = [subject.in_way(way) for subject in subjects for way in ways]
     progress = (lambda line: None) if quiet else say
     reports = measuring.bench(subjects, prompt_tokens, steps, max_tokens, repeats, progress)

@@ -30,6 +30,8 @@ SpeedName = Literal["faithful", "balanced", "fast"]
 
 ModeName = Literal["denoise", "causal", "speculative"]
 
+AcceptanceName = Literal["exact", "typical"]
+
 SamplerName = Literal["entropy", "confidence"]
 
 GUARDS = ("empty", "not_converged", "repetition")
@@ -213,7 +215,24 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answering(Sampling):
+class Encoder:
+    """How the encoder chooses its tokens, in the modes in which it does."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="With --mode causal or speculative: draw tokens; 0 takes the best. [0]"),
+    ] = None
+    acceptance: Annotated[
+        AcceptanceName | None,
+        typer.Option(
+            help="With --mode speculative: exact takes what causal would write, typical also what "
+            "is likely enough. [exact]"
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Answering(Encoder, Sampling):
     """How answers of several canvases are decoded."""
 
     max_tokens: MaxTokens = None
@@ -244,6 +263,10 @@ class Answering(Sampling):
         if self.mode != "denoise" and (self.verify or self.shrink):
             given = "--verify" if self.verify else "--shrink"
             fail(f"--mode {self.mode} does not go with {given}", code=2)
+        if self.mode == "denoise" and self.temperature is not None:
+            fail("--temperature goes with --mode causal or speculative", code=2)
+        if self.mode != "speculative" and self.acceptance is not None:
+            fail("--acceptance goes with --mode speculative", code=2)
 
     def settings(self) -> "Settings":
         """The settings of all answers, see `tasks.request.Settings`."""
@@ -255,6 +278,8 @@ class Answering(Sampling):
             "shrink": self.shrink,
             "mode": self.mode,
             "verify": self.verify,
+            "temperature": self.temperature,
+            "acceptance": self.acceptance,
         }
 
     def _named(self) -> set[str]:

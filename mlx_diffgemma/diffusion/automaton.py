@@ -385,6 +385,14 @@ class Machine:
         """Tell whether the pattern allows exactly these tokens."""
         return bool(self.advance(frozenset([self.first]), tokens) & self.accepting)
 
+    def sets_behind(self, states: frozenset[int], remaining: int) -> tuple[int, ...]:
+        """The token sets of what comes next, where so many tokens may follow in all.
+
+        Raises:
+            PatternError: no allowed sequence is that short.
+        """
+        return self.plan(1, remaining, states).sets_at[0]
+
     def plan(self, length: int, remaining: int, states: frozenset[int] | None = None) -> "Plan":
         """Lay the automaton over a canvas of `length` tokens, starting in `states`.
 
@@ -449,6 +457,10 @@ class Plan:
             single = len(sets) == 1 and len(self.machine.sets[sets[0]]) == 1
             found.append(self.machine.sets[sets[0]][0] if single else None)
         return found
+
+    def front(self, length: int) -> "Plan":
+        """The plan of the first positions; what follows can still follow."""
+        return Plan(self.machine, self.states, self.live[:length])
 
     def best_path(self, scores: npt.NDArray[np.float64]) -> list[int]:
         """The token set of each position on the path with the highest sum of (L, sets) scores."""

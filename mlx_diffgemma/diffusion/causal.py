@@ -13,23 +13,36 @@ import numpy as np
 from ..model.diffusion_gemma import DiffusionGemma
 from .constraints import Constraint
 from .denoise import DenoisingState
+from .draws import PlaceDraws
 from .head import log_probability, read_causally, read_out
 from .prompt_cache import PREFILL_CHUNK, PromptCache
 
 
 @dataclass(frozen=True)
 class Following:
-    """The best allowed token of each place, with its probability and the entropy (nats) there."""
+    """The encoder's choice at each place, with its probability and the entropy (nats) there, and
+    the probability of what was `read` there. All are of what is allowed, at the temperature at
+    which the encoder draws; of one that takes the best, at 1."""
 
     tokens: tuple[int, ...]
     probabilities: tuple[float, ...]
     entropies: tuple[float, ...]
+    read: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Has the encoder draw its tokens, instead of taking the best."""
+
+    temperature: float
+    draws: PlaceDraws
 
 
 class CausalReader:
     """Reads an answer behind what a prompt cache holds, and keeps of it what is committed.
 
-    `hidden` (1, 1, hidden) is the state of the last token that the cache holds.
+    `hidden` (1, 1, hidden) is the state of the last token that the cache holds. Without `sampling`
+    the encoder's choice is its best token.
     """
 
     def __init__(
@@ -38,10 +51,13 @@ class CausalReader:
         prompt_cache: PromptCache,
         hidden: mx.array,
         chunk: int = PREFILL_CHUNK,
+        sampling: Sampling | None = None,
     ):
         self._model = model
         self._prompt_cache = prompt_cache
         self._chunk = chunk
+        self._sampling = sampling
+        self._kept = 0  # tokens of the answer
         self._mark = prompt_cache.mark()
         self._tokens: tuple[int, ...] = ()  # read behind the mark
         self._states = hidden  # of the token before them, and theirs
@@ -70,6 +86,7 @@ class CausalReader:
         """Read these tokens, and keep them; answers how many had to be encoded."""
         encoded = self.read(tokens)
         self._mark = self._prompt_cache.mark()
+        self._kept += len(tokens)
         self._tokens, self._states = (), self._states[:, -1:]
         return encoded
 
@@ -81,22 +98,24 @@ class CausalReader:
         return tuple(np.array(seen.log_probability)[0].tolist())
 
     def following(self, constraint: Constraint, first: int, count: int) -> Following:
-        """The encoder's choice at places behind what is kept, `count` of them from `first` on.
-
-        A constraint whose tokens depend on one another has a row of one position for each.
-        """
-        states = self._states[:, first : first + count]
-        if constraint.joint:
-            states = mx.swapaxes(states, 0, 1)
-        seen = read_out(self._model, states, 1.0, constraint)
-        tokens = constraint.choose(seen.choices, None, mx.zeros(states.shape[:2], dtype=mx.int32))
-        chances = mx.exp(log_probability(self._model, states, tokens, 1.0, seen))
-        mx.eval(tokens, chances, seen.entropy)
-        return Following(
-            tuple(np.array(tokens).reshape(-1).tolist()),
-            tuple(np.array(chances).reshape(-1).tolist()),
-            tuple(np.array(seen.entropy).reshape(-1).tolist()),
+        """The encoder's choice at places behind what is kept, `count` of them from `first` on."""
+        states, sampling = self._states[:, first : first + count], self._sampling
+        temperature, categorical = 1.0, None
+        if sampling is not None:
+            temperature = sampling.temperature
+            categorical = sampling.draws.at(self._kept + first, count)
+        seen = read_out(self._model, states, temperature, constraint, categorical=categorical)
+        chosen = seen.choices.tokens[..., 0] if seen.sampled is None else seen.sampled
+        read = self._tokens[first : first + count]
+        there = mx.array([[*read, *[0] * (count - len(read))]], dtype=mx.int32)
+        chances, found = (
+            mx.exp(log_probability(self._model, states, ids, temperature, seen))
+            for ids in (chosen, there)
         )
+        mx.eval(chosen, chances, found, seen.entropy)
+        numbers = [np.array(each)[0].tolist() for each in (chosen, chances, seen.entropy, found)]
+        tokens, probabilities, entropies, behind = map(tuple, numbers)
+        return Following(tokens, probabilities, entropies, behind[: len(read)])
 
 
 def written(tokens: Sequence[int], following: Following | None = None) -> DenoisingState:

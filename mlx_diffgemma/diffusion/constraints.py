@@ -133,3 +133,19 @@ class ForbidFirst(Anything):
     def allowed(self, first: int, count: int, positions: mx.array) -> mx.array:
         banned = mx.array(np.isin(np.arange(first, first + count), self.ids))
         return ~(banned & (positions == 0)[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Anything):
+    """A constraint: what may stand at each place, whatever stands at others.
+
+    Attributes:
+        table: (S, vocabulary) sets of tokens.
+        index: (P,) which of them each place has.
+    """
+
+    table: mx.array
+    index: mx.array
+
+    def allowed(self, first: int, count: int, positions: mx.array) -> mx.array:
+        return self.table[:, first : first + count][self.index[positions]]

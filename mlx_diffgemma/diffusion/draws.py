@@ -3,12 +3,19 @@
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..arguments import whole_number
 from .constraints import Choices, _of_best, best, merge
 
 # The largest seed that MLX's keys take.
 MOST_SEED = (1 << 64) - 1
+
+# Places of an answer whose noise is drawn at once.
+PLACES = 64
+
+# Drawn ids of which a seed is made.
+SEED_PARTS = 8
 
 # Blocks of the vocabulary whose parts are held apart before they are joined.
 APART = 12
@@ -142,3 +149,35 @@ class SeededDraws:
         width = sub_block(self.vocab_size)
         count = -(-self.vocab_size // width)
         return TwoStage(*mx.split(self.gumbel((*shape, count + width)), [count], axis=-1))
+
+
+class PlaceDraws:
+    """Draws the tokens of an answer place by place: a place that is asked for again, in a pass of
+    one or of many, is given the same noise.
+
+    So the text does not depend on which places are drawn together: a drafted token is taken where
+    it is the one that is drawn.
+    """
+
+    def __init__(self, draws: Draws, vocab_size: int):
+        width = sub_block(vocab_size)
+        self._draws, self._sizes = draws, (-(-vocab_size // width), width)
+        self._blocks: dict[int, mx.array] = {}  # noise of `PLACES` places each
+        self._drawn = 0  # blocks
+        seed = 0
+        for part in np.array(draws.tokens((1, SEED_PARTS)))[0].tolist():
+            seed = (seed * vocab_size + part) % (MOST_SEED + 1)
+        # For all that is no token of the answer, and must not change which those are.
+        self.others = SeededDraws(seed, vocab_size)
+
+    def at(self, place: int, count: int) -> Categorical:
+        """Draws (1, count) of the places from one on; places only grow."""
+        first, last = place // PLACES, (place + count - 1) // PLACES
+        self._blocks = {i: block for i, block in self._blocks.items() if i >= first}
+        while self._drawn <= last:
+            self._blocks[self._drawn] = self._draws.gumbel((1, PLACES, sum(self._sizes)))
+            self._drawn += 1
+        noise = [self._blocks[i] for i in range(first, last + 1)]
+        begin = place - first * PLACES
+        mine = mx.concatenate(noise, axis=1)[:, begin : begin + count]
+        return TwoStage(*mx.split(mine, [self._sizes[0]], axis=-1))

@@ -93,11 +93,13 @@ class Thinking:
 
     def spent(self, tokens: Sequence[int]) -> list[int]:
         """Positions that belong to a thought, its opening marker and header included."""
-        inside, found = self.begun, []
-        for i, token in enumerate(tokens):
-            inside = (inside or token == self.opens) and token != self.closes
+        inside, at, found = self.begun, 0, list[int]()
+        while at < len(tokens):  # from marker to marker, as this is asked for again and again
+            marker = self.closes if inside else self.opens
+            end = tokens.index(marker, at) if marker in tokens[at:] else len(tokens)
             if inside:
-                found.append(i)
+                found += range(at, end)
+            inside, at = not inside, end + inside  # an opening marker is part of it
         return found
 
     def open_after(self, tokens: Sequence[int]) -> bool:
@@ -138,9 +140,10 @@ def judge_by(
             if cut is not None:
                 return Commit((*now.tokens[:cut], thinking.closes), guard="thinking_budget")
         if guards.repetition:
-            kept = repeated_from([*generated, *now.tokens])
+            before = list(generated[-RUN_TIMES * LONGEST_PERIOD :])
+            kept = repeated_from([*before, *now.tokens], len(now.tokens))
             if kept is not None:  # what has been committed stays
-                new = max(kept - len(generated), 0)
+                new = max(kept - len(before), 0)
                 return Commit(now.tokens[:new], "repetition", "repetition")
         return Commit(now.tokens)
 
@@ -156,10 +159,11 @@ def _thought_too_long(
 ) -> int | None:
     """Count the new tokens to keep before the thought is closed; None: it need not be."""
     everything = [*generated, *tokens]
-    spent = thinking.spent(everything)
     budget = guards.thinking_budget
-    if budget is not None and len(spent) > budget and spent[budget] >= len(generated):
-        return spent[budget] - len(generated)
+    if budget is not None and len(everything) > budget:
+        spent = thinking.spent(everything)
+        if len(spent) > budget and spent[budget] >= len(generated):
+            return spent[budget] - len(generated)
     if tokens[-1] in ends and thinking.open_after(everything):
         return len(tokens) - 1
     return None
@@ -183,18 +187,22 @@ def certain_part(
     return candidate.tokens[:kept]
 
 
-def repeated_from(tokens: Sequence[int]) -> int | None:
+def repeated_from(tokens: Sequence[int], new: int | None = None) -> int | None:
     """Find where what follows only repeats what stands before it; None if nothing does.
 
     A run counts when one part of at most `LONGEST_PERIOD` tokens comes `RUN_TIMES` times or more
-    in it, over `RUN_TOKENS` or more. The answer keeps the part once.
+    in it, over `RUN_TOKENS` or more. The answer keeps the part once. With `new` only runs count
+    that reach their length in so many last tokens, which costs no more in a long answer.
     """
+    first = 1 if new is None else len(tokens) - new + 1
     found: list[int] = []
     for period in range(1, LONGEST_PERIOD + 1):
-        run = 0
-        for i in range(period, len(tokens)):
-            run = run + 1 if tokens[i] == tokens[i - period] else 0
-            if run + period >= max(RUN_TOKENS, RUN_TIMES * period):
-                found.append(i - run + 1)
+        size = max(RUN_TOKENS, RUN_TIMES * period)
+        for end in range(max(first, size), len(tokens) + 1):
+            if tokens[end - 1] != tokens[end - 1 - period]:
+                continue
+            begin = end - size
+            if tokens[begin + period : end] == tokens[begin : end - period]:
+                found.append(begin + period)
                 break
     return min(found, default=None)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..model.diffusion_gemma import TABLE_BYTES, DiffusionGemma
 from .constraints import ANYTHING, NEVER, Choices, Constraint, fold, highest, merge
-from .draws import APART, Draws, sub_block
+from .draws import APART, Categorical, Draws, sub_block
 
 # Bytes that one float32 array over a block may take: nine blocks of the real vocabulary and canvas.
 # A step holds about ten such arrays, as MLX runs ahead of the computation by up to two blocks.
@@ -51,16 +51,17 @@ def read_out(
     draws: Draws | None = None,
     positions: mx.array | None = None,
     *,
+    categorical: Categorical | None = None,
     self_conditioning: bool = False,
 ) -> Readout:
     """Read hidden states (B, L, hidden) off, at a temperature; evaluation begins at once.
 
-    They may be those of some `positions` (L,) of a canvas.
+    They may be those of some `positions` (L,) of a canvas. What is drawn is `draws`'s, or a
+    `categorical` that is given.
     """
     shape = hidden.shape[:2]
     positions = mx.arange(shape[1]) if positions is None else positions
     cap, divisor = mx.array(model.config.final_logit_softcapping), mx.array(temperature)
-    categorical = None
     if draws is not None and not constraint.joint:
         categorical = draws.categorical(shape)
     # One entry a block; sums are relative to exp(the block's peak), so no block waits for another.

@@ -166,6 +166,7 @@ class Undecided:
             return Pass(canvas, self._cache, expected)
         mine = self._cache[0].reader is self._mine
         self._cache[0].reader = self._mine
+        last = last and self._rule.confirm
         if self._positions is None or last or not mine:  # another has read its canvas since
             self._stale = 0.0
             return Pass(canvas, self._cache, expected, wanted=self._wanted)
@@ -209,6 +210,8 @@ class Undecided:
 
     def confirmed(self, asked: Pass, stop: mx.array) -> mx.array:
         """(B,) whether a canvas that would stop may: a pass over all of it has said so."""
+        if self._rule is not None and not self._rule.confirm:
+            return stop
         self._due = stop
         return stop if asked.positions is None else mx.zeros_like(stop)
 

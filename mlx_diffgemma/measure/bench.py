@@ -17,7 +17,7 @@ from ..checkpoint.load import DType, load
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import Speed
 from ..tasks.generate import stream_generate
-from ..tasks.modes import WAYS
+from ..tasks.modes import DENOISE, Way
 from ..tasks.request import Done, Draft
 from ..text.tokenizer import Tokenizer
 
@@ -79,13 +79,13 @@ class Subject:
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before
-        self._way = "denoise"
+        self._way = DENOISE
         self._runs: list[Measurement] = []
 
-    def in_way(self, way: str) -> "Subject":
-        """The same loaded checkpoint, measured in one of the `WAYS`."""
+    def in_way(self, way: Way) -> "Subject":
+        """The same loaded checkpoint, measured as it writes in this way."""
         other = copy(self)
-        other.name, other._way, other._runs = f"{self.name}, {way}", way, []
+        other.name, other._way, other._runs = f"{self.name}, {way.name}", way, []
         return other
 
     def warm_up(self, prompt_tokens: int) -> None:
@@ -121,10 +121,9 @@ def measure(
     steps: int | None,
     max_tokens: int | None,
     seed: int,
-    way: str = "denoise",
+    way: Way = DENOISE,
 ) -> Measurement:
-    """Answer a prompt of so many tokens, in one of the `WAYS`."""
-    mode, verify = WAYS[way]
+    """Answer a prompt of so many tokens."""
     drafts: list[tuple[int, float]] = []
     prompt = prompt_of(tokenizer, prompt_tokens)
     started = time.perf_counter()
@@ -135,8 +134,10 @@ def measure(
         steps=steps,
         max_tokens=max_tokens,
         seed=seed,
-        mode=mode,
-        verify=verify,
+        mode=way.mode,
+        verify=way.verify,
+        temperature=way.temperature,
+        acceptance=way.acceptance,
     ):
         if isinstance(event, Draft):
             drafts.append((event.canvas, time.perf_counter()))

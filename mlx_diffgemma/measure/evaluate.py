@@ -17,7 +17,7 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.edit import STRENGTH, edit_start
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
-from ..tasks.modes import WAYS
+from ..tasks.modes import DENOISE, Way
 from ..tasks.request import Done, Draft, Event
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
@@ -166,16 +166,15 @@ def events_of(
     case: Case,
     steps: int | None,
     seed: int,
-    way: str = "denoise",
+    way: Way = DENOISE,
 ) -> Iterator[Event]:
-    """Answer one case, as `stream_generate` does, in one of the `WAYS`.
+    """Answer one case, as `stream_generate` does.
 
     Where the encoder writes token by token, nothing but the prompt is given.
     """
-    mode, verify = WAYS[way]
     draws = SeededDraws(seed, model.config.vocab_size)
     start: Start | Pieces | None = None
-    if mode != "denoise":
+    if way.mode != "denoise":
         pass
     elif case.pieces is not None:
         start = Pieces(case.pieces)
@@ -192,8 +191,10 @@ def events_of(
         steps=steps,
         draws=draws,
         start=start,
-        mode=mode,
-        verify=verify,
+        mode=way.mode,
+        verify=way.verify,
+        temperature=way.temperature,
+        acceptance=way.acceptance,
     )
 
 
@@ -203,7 +204,7 @@ def run_case(
     case: Case,
     steps: int | None,
     seed: int,
-    way: str = "denoise",
+    way: Way = DENOISE,
 ) -> Outcome:
     """Answer one case to the end.
 
@@ -211,8 +212,8 @@ def run_case(
         TaskError: a template is to be filled in another way than by denoising.
     """
     if case.template is not None:
-        if way != "denoise":
-            raise TaskError(f"a template is filled by denoising, not by mode {way}")
+        if way != DENOISE:
+            raise TaskError(f"a template is filled by denoising, not by mode {way.name}")
         return _fill(model, tokenizer, case, case.template, steps, seed)
     text = ""
     for event in events_of(model, tokenizer, case, steps, seed, way):
@@ -310,7 +311,7 @@ def evaluate(
     steps: Sequence[int],
     seeds: int,
     ran: Callable[[], None] = lambda: None,
-    ways: Sequence[str] = ("denoise",),
+    ways: Sequence[Way] = (DENOISE,),
 ) -> Iterator[Score]:
     """Yield a score per step budget, task and way, as soon as it is known; `ran` is called after a
     run.
@@ -328,7 +329,7 @@ def evaluate(
                 outcome = run_case(model, tokenizer, case, budget, seeds * number + seed, way)
                 runs.append((case, outcome))
                 ran()
-            yield replace(score(task, budget, runs, seeds), mode=way)
+            yield replace(score(task, budget, runs, seeds), mode=way.name)
 
 
 def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: int) -> Score:

@@ -44,17 +44,52 @@ class Settling:
             answer ends early.
         refresh: a pass over all positions follows when passes over some have left out so many
             canvases, in the sum, of settled positions of the answer; unless it ends early.
+        confirm: a canvas ends with a pass over all positions. Of a draft, which the encoder reads
+            anyway, it does not have to.
     """
 
     entropy: float = 0.2
     agreed: int = 1
     tighten: float = 0.2
     refresh: float = 1.0
+    confirm: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("entropy", "agreed", "tighten", "refresh"):
+            value = getattr(self, name)
             if not value > 0:
                 raise SettingError(f"{name} of settling must be positive, not {shown(value)}")
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Says how drafts are made for the encoder, and which of their tokens it takes.
+
+    How the numbers were chosen is in docs/performance.md.
+
+    Attributes:
+        steps: denoising steps of the first draft, the last ones of the schedule.
+        most_steps: of any draft; how many a later one takes follows from what was accepted.
+        spare: a draft that goes on with what another has left has this part of a canvas more.
+        settling: which positions later steps of a draft leave out.
+        epsilon: a probability above which typical acceptance takes any token,
+        delta: or above delta * exp(-entropy), if that is less.
+    """
+
+    steps: int = 2
+    most_steps: int = 4
+    spare: float = 0.125
+    settling: Settling | None = field(default_factory=lambda: Settling(confirm=False))
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        whole_number("steps of a draft", self.steps, 1)
+        whole_number("most steps of a draft", self.most_steps, self.steps)
+        for name in ("spare", "epsilon", "delta"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise SettingError(f"{name} of speculation is not in 0..1: {shown(value)}")
 
 
 ENDS_LIMIT = 256  # end tokens; every token written is looked for among them
@@ -68,7 +103,7 @@ class GenerationConfig:
 
     The reference has neither `plateau`, the number of steps without a change of the best canvas
     after which it is taken however uncertain it is, nor `min_steps`, before which nothing stops,
-    nor `settling`, by which a step decodes only positions that are undecided.
+    nor `settling`, by which a step decodes only positions that are undecided, nor `speculation`.
     """
 
     max_new_tokens: int = 256
@@ -82,6 +117,7 @@ class GenerationConfig:
     plateau: int | None = None
     min_steps: int = 1
     settling: Settling | None = None
+    speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -12,6 +12,7 @@ from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
 from ..tasks.request import Prepared, encode_text
+from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
@@ -41,6 +42,18 @@ class Sampling(Body):
     opening: str | None = None
     mode: Mode | None = None
     verify: bool | None = None
+    temperature: float | None = None
+    acceptance: Acceptance | None = None
+
+    @property
+    def drawn(self) -> float | None:
+        """The temperature, where the encoder writes; a canvas has a schedule of its own."""
+        return self.temperature if self.mode in ("causal", "speculative") else None
+
+    def unused(self) -> set[str]:
+        """Name a temperature that means nothing here, but the one that never means anything."""
+        idle = self.drawn is None and self.temperature not in (None, 1)
+        return {"temperature"} if idle else set()
 
 
 class FunctionCall(Body):
@@ -104,15 +117,16 @@ class ChatBody(Sampling):
 
     def unused(self) -> set[str]:
         """Name what means nothing beside a schema, whose document begins at once and is not cut."""
+        found = super().unused()
         if _schema(self) is None:
-            return set()
+            return found
         told = {
             "stop": self.stop,
             "enable_thinking": self.enable_thinking,
             "reasoning_effort": self.reasoning_effort,
             "thinking_budget": self.thinking_budget,
         }
-        return {name for name, value in told.items() if value}
+        return found | {name for name, value in told.items() if value}
 
 
 # Ids of a text, which are read as they are.
@@ -141,10 +155,12 @@ class CompletionBody(Sampling):
                 "stop": self.stop,
                 "mode": self.mode,
                 "verify": self.verify,
+                "temperature": self.drawn,
+                "acceptance": self.acceptance,
             }
         else:
             told = {"logprobs": self.logprobs}
-        return {name for name, value in told.items() if value is not None}
+        return super().unused() | {name for name, value in told.items() if value is not None}
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
@@ -243,6 +259,8 @@ def chat_request(body: ChatBody) -> Request:
         opening=opening,
         mode=body.mode or "denoise",
         verify=body.verify or False,
+        temperature=body.drawn,
+        acceptance=body.acceptance,
     )
 
 
@@ -355,6 +373,8 @@ def continuations(body: CompletionBody) -> list[Continuation]:
         likelihood=best_of(body) > (body.n or 1),
         mode=body.mode or "denoise",
         verify=body.verify or False,
+        temperature=body.drawn,
+        acceptance=body.acceptance,
     )
     return [Continuation(prompt, request) for prompt in prompts_of(body)]
 
@@ -370,8 +390,8 @@ def infill(body: CompletionBody) -> FillRequest:
         raise Refused(400, "a suffix goes with one prompt and one answer, without an opening")
     if not isinstance(prompt, str):
         raise Refused(400, "a suffix goes with a prompt of text, not of token ids")
-    if body.verify or body.mode not in (None, "denoise"):
-        raise Refused(400, "a suffix goes with neither mode nor verify")
+    if body.verify or body.acceptance or body.mode not in (None, "denoise"):
+        raise Refused(400, "a suffix goes with neither mode nor verify nor acceptance")
     parts: list[str | Hole] = [prompt, Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
     return FillRequest(parts, steps=body.steps, seed=body.seed)
 

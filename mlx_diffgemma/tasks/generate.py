@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import SettingError, check_kind, token_ids, whole_number
-from ..diffusion.causal import CausalReader
+from ..diffusion.causal import CausalReader, Sampling
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Clock, Decoding, drive, relay
 from ..diffusion.denoise import DenoisingState, Start
-from ..diffusion.draws import Draws
+from ..diffusion.draws import Draws, PlaceDraws
 from ..diffusion.guards import (
     OFF,
     Candidate,
@@ -35,7 +35,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import Declaration, Tokenizer, no_check
 from ..text.turns import StopStrings, Text, TurnReader
 from ..text.vocabulary import Vocabulary
-from .modes import Mode, Read, Writer, attempt, check_mode
+from .modes import DENOISE, Mode, Way, attempt
 from .request import (
     Done,
     Event,
@@ -48,6 +48,7 @@ from .request import (
     fresh_draws,
     stream,
 )
+from .speculation import Acceptance, Drafter
 from .starts import (
     CanvasStart,
     First,
@@ -58,6 +59,7 @@ from .starts import (
     encode_opening,
     forced_tokens,
 )
+from .writing import Read, Writer
 
 if TYPE_CHECKING:
     from ..text.schema import Compiled, Parsed, Schema
@@ -121,8 +123,7 @@ def decode_tokens(
     judge: Judge,
     ended: Callable[[], bool] = lambda: False,
     likelihood: bool = False,
-    mode: Mode = "denoise",
-    verify: bool = False,
+    way: Way = DENOISE,
 ) -> Decoding[Told, None]:
     """Canvas after canvas: a state a step, then what is committed.
 
@@ -131,20 +132,23 @@ def decode_tokens(
     and each canvas is `Weighed`. In other modes than "denoise" a canvas is what is written next.
     """
     remaining = remaining_context(model, prompt)
-    length = model.config.canvas_length if mode == "denoise" else 1
+    length = model.config.canvas_length if way.mode == "denoise" else 1
     budget = config.max_new_tokens
     # The prompt's last token is encoded apart where its hidden state is wanted.
-    causal = likelihood or verify or mode != "denoise"
+    causal = likelihood or way.causal
     apart = len(prompt) - causal
     new = len(prompt) - prompt_cache.shared(prompt[:apart])
     yield from prompt_cache.reading(prompt[:apart], prefill_chunk)
     reader: CausalReader | None = None
+    sampling = _sampling(model, draws, way)
     if causal:
         (hidden,) = prompt_cache.encoding(prompt[apart:])
-        reader = CausalReader(model, prompt_cache, hidden, prefill_chunk)
+        reader = CausalReader(model, prompt_cache, hidden, prefill_chunk, sampling)
     yield Encoded(new)
-    write = partial(attempt, Writer(model, prompt_cache.cache, config, draws, start), reader)
-    write = partial(write, mode, verify, [])
+    canvas_draws = draws if sampling is None else sampling.draws.others
+    writer = Writer(model, prompt_cache.cache, config, canvas_draws, start, start.places())
+    drafter = Drafter(config.speculation, way.acceptance or "exact")
+    write = partial(attempt, writer, reader, drafter, way)
     generated: list[int] = []
     while True:
         attempts: list[Candidate] = []
@@ -160,16 +164,10 @@ def decode_tokens(
         tokens = verdict.tokens[:budget]
         budget -= len(tokens)
         remaining -= len(tokens)
-        reason = verdict.finish_reason
-        if reason is None:
-            if tokens[-1] in config.eos_token_ids:
-                reason = "stop"
-            elif not budget or remaining < length:
-                reason = "length"
-            if reason and not attempts[-1].converged:
-                reason = "not_converged"
+        spent = not budget or remaining < length
+        reason = _reason(verdict, tokens, config, spent, attempts[-1].converged)
         yield Committed(tokens, reason, verdict.guard)
-        if mode != "causal":  # whose every token is one
+        if way.mode != "causal":  # whose every token is one
             mx.clear_cache()
         complete = reason is not None or ended()
         encoded = 0
@@ -190,6 +188,27 @@ def decode_tokens(
         if complete:
             return
         generated += tokens
+
+
+def _sampling(model: DiffusionGemma, draws: Draws, way: Way) -> Sampling | None:
+    """How the encoder draws its tokens; None where it takes the best."""
+    if not way.temperature:
+        return None
+    return Sampling(way.temperature, PlaceDraws(draws, model.config.vocab_size))
+
+
+def _reason(
+    verdict: Commit, tokens: Sequence[int], config: GenerationConfig, spent: bool, converged: bool
+) -> FinishReason | None:
+    """Why the answer is over with these tokens; None: it goes on. `spent` is what it may take."""
+    if verdict.finish_reason is not None:
+        return verdict.finish_reason
+    ends = tokens[-1] in config.eos_token_ids
+    if not ends and not spent:
+        return None
+    if not converged:
+        return "not_converged"
+    return "stop" if ends else "length"
 
 
 def _candidate(state: DenoisingState, config: GenerationConfig, budget: int) -> Candidate:
@@ -224,6 +243,8 @@ class Request:
     likelihood: bool = False
     mode: Mode = "denoise"
     verify: bool = False
+    temperature: float | None = None
+    acceptance: Acceptance | None = None
 
     def prepare(
         self,
@@ -274,8 +295,7 @@ class Request:
             draws=self.draws,
             prefill_chunk=self.prefill_chunk,
             likelihood=self.likelihood,
-            mode=self.mode,
-            verify=self.verify,
+            way=self._way(),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )
 
@@ -283,8 +303,7 @@ class Request:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
-        check_mode(self.mode)
-        check_kind("verify", self.verify, bool, "true or false")
+        self._way().check()
         check_kind("guards", self.guards, Guards, "Guards")
         check_kind("opening", self.opening, (str, Sequence), "text or token ids")
         check_kind("start", self.start, (Start, Pieces, NoneType), "a Start or Pieces")
@@ -298,17 +317,19 @@ class Request:
             "opening": len(self.opening) > 0,
             "shrink": self.shrink,
             "guards": self.guards != OFF,
-            "verify": self.verify,
             "mode": self.mode != "denoise",
         }
         for one, others in (
             ("schema", ("start", "opening", "shrink", "guards")),
             ("start", ("opening", "shrink")),
-            ("mode", ("start", "shrink", "verify")),
+            ("mode", ("start", "shrink")),
         ):
             if found := [other for other in others if given[one] and given[other]]:
                 named = f"mode {self.mode}" if one == "mode" else f"a {one}"
                 raise SettingError(f"{named} does not go with {found[0]}")
+
+    def _way(self) -> Way:
+        return Way(self.mode, self.verify, self.temperature, self.acceptance)
 
     def _start(
         self,
@@ -357,8 +378,7 @@ class Answer:
     prefill_chunk: int
     stop: tuple[str, ...]
     likelihood: bool = False
-    mode: Mode = "denoise"
-    verify: bool = False
+    way: Way = DENOISE
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
         """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
@@ -375,8 +395,7 @@ class Answer:
             self.judge,
             lambda: teller.reason is not None,
             self.likelihood,
-            self.mode,
-            self.verify,
+            self.way,
         )
         yield from relay(tokens, teller.tell, teller.clock)
         yield from teller.end()
@@ -456,7 +475,7 @@ class _Teller:
         prompt_tokens = len(self._answer.prompt)
         chances = self._log_probabilities
         passes, positions = self._passes, self._positions
-        if self._answer.verify or self._answer.mode != "denoise":
+        if self._answer.way.causal:
             # The prompt's pass gives the first token of all.
             passes, positions = max(passes + self._reads, 1), positions + self._read
         yield Done(

@@ -13,27 +13,85 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..arguments import SettingError, shown
-from ..diffusion.causal import CausalReader, front, written
+from ..arguments import SettingError, check_kind, is_number, shown
+from ..diffusion.causal import CausalReader, written
 from ..diffusion.constraints import Constraint
 from ..diffusion.decoding import Decoding, Rest
 from ..diffusion.denoise import DenoisingState, Start, denoise
-from ..diffusion.draws import Draws
-from ..model.cache import LayerCache
-from ..model.diffusion_gemma import DiffusionGemma
-from ..model.settings import GenerationConfig
-from .starts import CanvasStart, Opening
+from .speculation import Acceptance, Drafter
+from .writing import Read, Writer, Written
 
 # How an answer is written. "denoise" is the model's own way, canvas after canvas; "causal" takes
-# the encoder's best token again and again; "speculative" gives what that gives, from drafts.
+# the encoder's next token again and again; "speculative" gives what that gives, from drafts.
 Mode = Literal["denoise", "causal", "speculative"]
 
-# Names by which they are compared, with and without `verify`.
-WAYS: dict[str, tuple[Mode, bool]] = {
-    "denoise": ("denoise", False),
-    "verify": ("denoise", True),
-    "causal": ("causal", False),
-    "speculative": ("speculative", False),
+# Temperatures, but 0, at which the encoder may draw: logits are divided by them.
+TEMPERATURES = (0.001, 2.0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an answer is written: by whom, and what is taken of that.
+
+    Attributes:
+        mode: who writes.
+        verify: the encoder reads denoised canvases.
+        temperature: at which it draws its tokens; None and 0 take the best ones.
+        acceptance: which drafted tokens are taken; None is "exact".
+    """
+
+    mode: Mode = "denoise"
+    verify: bool = False
+    temperature: float | None = None
+    acceptance: Acceptance | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the encoder reads what is written."""
+        return self.verify or self.mode != "denoise"
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        name = "verify" if self.verify else self.mode
+        return name if self.acceptance is None else f"{name} ({self.acceptance})"
+
+    def check(self) -> None:
+        """Refuse what is none, or makes no sense together.
+
+        Raises:
+            SettingError: naming what is wrong.
+        """
+        if self.mode not in (modes := get_args(Mode)):
+            raise SettingError(f"a mode is one of {', '.join(modes)}, not {shown(self.mode)}")
+        check_kind("verify", self.verify, bool, "true or false")
+        if self.verify and self.mode != "denoise":
+            raise SettingError(f"mode {self.mode} does not go with verify")
+        if (chosen := self.temperature) is not None:
+            least, most = TEMPERATURES
+            if not is_number(chosen) or (chosen != 0 and not least <= chosen <= most):
+                raise SettingError(
+                    f"a temperature is 0 or from {least} to {most:g}, not {shown(chosen)}"
+                )
+            if self.mode == "denoise":
+                raise SettingError("a temperature goes with mode causal or speculative")
+        if self.acceptance is not None:
+            if self.acceptance not in (known := get_args(Acceptance)):
+                raise SettingError(
+                    f"an acceptance is {' or '.join(known)}, not {shown(self.acceptance)}"
+                )
+            if self.mode != "speculative":
+                raise SettingError("an acceptance goes with mode speculative")
+
+
+DENOISE = Way()
+
+# Names by which they are compared.
+WAYS: dict[str, Way] = {
+    "denoise": DENOISE,
+    "verify": Way(verify=True),
+    "causal": Way("causal"),
+    "speculative": Way("speculative"),
 }
 
 # A token that the encoder finds less likely is doubted.
@@ -42,89 +100,54 @@ DOUBT = 0.3
 # Times that a doubted canvas is opened again at most.
 ROUNDS = 3
 
-# Denoising steps of a draft, the last ones of the schedule.
-DRAFT_STEPS = 2
 
-# A draft that goes on with what another has left has this part of a canvas more than that.
-SPARE = 8
-
-
-@dataclass(frozen=True)
-class Read:
-    """The encoder has read so many tokens of the answer, in one pass."""
-
-    tokens: int
-
-
-Written = Decoding[DenoisingState | Read, DenoisingState]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Holds what all attempts at all canvases of an answer have in common."""
-
-    model: DiffusionGemma
-    cache: list[LayerCache]
-    config: GenerationConfig
-    draws: Draws
-    start: CanvasStart
-
-    def begin(self, generated: Sequence[int], forbidden: Constraint | None) -> Start | None:
-        """Where the next canvas starts; None is noise."""
-        begun = self.start.begin(generated, self.draws)
-        if forbidden is not None:
-            begun = begun or Start(self.draws.tokens((1, self.model.config.canvas_length)))
-            begun = replace(begun, constraint=forbidden)
-        return begun
-
-    def ends(self, tokens: Sequence[int]) -> int | None:
-        """Count the tokens up to the first that ends an answer, with it."""
-        ends = self.config.eos_token_ids
-        return next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-
-
-def check_mode(mode: object) -> None:
-    """Refuse what is no mode.
+def ways_of(
+    names: Sequence[str], temperature: float | None, acceptance: Acceptance | None
+) -> list[Way]:
+    """The ways of these names of `WAYS`, with temperature and acceptance where they mean something.
 
     Raises:
-        SettingError: naming the modes.
-    """
-    if mode not in (modes := get_args(Mode)):
-        raise SettingError(f"a mode is one of {', '.join(modes)}, not {shown(mode)}")
-
-
-def check_ways(names: Sequence[str]) -> None:
-    """Refuse what is no key of `WAYS`.
-
-    Raises:
-        SettingError: naming them.
+        SettingError: there is no such name, or what is given means nothing to any of them.
     """
     for name in names:
         if name not in WAYS:
             raise SettingError(f"a mode is one of {', '.join(WAYS)}, not {shown(name)}")
+    found = [WAYS[name] for name in names]
+    modes = {way.mode for way in found}
+    if not modes & {"causal", "speculative"}:
+        replace(found[0], temperature=temperature).check()
+    if "speculative" not in modes:
+        replace(found[0], acceptance=acceptance).check()
+    for i, way in enumerate(found):
+        if way.mode != "denoise":
+            way = replace(way, temperature=temperature)
+        if way.mode == "speculative":
+            way = replace(way, acceptance=acceptance)
+        way.check()
+        found[i] = way
+    return found
 
 
 def attempt(
     writer: Writer,
     reader: CausalReader | None,
-    mode: Mode,
-    verify: bool,
-    warm: list[int],
+    drafter: Drafter,
+    way: Way,
     generated: Sequence[int],
     forbidden: Constraint | None,
     room: int,
 ) -> Written:
     """What is written behind `generated`, at most `room` tokens of it count; all but denoising
-    alone needs a reader. `warm` is what a draft has left for the next."""
-    if reader is None or (mode == "denoise" and not verify):
+    alone needs a reader."""
+    if reader is None or not way.causal:
         return denoised(writer, generated, forbidden)
-    match mode:
+    match way.mode:
         case "denoise":
             return verified(writer, reader, generated, forbidden, room)
         case "causal":
             return next_token(writer, reader, generated, forbidden)
         case "speculative":
-            return speculated(writer, reader, generated, forbidden, room, warm)
+            return drafter.write(writer, reader, generated, forbidden, room)
 
 
 def denoised(
@@ -147,8 +170,7 @@ def verified(
     of all these canvases the one is taken that the encoder likes best.
     """
     reader.take_back()
-    begun = writer.begin(generated, forbidden)
-    begun = begun or Start(writer.draws.tokens((1, writer.model.config.canvas_length)))
+    begun = writer.begin(generated, forbidden) or writer.noise()
     start, best, liked, kept = begun, None, -math.inf, 0
     for more in reversed(range(ROUNDS + 1)):
         state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
@@ -191,7 +213,7 @@ def _corrected(
     for at in doubtful:
         constraint = None if at else forbidden
         if constraint is None:
-            constraint = writer.start.choices([*generated, *tokens[:at]], (), 1)
+            constraint = writer.places.choices([*generated, *tokens[:at]], (), 1)
         (choice,) = reader.following(constraint, at, 1).tokens
         if choice != tokens[at]:
             return [*tokens[:at], choice]
@@ -215,85 +237,13 @@ def _opened(
 def next_token(
     writer: Writer, reader: CausalReader, generated: Sequence[int], forbidden: Constraint | None
 ) -> Written:
-    """The encoder's best token, or all of what the answer has to begin with."""
+    """The encoder's next token, or all of what the answer has to begin with."""
     yield Rest()
     reader.take_back()
-    state = _given(writer, generated)
+    state = writer.given(generated)
     if state is None:
-        constraint = forbidden or writer.start.choices(generated, (), 1)
+        constraint = forbidden or writer.places.choices(generated, (), 1)
         following = reader.following(constraint, 0, 1)
         state = written(following.tokens, following)
     yield state
     return state
-
-
-def _given(writer: Writer, generated: Sequence[int]) -> DenoisingState | None:
-    """What the answer has to begin with, where nothing has been written yet."""
-    if generated or not isinstance(writer.start, Opening):
-        return None
-    return written(writer.start.tokens)
-
-
-def speculated(
-    writer: Writer,
-    reader: CausalReader,
-    generated: Sequence[int],
-    forbidden: Constraint | None,
-    room: int,
-    warm: list[int],
-) -> Written:
-    """The encoder's next token, and of what the denoiser drafts behind it all that the encoder
-    would have written. `warm` is where that draft starts, and becomes what remains of it.
-    """
-    reader.take_back()
-    if (given := _given(writer, generated)) is not None:
-        yield given
-        return given
-    following = reader.following(forbidden or writer.start.choices(generated, (), 1), 0, 1)
-    first = following.tokens[0]
-    if room == 1 or first in writer.config.eos_token_ids:
-        state = written([first], following)
-        yield state
-        return state
-    start = _drafting(writer, generated, first, warm)
-    state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
-    drafted: list[int] = np.array(state.argmax)[0].tolist()
-    length = min(writer.ends(drafted) or len(drafted), room)
-    draft = drafted[:length]
-    yield Read(reader.read(draft))
-    kept = 1
-    if length > 1:
-        choices = writer.start.choices(generated, draft, length)
-        chosen = reader.following(choices, 0, length).tokens
-        kept = next((i for i in range(1, length) if draft[i] != chosen[i]), length)
-    warm[:] = drafted[kept + 1 :]
-    return front(state, kept)
-
-
-def _drafting(writer: Writer, generated: Sequence[int], first: int, warm: Sequence[int]) -> Start:
-    """A canvas that begins with a token, goes on with what an earlier draft has left, and enters
-    the schedule near its end."""
-    config, draws = writer.config, writer.draws
-    begun = writer.begin(generated, None)
-    begun = begun or Start(draws.tokens((1, writer.model.config.canvas_length)))
-    length = begun.canvas.shape[1]
-    if warm and not begun.constraint.joint:  # a plan is laid over a whole canvas
-        left = writer.ends(warm) or len(warm)
-        length = min(length, 1 + left + length // SPARE)
-        begun = replace(begun, canvas=begun.canvas[:, :length])
-    tokens = np.array(begun.canvas)[0]
-    rest = list(warm)[: length - 1]
-    tokens[1 : 1 + len(rest)] = rest
-    tokens[0] = first
-    pinned = np.zeros(length, dtype=bool)
-    if begun.pinned is not None:
-        held = np.array(begun.pinned)[0]
-        tokens = np.where(held, np.array(begun.canvas)[0], tokens)
-        pinned |= held
-    pinned[0] = True
-    return replace(
-        begun,
-        canvas=mx.array(tokens)[None],
-        pinned=mx.array(pinned)[None],
-        first_step=max(1, config.max_denoising_steps - DRAFT_STEPS + 1),
-    )

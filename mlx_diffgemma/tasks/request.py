@@ -30,6 +30,7 @@ from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
 from .modes import Mode
 from .notebook import Cell, html_of
+from .speculation import Acceptance
 from .starts import Pieces
 
 if TYPE_CHECKING:
@@ -134,11 +135,16 @@ class Settings(TypedDict, total=False):
             as in the reference. Not together with a schema, whose answers need none.
         shrink: canvases no longer than what is left of `max_tokens`: cheaper, and not what the
             model was trained on.
-        mode: "denoise" is the model's own way. "causal" writes the encoder's best token, one after
-            another, and "speculative" the same from drafts; neither samples, and neither goes with
-            `start`, `shrink` or `verify`.
+        mode: "denoise" is the model's own way. "causal" writes the encoder's next token, one after
+            another, and "speculative" the same from drafts; neither goes with `start`, `shrink` or
+            `verify`.
         verify: have the encoder read each canvas before it is committed: from the first token that
             it doubts on, the canvas is denoised again, and the one stays that it likes best.
+        temperature: at which the encoder draws its tokens in modes "causal" and "speculative", to
+            the same text with the same seed; None or 0 take the best ones.
+        acceptance: which drafted tokens are taken in mode "speculative": "exact" (None) are those
+            that "causal" would have written, "typical" also others that are likely enough, with
+            which the text is another.
     """
 
     max_tokens: int | None
@@ -149,6 +155,8 @@ class Settings(TypedDict, total=False):
     shrink: bool
     mode: Mode
     verify: bool
+    temperature: float | None
+    acceptance: Acceptance | None
 
 
 class Options(Settings, total=False):

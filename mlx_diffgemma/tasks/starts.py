@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from ..arguments import shown
 from ..diffusion.automaton import Plan, Plans
-from ..diffusion.constraints import ANYTHING, Constraint
+from ..diffusion.constraints import ANYTHING, Constraint, Listed
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
 from ..diffusion.prompt_cache import ContextError, remaining_context
@@ -23,24 +25,40 @@ from ..text.schema import Compiled, SchemaError
 from ..text.tokenizer import Tokenizer, TooLong, no_check
 from ..text.vocabulary import Vocabulary
 
+# Unions of token sets that are kept of a document, a byte for each token of the vocabulary.
+MOST_MASKS = 64
+
 
 class CanvasError(Error):
     """Text that does not fit into a canvas."""
 
 
-class CanvasStart(Protocol):
-    """Says where the canvases of an answer start."""
-
-    def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
-        """The start of the canvas behind these tokens; None is noise."""
+class Places(Protocol):
+    """Says which tokens may stand where in one answer, which only grows."""
 
     def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
         """Which tokens may stand at each of `count` places, the first right behind `generated`,
         and each behind as many of `written` as there are places before it."""
 
 
+class CanvasStart(Protocol):
+    """Says where the canvases of an answer start."""
+
+    def begin(
+        self, generated: Sequence[int], draws: Draws, most: int | None = None
+    ) -> Start | None:
+        """The start of the canvas behind these tokens; None is noise. With `most` it has no more
+        positions, and none behind which no answer goes on."""
+
+    def places(self) -> Places:
+        """What the tokens of an answer may be, one by one."""
+
+
 class Free:
     """Any token may stand anywhere."""
+
+    def places(self) -> Places:
+        return self
 
     def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
         return ANYTHING
@@ -53,10 +71,15 @@ class Noise(Free):
     length: int
     budget: int | None = None
 
-    def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
-        if self.budget is None:
+    def begin(
+        self, generated: Sequence[int], draws: Draws, most: int | None = None
+    ) -> Start | None:
+        length = self.length if most is None else min(self.length, most)
+        if self.budget is not None:
+            length = min(length, self.budget - len(generated))
+        elif most is None:
             return None
-        return Start(draws.tokens((1, min(self.length, self.budget - len(generated)))))
+        return Start(draws.tokens((1, length)))
 
 
 @dataclass(frozen=True)
@@ -68,9 +91,11 @@ class Opening(Free):
     length: int
     budget: int | None = None
 
-    def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
+    def begin(
+        self, generated: Sequence[int], draws: Draws, most: int | None = None
+    ) -> Start | None:
         if generated:
-            return Noise(self.length, self.budget).begin(generated, draws)
+            return Noise(self.length, self.budget).begin(generated, draws, most)
         length = self.length
         if self.budget is not None:
             length = max(min(length, self.budget), len(self.tokens) + 1)
@@ -85,7 +110,9 @@ class First(Free):
 
     start: Start | list[int | None]
 
-    def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
+    def begin(
+        self, generated: Sequence[int], draws: Draws, most: int | None = None
+    ) -> Start | None:
         if generated:
             return None
         return self.start if isinstance(self.start, Start) else pinned_start([self.start], draws)
@@ -99,20 +126,55 @@ class Document:
     length: int
     budget: int
 
-    def begin(self, generated: Sequence[int], draws: Draws) -> Start | None:
+    def begin(
+        self, generated: Sequence[int], draws: Draws, most: int | None = None
+    ) -> Start | None:
         machine = self.schema.machine
         states = machine.advance(frozenset([machine.first]), generated)
-        plan = machine.plan(self.length, self.budget - len(generated), states)
+        length = self.length if most is None else min(self.length, most)
+        plan = machine.plan(length, self.budget - len(generated), states)
+        if most is not None:
+            plan = plan.front(_answered(plan, self.schema.vocabulary.fill))
         return planned_start([plan], self.schema.vocabulary, draws)
 
+    def places(self) -> Places:
+        return DocumentPlaces(self.schema, self.budget)
+
+
+def _answered(plan: Plan, fill: int) -> int:
+    """Count the positions up to where every answer has ended: behind it there is but fill."""
+    forced = plan.forced()
+    return 1 + next((i for i in reversed(range(len(forced))) if forced[i] != fill), 0)
+
+
+class DocumentPlaces:
+    """The tokens of one document of a schema: each place is read once."""
+
+    def __init__(self, schema: Compiled, budget: int):
+        self._machine, self._size, self._budget = schema.machine, schema.vocabulary.size, budget
+        self._states, self._read = frozenset([schema.machine.first]), 0
+        self._masks: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}
+
     def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
-        machine, left = self.schema.machine, self.budget - len(generated)
-        states = machine.advance(frozenset([machine.first]), generated)
-        plans = []
+        self._states = self._machine.advance(self._states, generated[self._read :])
+        self._read = len(generated)
+        states, masks = self._states, list[npt.NDArray[np.bool_]]()
         for i in range(count):
-            plans.append(machine.plan(1, left - i, states))
-            states = machine.advance(states, written[i : i + 1])
-        return Plans(plans, self.schema.vocabulary.size)
+            masks.append(
+                self._mask(self._machine.sets_behind(states, self._budget - self._read - i))
+            )
+            states = self._machine.advance(states, written[i : i + 1])
+        return Listed(mx.array(np.stack(masks)), mx.arange(count))
+
+    def _mask(self, sets: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """(vocabulary,) which tokens one of the sets has."""
+        if sets not in self._masks:
+            if len(self._masks) == MOST_MASKS:
+                self._masks.clear()
+            self._masks[sets] = mask = np.zeros(self._size, dtype=bool)
+            for each in sets:
+                mask[list(self._machine.sets[each])] = True
+        return self._masks[sets]
 
 
 def document(

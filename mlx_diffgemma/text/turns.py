@@ -137,4 +137,10 @@ class TurnReader:
         if not new:
             return []
         self._shown[kind] = len(text)
+        alone = self._tokenizer.decode(self._ids[kind][-1:])
+        if "\ufffd" not in alone:  # else it is a byte, perhaps the first of a character
+            # What comes is decoded behind this token alone: an answer of one token after another
+            # would else take the square of its length.
+            self._ids[kind], self._shown[kind] = self._ids[kind][-1:], len(alone)
+            self._header = self._header and kind != "thought"
         return [Thought(new) if kind == "thought" else Text(new)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command import run
 
+from mlx_diffgemma.server.body import ignored
 from mlx_diffgemma.server.openai import (
     ChatBody,
     CompletionBody,
@@ -31,6 +32,31 @@ def test_generate_in_each_mode() -> None:
     assert refused.stderr.strip() == "error: --mode causal does not go with --verify"
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--temperature", "0.7"], "--temperature goes with --mode causal or speculative"),
+        (["--mode", "causal", "--acceptance", "typical"], "--acceptance goes with --mode specul"),
+        (["--mode", "causal", "--temperature", "3"], "a temperature is 0 or from 0.001 to 2, not"),
+    ],
+)
+def test_what_means_nothing_is_refused(flags: list[str], said: str) -> None:
+    done = run("generate", QUESTION, *flags)
+    assert (done.returncode, done.stdout) == (2 if "goes" in said else 1, "")
+    assert done.stderr.startswith(f"error: {said}")
+
+
+def test_generate_draws_the_same_in_both_modes() -> None:
+    flags = ["--temperature", "2", "--seed", "3", "--max-tokens", "24", "--quiet"]
+    texts = [
+        run("generate", QUESTION, "--mode", mode, *flags).stdout
+        for mode in ("causal", "speculative")
+    ]
+    assert texts[0] == texts[1] != ANSWER
+    typical = run("generate", QUESTION, "--mode", "speculative", "--acceptance", "typical", "-q")
+    assert typical.stdout
+
+
 def test_eval_and_bench_compare_modes(tmp_path: Path) -> None:
     tasks = tmp_path / "mine.jsonl"
     tasks.write_text(json.dumps({"prompt": QUESTION, "regex": "Oslo"}) + "\n")
@@ -42,6 +68,13 @@ def test_eval_and_bench_compare_modes(tmp_path: Path) -> None:
     assert [row["mode"] for row in rows] == wanted
     assert rows[2]["success"] == rows[3]["success"] == 1
     assert rows[2]["positions_per_token"] < 1 < rows[0]["positions_per_token"]
+    more = ["--temperature", "0.5", "--acceptance", "typical", "--mode"]
+    done = run("eval", *flags, *more, "causal,speculative", "--json")
+    names = [json.loads(line)["mode"] for line in done.stdout.splitlines()]
+    assert names == ["causal", "speculative (typical)"]
+    said = "an acceptance goes with mode speculative"
+    assert said in run("eval", *flags, *more, "verify,causal").stderr
+    assert said in run("bench", "--acceptance", "exact").stderr
     assert run("eval", *flags, "--mode", "greedy").stderr.startswith("error: a mode is one of")
     flags = ["--prompt-tokens", "16", "--max-tokens", "8", "--repeats", "1", "--quiet"]
     done = run("bench", *flags, "--modes", "causal,denoise", COLUMNS="120")  # 0 steps: no ratio
@@ -53,8 +86,20 @@ def test_bodies_say_the_mode() -> None:
     messages = [{"role": "user", "content": "Hello"}]
     asked = chat_request(ChatBody.model_validate({"messages": messages, "verify": True}))
     assert (asked.mode, asked.verify) == ("denoise", True)
+    # Clients send a temperature whatever they talk to: it counts where the encoder draws.
+    sent = {"messages": messages, "temperature": 0.7}
+    for body, drawn in (
+        (ChatBody.model_validate(sent), None),
+        (ChatBody.model_validate({**sent, "mode": "causal"}), 0.7),
+    ):
+        assert chat_request(body).temperature == drawn
+        assert ("temperature" in ignored(body)) == (drawn is None)
+    assert not ignored(ChatBody.model_validate({**sent, "temperature": 1}))
+    sent = {"prompt": "Hello", "mode": "speculative", "acceptance": "typical", "temperature": 0}
+    (each,) = continuations(CompletionBody.model_validate(sent))
+    assert (each.request.acceptance, each.request.temperature) == ("typical", 0)
     body = CompletionBody.model_validate({"prompt": "Hello", "mode": "causal"})
     assert [each.request.mode for each in continuations(body)] == ["causal"]
     body = CompletionBody.model_validate({"prompt": "Hello", "suffix": "!", "mode": "causal"})
-    with pytest.raises(Refused, match="a suffix goes with neither mode nor verify"):
+    with pytest.raises(Refused, match="a suffix goes with neither mode nor verify nor acceptance"):
         infill(body)

@@ -8,10 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gemma import gemma_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_model import scripted
 
 from mlx_diffgemma import Done, Draft, Event, Guards, Notice, Text, Thought, stream_generate
-from mlx_diffgemma.diffusion.guards import OFF, Candidate, certain_part, repeated_from
+from mlx_diffgemma.diffusion.guards import OFF, Candidate, Thinking, certain_part, repeated_from
 
 TOKENIZER = gemma_tokenizer()
 END = 6
@@ -169,3 +171,18 @@ def test_drafts_hide_thoughts_and_markers() -> None:
     assert draft.text == "Yes."
     assert draft.end == len(canvas) - 1
     assert sum(draft.visible[: draft.end]) == len(TOKENIZER.encode("Yes."))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=300), st.booleans())
+def test_what_is_asked_token_by_token_is_as_over_the_whole(tokens: list[int], begun: bool) -> None:
+    """Token by token, all of an answer was gone through again for each."""
+    inside, spent = begun, []
+    for i, token in enumerate(tokens):
+        inside = (inside or token == 0) and token != 1
+        spent += [i] * inside
+    assert Thinking(0, 1, begun).spent(tokens) == spent
+    tokens = [*tokens, *tokens[-2:] * 24]
+    grown = (repeated_from(tokens[: i + 1], 1) for i in range(len(tokens)))
+    first = next((found for found in grown if found is not None), None)
+    assert (first is None) == (repeated_from(tokens) is None)
