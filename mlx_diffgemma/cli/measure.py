@@ -79,8 +79,8 @@ def evaluate(
     from ..tasks.modes import check_ways
 
     check_ways(ways)
-    if pinned and ways != ["denoise"]:
-        fail("--pinned does not go with --mode: templates are filled by denoising", code=2)
+    if pinned and set(ways) - {"denoise", "verify"}:
+        fail("--pinned goes with --mode denoise,verify: templates are filled so", code=2)
     from itertools import product
 
     from ..measure.evaluate import (

@@ -14,7 +14,7 @@ from ..diffusion.draws import SeededDraws
 from ..errors import Error
 from ..files import read_text
 from ..model.diffusion_gemma import DiffusionGemma
-from ..tasks.edit import STRENGTH, edit_start
+from ..tasks.edit import STRENGTH, EditResult, edit_start, stream_edit
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
 from ..tasks.modes import WAYS
@@ -170,7 +170,8 @@ def events_of(
 ) -> Iterator[Event]:
     """Answer one case, as `stream_generate` does, in one of the `WAYS`.
 
-    Where the encoder writes token by token, nothing but the prompt is given.
+    Where the encoder writes token by token, nothing but the prompt is given. A text to be repaired
+    and verified is not for this: `edit` does so.
     """
     mode, verify = WAYS[way]
     draws = SeededDraws(seed, model.config.vocab_size)
@@ -208,12 +209,15 @@ def run_case(
     """Answer one case to the end.
 
     Raises:
-        TaskError: a template is to be filled in another way than by denoising.
+        TaskError: a template is to be filled by the encoder alone, or a text repaired without
+            standing in the prompt.
     """
     if case.template is not None:
-        if way != "denoise":
+        if way not in ("denoise", "verify"):
             raise TaskError(f"a template is filled by denoising, not by mode {way}")
-        return _fill(model, tokenizer, case, case.template, steps, seed)
+        return _fill(model, tokenizer, case, case.template, steps, seed, way == "verify")
+    if case.start is not None and way == "verify":
+        return _verified_edit(model, tokenizer, case, case.start, steps, seed)
     text = ""
     for event in events_of(model, tokenizer, case, steps, seed, way):
         if isinstance(event, Text):
@@ -230,6 +234,39 @@ def run_case(
     )
 
 
+def _verified_edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    case: Case,
+    start: str,
+    steps: int | None,
+    seed: int,
+) -> Outcome:
+    """Repair as `edit` does, whose prompt is an instruction, a colon and the text."""
+    instruction = case.prompt.removesuffix(f": {start}")
+    if instruction == case.prompt:
+        raise TaskError(
+            f"a text that is repaired and verified ends its prompt, behind a colon, not {start!r}"
+        )
+    canvases = 0
+    for event in stream_edit(
+        model, tokenizer, start, instruction, steps=steps, seed=seed, verify=True
+    ):
+        if isinstance(event, Draft):
+            canvases = event.canvas + 1
+        elif isinstance(event, EditResult):
+            result = event
+    written = len(tokenizer.encode(result.text)) + 1  # with the end token
+    return Outcome(
+        result.text,
+        result.steps,
+        canvases,
+        written / (result.steps + result.encoder_passes),
+        (result.positions_decoded + result.positions_encoded) / written,
+        result.positions_decoded / model.config.canvas_length,
+    )
+
+
 def _fill(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
@@ -237,10 +274,11 @@ def _fill(
     template: str,
     steps: int | None,
     seed: int,
+    verify: bool,
 ) -> Outcome:
     canvases = 0
     for event in stream_fill(
-        model, tokenizer, template, prompt=case.prompt, steps=steps, seed=seed
+        model, tokenizer, template, prompt=case.prompt, steps=steps, seed=seed, verify=verify
     ):
         if isinstance(event, Draft):
             canvases = event.canvas + 1
@@ -248,12 +286,13 @@ def _fill(
             result = event
     written = sum(map(len, result.probabilities.values()))
     decoded = result.positions_decoded
+    worked = decoded + result.positions_encoded
     return Outcome(
         result.text,
         result.steps,
         canvases,
-        written / result.steps,
-        decoded / written,
+        written / (result.steps + result.encoder_passes),
+        worked / written,
         decoded / model.config.canvas_length,
     )
 
