@@ -14,13 +14,13 @@ from ..diffusion.draws import SeededDraws
 from ..errors import Error
 from ..files import read_text
 from ..model.diffusion_gemma import DiffusionGemma
-from ..tasks.edit import STRENGTH, EditResult, edit_start, stream_edit
+from ..tasks.edit import STRENGTH, EditResult, Revision, edit_start
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
 from ..tasks.modes import WAYS
-from ..tasks.request import Done, Draft, Event
+from ..tasks.request import Done, Draft, Event, encode_prompt, run_prepared
 from ..tasks.starts import Pieces
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
 
@@ -184,18 +184,21 @@ def events_of(
         config = model.generation.override(max_denoising_steps=steps)
         vocabulary = Vocabulary(model, tokenizer)
         start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
-    said = [*case.history, ("user", case.prompt)]
-    messages = [{"role": role, "content": text} for role, text in said]
     return stream_generate(
         model,
         tokenizer,
-        messages,
+        _messages(case),
         steps=steps,
         draws=draws,
         start=start,
         mode=mode,
         verify=verify,
     )
+
+
+def _messages(case: Case) -> list[Message]:
+    said = [*case.history, ("user", case.prompt)]
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def run_case(
@@ -209,8 +212,7 @@ def run_case(
     """Answer one case to the end.
 
     Raises:
-        TaskError: a template is to be filled by the encoder alone, or a text repaired without
-            standing in the prompt.
+        TaskError: a template is to be filled by the encoder alone.
     """
     if case.template is not None:
         if way not in ("denoise", "verify"):
@@ -242,25 +244,28 @@ def _verified_edit(
     steps: int | None,
     seed: int,
 ) -> Outcome:
-    """Repair as `edit` does, whose prompt is an instruction, a colon and the text."""
-    instruction = case.prompt.removesuffix(f": {start}")
-    if instruction == case.prompt:
-        raise TaskError(
-            f"a text that is repaired and verified ends its prompt, behind a colon, not {start!r}"
-        )
-    canvases = 0
-    for event in stream_edit(
-        model, tokenizer, start, instruction, steps=steps, seed=seed, verify=True
-    ):
-        if isinstance(event, Draft):
-            canvases = event.canvas + 1
-        elif isinstance(event, EditResult):
-            result = event
+    """Repair as `edit` does, whose prompt this case has already."""
+    prepared = Revision(
+        model,
+        Vocabulary(model, tokenizer),
+        left="",
+        left_ids=[],
+        chunks=[start],
+        right="",
+        prompt=encode_prompt(tokenizer, _messages(case), most=model.context),
+        strength=STRENGTH,
+        config=model.generation.override(max_denoising_steps=steps),
+        seed=seed,
+        draws=None,
+        verify=True,
+    )
+    *_, result = run_prepared(model, prepared)
+    assert isinstance(result, EditResult)
     written = len(tokenizer.encode(result.text)) + 1  # with the end token
     return Outcome(
         result.text,
         result.steps,
-        canvases,
+        1,
         written / (result.steps + result.encoder_passes),
         (result.positions_decoded + result.positions_encoded) / written,
         result.positions_decoded / model.config.canvas_length,
