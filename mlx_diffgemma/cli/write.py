@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+Verify = Annotated[
+    bool, typer.Option("--verify", help="The encoder reads what is written, and corrects it.")
+]
+
 
 @app.command()
 @with_options
@@ -48,6 +52,7 @@ def fill(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the values of the holes as JSON.")
     ] = False,
+    verify: Verify = False,
     strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,6 +67,7 @@ def fill(
         steps=sampling.steps,
         seed=sampling.seed,
         sampler=sampling.rule(),
+        verify=verify,
     )
     result: FillResult = _result(request, load, show=show, quiet=quiet)
     if as_json:
@@ -89,7 +95,8 @@ def _result(request: "Task[Any]", load: LoadFaithful, *, show: bool, quiet: bool
 
 def _tell_run(result: "FillResult | EditResult", *, quiet: bool) -> None:
     if not quiet:
-        say(f"{result.steps} steps", *result.notes)
+        passes = f", {result.encoder_passes} passes of the encoder" if result.encoder_passes else ""
+        say(f"{result.steps} steps{passes}", *result.notes)
 
 
 @app.command()
@@ -118,6 +125,7 @@ def edit(
     whole: Annotated[
         bool, typer.Option("--text", help="Print the text instead of a diff.")
     ] = False,
+    verify: Verify = False,
     strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
@@ -137,6 +145,7 @@ def edit(
         steps=sampling.steps,
         seed=sampling.seed,
         sampler=sampling.rule(),
+        verify=verify,
     )
     request.split()
     result: EditResult = _result(request, load, show=show, quiet=quiet)

@@ -38,6 +38,15 @@ class Sampling:
     draws: PlaceDraws
 
 
+@dataclass(frozen=True)
+class Doubts:
+    """Of tokens that were read: log-probabilities (nats), and the likeliest ones with theirs."""
+
+    log_probabilities: tuple[float, ...]
+    choices: tuple[int, ...]
+    preferred: tuple[float, ...]
+
+
 class CausalReader:
     """Reads an answer behind what a prompt cache holds, and keeps of it what is committed.
 
@@ -96,6 +105,17 @@ class CausalReader:
             return ()
         seen = read_causally(self._model, self._states[:, :-1], mx.array([self._tokens]))
         return tuple(np.array(seen.log_probability)[0].tolist())
+
+    def doubts(self, first: int = 0) -> Doubts:
+        """What the encoder says of each token that has been read, from a place on."""
+        if first >= len(self._tokens):
+            return Doubts((), (), ())
+        asked = mx.array([self._tokens[first:]])
+        seen = read_causally(self._model, self._states[:, first:-1], asked)
+        found = (seen.log_probability, seen.top[..., 0], seen.top_log_probability[..., 0])
+        mx.eval(*found)
+        chances, choices, preferred = (tuple(np.array(each)[0].tolist()) for each in found)
+        return Doubts(chances, choices, preferred)
 
     def following(self, constraint: Constraint, first: int, count: int) -> Following:
         """The encoder's choice at places behind what is kept, `count` of them from `first` on."""

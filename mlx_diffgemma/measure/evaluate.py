@@ -14,13 +14,13 @@ from ..diffusion.draws import SeededDraws
 from ..errors import Error
 from ..files import read_text
 from ..model.diffusion_gemma import DiffusionGemma
-from ..tasks.edit import STRENGTH, edit_start
+from ..tasks.edit import STRENGTH, EditResult, Revision, edit_start
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
 from ..tasks.modes import DENOISE, Way
-from ..tasks.request import Done, Draft, Event
+from ..tasks.request import Done, Draft, Event, encode_prompt, run_prepared
 from ..tasks.starts import Pieces
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
 
@@ -170,7 +170,8 @@ def events_of(
 ) -> Iterator[Event]:
     """Answer one case, as `stream_generate` does.
 
-    Where the encoder writes token by token, nothing but the prompt is given.
+    Where the encoder writes token by token, nothing but the prompt is given. A text to be repaired
+    and verified is not for this: `edit` does so.
     """
     draws = SeededDraws(seed, model.config.vocab_size)
     start: Start | Pieces | None = None
@@ -182,12 +183,10 @@ def events_of(
         config = model.generation.override(max_denoising_steps=steps)
         vocabulary = Vocabulary(model, tokenizer)
         start = edit_start(model, vocabulary, case.start, "", STRENGTH, config, draws)
-    said = [*case.history, ("user", case.prompt)]
-    messages = [{"role": role, "content": text} for role, text in said]
     return stream_generate(
         model,
         tokenizer,
-        messages,
+        _messages(case),
         steps=steps,
         draws=draws,
         start=start,
@@ -196,6 +195,11 @@ def events_of(
         temperature=way.temperature,
         acceptance=way.acceptance,
     )
+
+
+def _messages(case: Case) -> list[Message]:
+    said = [*case.history, ("user", case.prompt)]
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def run_case(
@@ -209,12 +213,14 @@ def run_case(
     """Answer one case to the end.
 
     Raises:
-        TaskError: a template is to be filled in another way than by denoising.
+        TaskError: a template is to be filled by the encoder alone.
     """
     if case.template is not None:
-        if way != DENOISE:
+        if way.mode != "denoise":
             raise TaskError(f"a template is filled by denoising, not by mode {way.name}")
-        return _fill(model, tokenizer, case, case.template, steps, seed)
+        return _fill(model, tokenizer, case, case.template, steps, seed, way.verify)
+    if case.start is not None and way.verify:
+        return _verified_edit(model, tokenizer, case, case.start, steps, seed)
     text = ""
     for event in events_of(model, tokenizer, case, steps, seed, way):
         if isinstance(event, Text):
@@ -231,6 +237,42 @@ def run_case(
     )
 
 
+def _verified_edit(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    case: Case,
+    start: str,
+    steps: int | None,
+    seed: int,
+) -> Outcome:
+    """Repair as `edit` does, whose prompt this case has already."""
+    prepared = Revision(
+        model,
+        Vocabulary(model, tokenizer),
+        left="",
+        left_ids=[],
+        chunks=[start],
+        right="",
+        prompt=encode_prompt(tokenizer, _messages(case), most=model.context),
+        strength=STRENGTH,
+        config=model.generation.override(max_denoising_steps=steps),
+        seed=seed,
+        draws=None,
+        verify=True,
+    )
+    *_, result = run_prepared(model, prepared)
+    assert isinstance(result, EditResult)
+    written = len(tokenizer.encode(result.text)) + 1  # with the end token
+    return Outcome(
+        result.text,
+        result.steps,
+        1,
+        written / (result.steps + result.encoder_passes),
+        (result.positions_decoded + result.positions_encoded) / written,
+        result.positions_decoded / model.config.canvas_length,
+    )
+
+
 def _fill(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
@@ -238,10 +280,11 @@ def _fill(
     template: str,
     steps: int | None,
     seed: int,
+    verify: bool,
 ) -> Outcome:
     canvases = 0
     for event in stream_fill(
-        model, tokenizer, template, prompt=case.prompt, steps=steps, seed=seed
+        model, tokenizer, template, prompt=case.prompt, steps=steps, seed=seed, verify=verify
     ):
         if isinstance(event, Draft):
             canvases = event.canvas + 1
@@ -249,12 +292,13 @@ def _fill(
             result = event
     written = sum(map(len, result.probabilities.values()))
     decoded = result.positions_decoded
+    worked = decoded + result.positions_encoded
     return Outcome(
         result.text,
         result.steps,
         canvases,
-        written / result.steps,
-        decoded / written,
+        written / (result.steps + result.encoder_passes),
+        worked / written,
         decoded / model.config.canvas_length,
     )
 

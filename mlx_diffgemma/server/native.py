@@ -37,6 +37,7 @@ class FillBody(Body):
     prompt: str | None = None
     steps: Steps | None = None
     seed: NonNegative | None = None
+    verify: bool | None = None
     stream_drafts: bool | None = None
 
 
@@ -47,6 +48,7 @@ class EditBody(Body):
     strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
     steps: Steps | None = None
     seed: NonNegative | None = None
+    verify: bool | None = None
     stream_drafts: bool | None = None
 
 
@@ -68,7 +70,9 @@ def router(service: Service) -> APIRouter:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
         task: Task[object] = (
-            FillRequest(body.template, body.prompt, body.steps, body.seed)
+            FillRequest(
+                body.template, body.prompt, body.steps, body.seed, verify=body.verify or False
+            )
             if body.template is not None
             else canvas_request(body, service.worker.model.config.canvas_length)
         )
@@ -85,7 +89,15 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/edit", responses=RESPONSES)
     async def editing(http: Http, body: EditBody) -> Response:
         lines = None if body.lines is None else (body.lines[0], body.lines[1])
-        task = EditRequest(body.text, body.instruction, lines, body.strength, body.steps, body.seed)
+        task = EditRequest(
+            body.text,
+            body.instruction,
+            lines,
+            body.strength,
+            body.steps,
+            body.seed,
+            verify=body.verify or False,
+        )
         return await _answered(service, http, body, task, edit_facts, body.stream_drafts)
 
     return routes
@@ -132,6 +144,7 @@ def canvas_request(body: FillBody, length: int) -> Request:
         steps=body.steps,
         seed=body.seed,
         start=Pieces(pieces),
+        verify=body.verify or False,
     )
 
 
@@ -149,6 +162,7 @@ class FillFacts:
                     "values": event.values,
                     "denoising_steps": event.steps,
                     "positions_decoded": event.positions_decoded,
+                    **encoded_facts(event.encoder_passes, event.positions_encoded),
                     "notes": list(event.notes),
                 }
             case Text() | BadToolCall():  # the client sees what the model wrote
@@ -159,6 +173,7 @@ class FillFacts:
                     "values": {},
                     "denoising_steps": event.denoising_steps,
                     "positions_decoded": event.positions_decoded,
+                    **encoded_facts(event.encoder_passes, event.positions_encoded),
                     "notes": [],
                 }
         return {}
@@ -177,5 +192,11 @@ def edit_facts(event: object) -> dict[str, Any]:
         "text": event.text,
         "denoising_steps": event.steps,
         "positions_decoded": event.positions_decoded,
+        **encoded_facts(event.encoder_passes, event.positions_encoded),
         "notes": list(event.notes),
     }
+
+
+def encoded_facts(passes: int, positions: int) -> dict[str, int]:
+    """Give what the encoder has verified as JSON, if it has."""
+    return {"encoder_passes": passes, "positions_encoded": positions} if passes else {}

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..arguments import SettingError, check_kind, is_number, shown
 from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
+from ..diffusion.causal import CausalReader
 from ..diffusion.decoding import Decoding, relay
 from ..diffusion.denoise import DenoisingState, Start, denoise
 from ..diffusion.draws import Draws
@@ -24,8 +25,10 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig, Sampler
 from ..text.tokenizer import COUNTED_AT_ONCE, Tokenizer, no_check
 from ..text.vocabulary import Vocabulary
+from .proofread import Proofreader, Tally, begin_reading
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import CanvasError, clip_context
+from .writing import Read
 
 STRENGTH = 0.4
 
@@ -44,6 +47,7 @@ class EditResult:
         notes: what a user should know, as sentences: text that the model could not see.
         positions_decoded: positions of canvases, over those steps.
         converged: whether every canvas met the stop rule before its steps were used up.
+        encoder_passes: of those that verify, over `positions_encoded` tokens.
     """
 
     text: str
@@ -51,6 +55,8 @@ class EditResult:
     notes: tuple[str, ...]
     positions_decoded: int
     converged: bool
+    encoder_passes: int = 0
+    positions_encoded: int = 0
 
 
 class EditOptions(TypedDict, total=False):
@@ -63,6 +69,8 @@ class EditOptions(TypedDict, total=False):
         seed: makes the result repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
         draws: takes the place of `seed`, to replay a run.
+        verify: have the encoder read what was rewritten, and correct what it doubts; of that, what
+            was denoised, and the part as it was, the one stays that it finds likeliest.
     """
 
     lines: tuple[int, int] | None
@@ -71,6 +79,7 @@ class EditOptions(TypedDict, total=False):
     seed: int | None
     sampler: Sampler | None
     draws: Draws | None
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class EditRequest:
     seed: int | None = None
     sampler: Sampler | None = None
     draws: Draws | None = None
+    verify: bool = False
 
     def prepare(
         self,
@@ -122,6 +132,7 @@ class EditRequest:
             config,
             self.seed,
             self.draws,
+            self.verify,
         )
 
     def split(self) -> tuple[str, str, str]:
@@ -134,6 +145,7 @@ class EditRequest:
         """
         check_kind("the text", self.text, str, "text")
         check_kind("an instruction", self.instruction, str, "text")
+        check_kind("verify", self.verify, bool, "true or false")
         if not is_number(self.strength) or not 0 < self.strength <= 1:
             raise SettingError(f"strength must be over 0 and at most 1, not {shown(self.strength)}")
         checked_seed(self.seed)
@@ -197,6 +209,7 @@ class Revision:
     config: GenerationConfig
     seed: int | None
     draws: Draws | None
+    verify: bool = False
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | EditResult, None]:
         """A `Draft` a denoising step, at last the `EditResult`."""
@@ -205,12 +218,16 @@ class Revision:
         steps = decoded = 0
         notes: list[str] = []
         converged = True
+        tally = Tally()
         for number, chunk in enumerate(self.chunks):
             context, dropped = clip_context(self.model, self.prompt, given)
             if dropped and not notes:
                 notes.append(f"The model did not see the first {dropped} tokens of the text.")
-            yield from prompt_cache.reading(context)
-            state, rewritten = yield from self._rewrite(number, prompt_cache, draws)
+            reader = yield from begin_reading(self.model, prompt_cache, context, self.verify)
+            state, tokens = yield from self._rewrite(number, prompt_cache, draws)
+            if reader is not None:
+                tokens = yield from relay(self._verified(number, reader, tokens), tally.take)
+            rewritten = self.vocabulary.tokenizer.decode(tokens)
             converged &= bool(np.array(state.converged)[0])
             rewritten += chunk[len(chunk.rstrip("\r\n")) :]
             written += rewritten
@@ -218,23 +235,56 @@ class Revision:
             given = given + self.vocabulary.tokenizer.encode(rewritten)
             decoded += state.decoded
             steps += state.step - _first_step(self.strength, self.config) + 1
-        yield EditResult(written + self.right, steps, tuple(notes), decoded, converged)
+        yield EditResult(
+            text=written + self.right,
+            steps=steps,
+            notes=tuple(notes),
+            positions_decoded=decoded,
+            converged=converged,
+            encoder_passes=tally.passes,
+            positions_encoded=tally.positions,
+        )
+
+    def _split(self, number: int) -> tuple[str, str]:
+        """A chunk without its line break, and what stands behind that in the text."""
+        chunk = self.chunks[number]
+        body = chunk.rstrip("\r\n")
+        return body, chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
 
     def _rewrite(
         self, number: int, prompt_cache: PromptCache, draws: Draws
-    ) -> Decoding[Draft, tuple[DenoisingState, str]]:
-        """The last state of a chunk's canvas, and the chunk rewritten, without its line break."""
-        tokenizer, config, chunk = self.vocabulary.tokenizer, self.config, self.chunks[number]
-        body = chunk.rstrip("\r\n")
-        behind = chunk[len(body) :] + "".join(self.chunks[number + 1 :]) + self.right
+    ) -> Decoding[Draft, tuple[DenoisingState, list[int]]]:
+        """The last state of a chunk's canvas, and the tokens of the chunk rewritten, without its
+        line break."""
+        tokenizer, config = self.vocabulary.tokenizer, self.config
+        body, behind = self._split(number)
         start = edit_start(self.model, self.vocabulary, body, behind, self.strength, config, draws)
         state = yield from relay(
             denoise(self.model, prompt_cache.cache, config, draws, start),
             lambda state: [draft_of(tokenizer, state, number, config)],
         )
         tokens: list[int] = np.array(state.argmax[0]).tolist()
-        kept = _without(tokens, self.vocabulary.end, _visible(tokenizer, behind, len(tokens)))
-        return state, tokenizer.decode(kept)
+        return state, _without(
+            tokens, self.vocabulary.end, _visible(tokenizer, behind, len(tokens))
+        )
+
+    def _verified(
+        self, number: int, reader: CausalReader, rewritten: list[int]
+    ) -> Decoding[Read, list[int]]:
+        """The tokens of a chunk rewritten, as they are or corrected, or those that it had."""
+        room = self.model.config.canvas_length
+        body, behind = self._split(number)
+        own = self.vocabulary.tokenizer.encode(body)
+        proofreader = Proofreader(
+            reader,
+            frozenset(_allowed(self.vocabulary, own)),
+            [*_visible(self.vocabulary.tokenizer, behind, room), self.vocabulary.end],
+            _most(own, room),
+        )
+        best = yield from proofreader.likeliest([own, rewritten])
+        best = yield from proofreader.corrected(best)
+        reader.take_back(best)  # a next canvas reads on from there
+        return best
 
 
 def edit_start(
@@ -261,10 +311,9 @@ def edit_start(
         raise CanvasError(f"the text has {len(ids)} tokens, more than a canvas of {room} holds")
     right = _visible(tokenizer, behind, room)
     cut = len(right) > room
-    most = min(len(ids) + max(4, len(ids) // 4), room - 1)
-    # Tokens of the text itself are allowed even if they are, say, single bytes.
-    allowed = Tokens(tuple(sorted({*vocabulary.text_without("").ids, *ids})))
-    pattern: Pattern = Concat((Repeat(allowed, 0, most), Exactly(tuple(right[:room]))))
+    allowed = Tokens(_allowed(vocabulary, ids))
+    part_pattern = Repeat(allowed, 0, _most(ids, room))
+    pattern: Pattern = Concat((part_pattern, Exactly(tuple(right[:room]))))
     if not cut:
         pattern = vocabulary.answer(pattern)
     # Text that does not fit may go on in a canvas that is never computed.
@@ -279,6 +328,16 @@ def edit_start(
         constraint=Plans([plan], vocabulary.size),
         first_step=_first_step(strength, config),
     )
+
+
+def _allowed(vocabulary: Vocabulary, part: list[int]) -> tuple[int, ...]:
+    """Tokens of text, and those of the part itself even if they are, say, single bytes."""
+    return tuple(sorted({*vocabulary.text_without("").ids, *part}))
+
+
+def _most(part: list[int], room: int) -> int:
+    """Tokens that a part may grow to in a canvas of `room`."""
+    return min(len(part) + max(4, len(part) // 4), room - 1)
 
 
 def _first_step(strength: float, config: GenerationConfig) -> int:

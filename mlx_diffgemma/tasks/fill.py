@@ -23,6 +23,7 @@ import numpy as np
 
 from ..arguments import check_kind, shown
 from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
+from ..diffusion.causal import CausalReader
 from ..diffusion.decoding import Decoding, relay, rows_at_once
 from ..diffusion.denoise import denoise
 from ..diffusion.draws import Draws
@@ -34,6 +35,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.template import Hole, TemplateError, check_parts, parse_template, short
 from ..text.tokenizer import Tokenizer, no_check
 from ..text.vocabulary import Vocabulary, integer
+from .proofread import Tally, begin_reading, refilled
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import clip_context, planned_start
 
@@ -69,6 +71,7 @@ class FillResult:
         notes: what a user should know, as sentences: text that the model could not see.
         positions_decoded: positions of canvases, over those steps and all rows.
         converged: whether every canvas met the stop rule before its steps were used up.
+        encoder_passes: of those that verify, over `positions_encoded` tokens.
     """
 
     text: str
@@ -78,6 +81,8 @@ class FillResult:
     notes: tuple[str, ...]
     positions_decoded: int
     converged: bool
+    encoder_passes: int = 0
+    positions_encoded: int = 0
 
 
 # Layout ------------------------------------------------------------------------------------------
@@ -91,6 +96,7 @@ class _Gap:
     spaced: bool  # its text begins with the space that stood before it
     patterns: dict[int, Pattern]
     start_length: int  # until it is decided
+    any_length: Pattern  # as the encoder writes it, which need not guess
 
 
 _Piece = tuple[int, ...] | _Gap
@@ -105,6 +111,7 @@ def _gap(
     check: Callable[[], None],
 ) -> _Gap:
     patterns: dict[int, Pattern] = {}
+    any_length: Pattern | None = None
     if hole.kind == "choice":
         by_length: dict[int, list[Pattern]] = {}
         for option in hole.options:
@@ -123,13 +130,16 @@ def _gap(
         inner = vocabulary.text_without(closing + "\n" if unknown else closing)
         first = vocabulary.words_without(closing + "\n") if spaced else inner
         patterns = {n: Concat((first, Repeat(inner, n - 1, n - 1))) for n in counts}
+        if unknown:
+            any_length = Concat((first, Repeat(inner, 0, max(counts) - 1)))
     patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
     if not patterns:
         raise TemplateError(
             f"the hole {short(hole.name)} is longer than a canvas of {room + 1} tokens"
         )
     lengths = sorted(patterns)
-    return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3])
+    any_length = any_length or Alternation(tuple(patterns.values()))
+    return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3], any_length)
 
 
 def _pieces(
@@ -250,6 +260,8 @@ class FillOptions(TypedDict, total=False):
         seed: makes the result repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
         draws: takes the place of `seed`, to replay a run.
+        verify: have the encoder read what was filled in; from its first doubt on it writes a hole
+            anew, which is kept if it finds the whole line likelier.
     """
 
     prompt: str | None
@@ -257,6 +269,7 @@ class FillOptions(TypedDict, total=False):
     seed: int | None
     sampler: Sampler | None
     draws: Draws | None
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,7 @@ class FillRequest:
     seed: int | None = None
     sampler: Sampler | None = None
     draws: Draws | None = None
+    verify: bool = False
 
     def prepare(
         self,
@@ -296,17 +310,28 @@ class FillRequest:
             prompt = f"Fill: {shown}"
         ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
         remaining_context(model, ids)
-        return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
+        return Form(
+            model,
+            vocabulary,
+            tuple(parts),
+            pieces,
+            ids,
+            config,
+            self.seed,
+            self.draws,
+            self.verify,
+        )
 
     def parts(self) -> list[str | Hole]:
         """Texts and holes in turn; finds all mistakes that no model is needed for.
 
         Raises:
             TemplateError: as `parse_template`.
-            SettingError: the seed is none, or the prompt no text.
+            SettingError: the seed is none, the prompt no text, or `verify` no boolean.
         """
         checked_seed(self.seed)
         check_kind("a prompt", self.prompt, (str, NoneType), "text")
+        check_kind("verify", self.verify, bool, "true or false")
         if isinstance(self.template, str):
             return parse_template(self.template)
         if not isinstance(self.template, Sequence):
@@ -343,6 +368,7 @@ class Form:
     config: GenerationConfig
     seed: int | None
     draws: Draws | None
+    verify: bool = False
 
     @cached_property
     def gaps(self) -> dict[str, _Gap]:
@@ -373,6 +399,8 @@ class _Filling:
         self._notes: list[str] = []
         self._converged = True
         self._probabilities: dict[str, tuple[float, ...]] = {}
+        self._reader: CausalReader | None = None  # of what is to be verified
+        self._tally = Tally()
         self.written: dict[str, list[int]] = {}
 
     @property
@@ -396,7 +424,7 @@ class _Filling:
             context = [*self._cache.tokens, *self._context]
             if len(context) + self._room > form.model.context:
                 raise ContextError("the text between the holes does not fit into the context")
-        yield from self._cache.reading(context)
+        self._reader = yield from begin_reading(form.model, self._cache, context, form.verify)
 
     def decide(self) -> Decoding[Draft, _Settled]:
         """Decide the lengths of holes from left to right, then all that lie in the canvas."""
@@ -417,7 +445,37 @@ class _Filling:
             settled = min(settled, other, key=lambda each: each.total(sure))
             if not settled.surprising(sure):
                 break
+        if self._reader is not None:
+            settled = yield from self._verified(settled, self._reader)
         return settled
+
+    def _verified(self, settled: _Settled, reader: CausalReader) -> Decoding[Never, _Settled]:
+        """The canvas with its holes as they are, or as the encoder has written them."""
+        form, row, room = self._form, settled.layout.row, self._room
+        whole = _size(self._pieces, settled.layout.lengths) == row.end < room
+        line, spans = settled.tokens[: row.end + whole], dict(row.spans)
+        for name in spans:
+            start, end = spans[name]
+            if end == len(line):
+                continue  # nothing tells the encoder where it ends
+            gap, slack = form.gaps[name], room - len(line)
+            most = min(max(gap.patterns), end - start + slack)
+            size = form.model.config.vocab_size
+            new = yield from relay(
+                refilled(reader, line, (start, end), gap.any_length, most, size), self._tally.take
+            )
+            line[start:end] = new
+            shift = start + len(new) - end
+            moved = {n: (a + shift, b + shift) for n, (a, b) in spans.items() if a >= end}
+            spans |= {**moved, name: (start, end + shift)}
+        reader.take_back()
+        if line == settled.tokens[: len(line)] and spans == row.spans:
+            return settled
+        canvas = mx.array([(line + form.vocabulary.ending(room)[1:])[:room]])
+        surprises = yield from _in_groups(form.model, self._cache.cache, canvas, spans, self._draws)
+        changed = _Row(row.pattern, spans, len(line) - whole)
+        layout = _Layout(settled.layout.lengths, changed)
+        return replace(settled, layout=layout, canvas=canvas, surprises=surprises)
 
     def _try(self, layouts: list[_Layout], name: str | None) -> Decoding[Draft, _Settled]:
         form = self._form
@@ -478,6 +536,8 @@ class _Filling:
             notes=notes,
             positions_decoded=self._decoded,
             converged=self._converged,
+            encoder_passes=self._tally.passes,
+            positions_encoded=self._tally.positions,
         )
 
 
