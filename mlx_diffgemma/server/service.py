@@ -9,6 +9,7 @@ from fastapi import Request as Http
 
 from ..tasks.request import Prepared, Task
 from .body import Body, ignored
+from .pictures import sees
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
 from .stream import Stream, unless_gone
@@ -48,6 +49,7 @@ class Service:
             "denoising_steps": model.generation.max_denoising_steps,
             "thinking": tokenizer.knows_thinking,
             "tools": tokenizer.knows_tools,
+            "images": sees(model),
         }
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
