@@ -1,14 +1,12 @@
 """Random checkpoints of the reference with a vision tower, small and lively; `load` reads them."""
 
 import json
-import string
 from pathlib import Path
 from typing import Any
 
 import torch
+from looking import BEGIN, END, EOS, IMAGE, TOWER, write_tokenizer
 from reference import SAMPLER, TEXT, layer_types
-from tokenizers import AddedToken, decoders, models
-from tokenizers import Tokenizer as Backend
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 from transformers.models.diffusion_gemma.configuration_diffusion_gemma import (
     DiffusionGemmaConfig,
@@ -18,28 +16,6 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
-
-PATCH = 4  # pixels
-
-IMAGE, BEGIN, END = 90, 91, 92  # ids
-
-EOS = 95  # no token of the tokenizer
-
-# Two layers, heads of 12 (three pairs by column, three by row); a position table as long as the
-# longest side of a picture of 70 tokens.
-TOWER: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 12,
-    "pooling_kernel_size": 3,
-    "patch_size": PATCH,
-    "position_embedding_size": 210,
-    "standardize": True,
-    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
-}
 
 
 def seeing_checkpoint(
@@ -89,25 +65,3 @@ def seeing_checkpoint(
     (directory / "generation_config.json").write_text(json.dumps(values))
     write_tokenizer(directory)
     return model
-
-
-CHARACTERS = string.ascii_letters + string.digits + "\n .,:;?!-'\"/()[]{}<>|_"
-
-TEMPLATE = """{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}
-{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}
-{{- '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}<turn|>
-{% endfor %}{% if add_generation_prompt %}<|turn>model
-{% endif %}"""
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A token a character, and the markers of pictures; `TEMPLATE` writes parts in turn."""
-    special = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<|turn>": 3, "<turn|>": 4}
-    special |= {"<|image|>": IMAGE, "<|image>": BEGIN, "<image|>": END, "<unk>": 96}
-    vocab = special | {character: 5 + i for i, character in enumerate(CHARACTERS)}
-    backend = Backend(models.BPE(vocab, [], unk_token="<unk>"))
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
-    backend.decoder = decoders.Fuse()
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)

@@ -249,6 +249,7 @@ class FillOptions(TypedDict, total=False):
         prompt: an instruction; None is "Fill: " and the template with its holes as dots.
         images: pictures that stand before the instruction, each a `pathlib.Path`, bytes of a file
             or an image of Pillow.
+        image_tokens: most tokens of each; None asks the checkpoint.
         steps: most denoising steps a canvas; None asks the checkpoint.
         seed: makes the result repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
@@ -257,6 +258,7 @@ class FillOptions(TypedDict, total=False):
 
     prompt: str | None
     images: Sequence[Given]
+    image_tokens: int | None
     steps: int | None
     seed: int | None
     sampler: Sampler | None
@@ -274,6 +276,7 @@ class FillRequest:
     sampler: Sampler | None = None
     draws: Draws | None = None
     images: Sequence[Given] = ()
+    image_tokens: int | None = None
 
     def prepare(
         self,
@@ -299,8 +302,15 @@ class FillRequest:
             if _fits(model, pieces):
                 shown = "".join(part if isinstance(part, str) else "..." for part in parts)
             prompt = f"Fill: {shown}"
+        most = {} if self.image_tokens is None else {"tokens": self.image_tokens}
+        before = [{"type": "image", "image": each, **most} for each in self.images]
+        content = [*before, {"type": "text", "text": prompt}]
         ids = encode_prompt(
-            vocabulary.tokenizer, prompt, sight=model.sight, most=model.context, check=check
+            vocabulary.tokenizer,
+            [{"role": "user", "content": content}] if before else prompt,
+            sight=model.sight,
+            most=model.context,
+            check=check,
         )
         remaining_context(model, ids)
         return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)

@@ -90,9 +90,13 @@ def show(given: Any, sight: Sight, budget: int | None = None) -> Pixels:
         PictureError: it cannot be read, or is too thin.
         SettingError: the budget is none that there is, or it is no picture at all.
     """
+    config = sight.config
+    vision = config.vision
+    grid = Grid(vision.patch_size, vision.pool)
+    if isinstance(given, Picture) and given.grid != grid:
+        raise PictureError("the picture was made ready for another model: give its file again")
     if isinstance(given, Picture | Kept):
         return given
-    config = sight.config
     if budget is not None and (type(budget) is not int or budget not in BUDGETS):
         known = ", ".join(map(str, BUDGETS))
         raise SettingError(f"a picture has at most {known} tokens; not {shown(budget)}")
@@ -101,8 +105,6 @@ def show(given: Any, sight: Sight, budget: int | None = None) -> Pixels:
             "a picture is a pathlib.Path, bytes of a file or an image of Pillow, not "
             f"{shown(given)}"
         )
-    vision = config.vision
-    grid = Grid(vision.patch_size, vision.pool)
     picture = picture_of(read_picture(given), budget or config.budget, grid)
     if max(picture.rows, picture.columns) > vision.position_embedding_size:
         raise PictureError("the picture is too long and thin for this model")

@@ -24,7 +24,7 @@ from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
 from ..diffusion.guards import FinishReason, Guard, Guards
 from ..diffusion.prompt_cache import ContextError, PromptCache, Reading
 from ..errors import Error
-from ..model.diffusion_gemma import DiffusionGemma
+from ..model.diffusion_gemma import READS_TEXT, DiffusionGemma
 from ..model.placeholders import runs
 from ..model.settings import GenerationConfig, Sampler
 from ..model.sight import Sight
@@ -391,6 +391,8 @@ def encode_messages(
     Markers of pictures that stand in a text are made ordinary text.
     """
     pictures = pictures_of(messages)
+    if pictures and sight is None:
+        raise SettingError(READS_TEXT)
     markers = None
     if sight is not None:
         try:

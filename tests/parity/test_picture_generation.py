@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from looking import IMAGE, PATCH
 from PIL import Image
 from reference import Replay, Run, record
 from replaying import assert_same, steps_of
-from seeing import IMAGE, PATCH, seeing_checkpoint
+from seeing import seeing_checkpoint
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )

@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from looking import BEGIN, END, IMAGE, PATCH
 from PIL import Image
-from seeing import BEGIN, END, IMAGE, PATCH, seeing_checkpoint
+from seeing import seeing_checkpoint
 from transformers import DynamicCache
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ForConditionalGeneration
