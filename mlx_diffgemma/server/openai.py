@@ -23,10 +23,7 @@ from .refused import Refused, shortened
 # Characters of a stop string: each beginning of it is looked for in what an answer adds.
 MOST_STOP = 1000
 
-ONLY = (
-    "a part of a content is {type: text, text: ...} or {type: image_url, image_url: {url: ...}}, "
-    "not audio or a file"
-)
+ONLY = "only text content and image_url are supported, no audio or files"
 
 # The hole between a prompt and a suffix.
 MIDDLE = "middle"

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..images.files import can_read, picture_size
-from ..images.picture import PictureError
+from ..images.picture import Picture, PictureError
 from ..model.config import ConfigError
 from ..model.diffusion_gemma import READS_TEXT, DiffusionGemma
-from ..model.placeholders import Pixels
 from ..model.sight import Sight
 from ..model.vision_config import BUDGETS
 from ..tasks.pictures import MOST_PICTURES, show
@@ -103,7 +102,7 @@ def bytes_of_pictures(value: Any) -> int:
     return count
 
 
-def seen(sent: Sequence[Sent], model: DiffusionGemma, check: Callable[[], None]) -> list[Pixels]:
+def seen(sent: Sequence[Sent], model: DiffusionGemma, check: Callable[[], None]) -> list[Picture]:
     """Read pictures of a request, all of them or none; for a thread that prepares.
 
     Count and pixels are known before one is decoded; `check` is called between them.
@@ -136,9 +135,11 @@ def seen(sent: Sequence[Sent], model: DiffusionGemma, check: Callable[[], None])
         check()
         budget = {"low": BUDGETS[0], "high": high}.get(each.detail or "auto")
         try:
-            found.append(show(file, model.sight, budget))
+            picture = show(file, model.sight, budget)
         except PictureError as error:
             raise each.refused(str(error)) from None
+        assert isinstance(picture, Picture)  # of a file
+        found.append(picture)
     return found
 
 
