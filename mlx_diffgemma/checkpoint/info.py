@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..model.config import Config, ConfigError
+from ..model.sight import SightConfig
 from ..model.vision_config import BUDGETS, VisionConfig
 from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
 from .quantization import quantization_of
@@ -40,7 +41,8 @@ class Info:
     model in the type it computes in, `table_bytes` those of a quantized embedding table once it is
     dequantized, else 0; `step_bytes` is what a denoising step needs beside both. `vision_bytes` are
     those of the vision tower, which only pictures load, `picture_bytes` what reading one of most
-    tokens needs beside it; both are 0 of a checkpoint that reads text alone."""
+    tokens needs beside it, and `picture_tokens` what one takes of a prompt at most unless another
+    number is asked for; all are 0 of a checkpoint that reads text alone."""
 
     layers: int
     canvas_length: int
@@ -54,6 +56,7 @@ class Info:
     step_bytes: int
     vision_bytes: int = 0
     picture_bytes: int = 0
+    picture_tokens: int = 0
 
     @property
     def parameters(self) -> int:
@@ -147,6 +150,7 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
         step_bytes=min(STEP_BYTES, _COPIES * 4 * config.canvas_length * config.vocab_size),
         vision_bytes=tower,
         picture_bytes=_picture_bytes(headers, size) if tower else 0,
+        picture_tokens=_picture_tokens(headers) if tower else 0,
     )
 
 
@@ -180,6 +184,14 @@ def _picture_bytes(headers: Headers, size: int) -> int:
     except ConfigError:
         return 0
     return vision.working_bytes(BUDGETS[-1], size) if vision else 0
+
+
+def _picture_tokens(headers: Headers) -> int:
+    """Return most tokens of a picture; 0 where config.json does not say how to see."""
+    try:
+        return SightConfig.from_dict(headers.config).budget
+    except ConfigError:
+        return 0
 
 
 def _cache_bytes(config: Config, size: int) -> tuple[int, int]:

@@ -44,7 +44,9 @@ class Prompts:
 def read_requests(path: Path, template: Request, system: str | None) -> Prompts:
     """The requests of a file; empty lines do not count.
 
-    A line is `{"prompt": "..."}` or `{"messages": [...]}`, before which `system` is put. What else
+    A line is `{"prompt": "..."}`, perhaps with `"images": ["FILE", ...]`, or `{"messages": [...]}`,
+    before which `system` is put; a part of a content may be `{"type": "image", "image": "FILE"}`.
+    Names of files are read from where the batch file lies. What else
     a request has is that of `template`, but for a line's own `max_tokens`, `steps`, `seed` and
     `schema`. The template's seed counts up from line to line: equal noise for all would make luck
     common to all.
@@ -65,7 +67,7 @@ def read_requests(path: Path, template: Request, system: str | None) -> Prompts:
                     raise BatchError(f"the id {shown(name)} is that of line {lines_of_ids[name]}")
                 lines_of_ids[name] = number
                 found.ids[index] = name
-            found.requests.append(_request(given, template, system, index))
+            found.requests.append(_request(given, template, system, index, path.parent))
         except BatchError as error:
             found.requests.append(BatchError(f"line {number}: {error}"))
     return found
@@ -83,9 +85,11 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _request(given: dict[str, Any], template: Request, system: str | None, index: int) -> Request:
-    """What a line asks."""
-    if unknown := given.keys() - OWN.keys() - {"prompt", "messages"}:
+def _request(
+    given: dict[str, Any], template: Request, system: str | None, index: int, place: Path
+) -> Request:
+    """What a line asks; names of pictures are those of files in `place`."""
+    if unknown := given.keys() - OWN.keys() - {"prompt", "messages", "images"}:
         raise BatchError(f"{shown(min(unknown))} is not known")
     prompt, messages = given.get("prompt"), given.get("messages")
     if (prompt is None) == (messages is None):
@@ -94,6 +98,8 @@ def _request(given: dict[str, Any], template: Request, system: str | None, index
         if not isinstance(prompt, str) or not prompt.strip():
             raise BatchError("the prompt is no text")
         messages = [{"role": "user", "content": prompt}]
+    elif "images" in given:
+        raise BatchError("images go with a prompt; among messages they are parts")
     elif not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise BatchError("messages are no list of objects with a role and a content")
     for name, kind in OWN.items():
@@ -101,9 +107,34 @@ def _request(given: dict[str, Any], template: Request, system: str | None, index
             raise BatchError(f"{name} has the wrong type")
     if system and messages[:1] and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
+    messages = _with_pictures(messages, given.get("images", []), place)
     own = {name: given[name] for name in OWN if name in given and name != "id"}
     seed = None if template.seed is None else template.seed + index
     return replace(template, prompt=messages, **{"seed": seed, **own})
+
+
+def _with_pictures(messages: list[Any], images: object, place: Path) -> list[Any]:
+    """Messages in which names of pictures are files beside the batch file; `images` stand before
+    the text of the last message."""
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BatchError("images are no list of files")
+    found = []
+    for message in messages:
+        if isinstance(content := message.get("content"), list):
+            message = {**message, "content": [_with_path(part, place) for part in content]}
+        found.append(message)
+    if images:
+        shown_first = [{"type": "image", "image": place / name} for name in images]
+        text = {"type": "text", "text": found[-1]["content"]}
+        found[-1] = {**found[-1], "content": [*shown_first, text]}
+    return found
+
+
+def _with_path(part: Any, place: Path) -> Any:
+    match part:
+        case {"type": "image", "image": str(name)}:
+            return {**part, "image": place / name}
+    return part
 
 
 def _is_message(message: object) -> bool:

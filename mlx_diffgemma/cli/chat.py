@@ -6,19 +6,22 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
 from ..checkpoint.fit import TooLarge
 from ..diffusion.prompt_cache import Reading
 from ..errors import Error
+from ..model.placeholders import Pixels
+from ..tasks.pictures import Given
 from ..tasks.request import Done, Draft, Event, Notice
 from ..tasks.session import ChatSession, Overflow, ToolResult, Truncated
 from ..tasks.tools import Tool
 from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
 from .display import Screen, summary, tell, told
+from .images import dropped, pasted
 from .keyboard import Interrupts
 from .lines import DIRECTORIES, FILES, Arguments, Lines, Plain, message_in, messages
 from .outside import copied, edited, given_path, text_of_file, with_files
@@ -38,7 +41,7 @@ A message may also go on behind a \\ at the end of a line, or stand between """ 
 /retry           answer the last message again
 /edit [TEXT]     change the last message
 /editor [TEXT]   write a message in $EDITOR
-/undo            forget the last message, or files that wait
+/undo            forget the last message, or files and pictures that wait
 /reset, /clear   forget the conversation
 /system [TEXT]   set or show the system message
 /file NAME       put a text in front of the next message
@@ -49,8 +52,9 @@ A message may also go on behind a \\ at the end of a line, or stand between """ 
 /overflow truncate|refuse  beyond the context, forget the oldest turns
 /steps [N]       most denoising steps a canvas
 /seed [N]        make answers repeatable
-/save FILE       keep the conversation; /load FILE goes on with one
-/image FILE      (not supported: this runtime reads text only)
+/save FILE       keep the conversation (--pixels FILE its pictures, too); /load goes on
+/image [FILE]    put a picture in front of the next message; without FILE the clipboard's
+                 (a file that is dropped here is one, too)
 /stats           of the last answer
 /quit            leave (or /exit, /bye, Ctrl-D); Ctrl-C stops an answer
 //TEXT           a message that begins with /, as one behind a space does'''
@@ -58,6 +62,7 @@ A message may also go on behind a \\ at the end of a line, or stand between """ 
 # What may follow a command, for completion.
 WORDS = {
     "/file": [FILES],
+    "/image": [FILES],
     "/load": [FILES],
     "/model": ["tiny", "tiny-puzzles", DIRECTORIES],
     "/overflow": get_args(Overflow),
@@ -117,6 +122,7 @@ class Chat:
         self._thought = ""
         self._answered: list[Answered] = []
         self._files: list[tuple[str, str]] = []
+        self._pictures: list[Pixels] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/bye": self._quit,
             "/clear": self._reset,
@@ -157,6 +163,13 @@ class Chat:
                     self._say(f"error: {error}")
 
     def _take(self, line: str) -> None:
+        pictures, text = dropped(line)
+        if pictures:
+            for path in pictures:
+                self._show_next(path, path.name)
+            if text:
+                self._ask(text)
+            return
         message = message_in(line)
         if message is not None:
             self._ask(message)
@@ -169,9 +182,13 @@ class Chat:
 
     def _ask(self, message: str) -> None:
         self._tries = 0
-        asked = with_files(self._files, message)
+        text = with_files(self._files, message)
+        asked: str | list[dict[str, Any]] = text
+        if self._pictures:
+            shown = [{"type": "image", "image": each} for each in self._pictures]
+            asked = [*shown, {"type": "text", "text": text}]
         events = self.session.stream(asked, seed=self._next_seed())
-        self._files = []
+        self._files, self._pictures = [], []
         self._answer(events)
 
     def _next_seed(self) -> int | None:
@@ -272,6 +289,7 @@ class Chat:
     def _edit(self, rest: str) -> None:
         message = rest or self._reviewed(self.session.question)
         if message is not None:
+            self._pictures = [*self.session.pictures, *self._pictures]
             self.session.undo()
             self._ask(message)
 
@@ -299,12 +317,16 @@ class Chat:
             self._files = []
             self._say(f"Not part of the next message: {names}")
             return
+        if self._pictures:
+            self._say(f"Not part of the next message: {_counted(len(self._pictures))}")
+            self._pictures = []
+            return
         self._say(f"Forgotten: {self.session.undo()}")
         self._thought = ""
 
     def _reset(self, rest: str) -> None:
         self.session.reset()
-        self._files, self._thought = [], ""
+        self._files, self._pictures, self._thought = [], [], ""
         self._say("Started over.")
 
     def _file(self, rest: str) -> None:
@@ -381,8 +403,9 @@ class Chat:
         if not rest:
             self._say("/save takes a file name.")
             return
-        path = given_path(rest)
-        self.session.save(path)
+        name = rest.removeprefix("--pixels ")
+        path = given_path(name)
+        self.session.save(path, pixels=name != rest)
         self._say(f"Saved to {path}.")
 
     def _load(self, rest: str) -> None:
@@ -394,7 +417,17 @@ class Chat:
         self._say(f"{len(self.session.messages)} messages, {held} tokens in the cache.")
 
     def _image(self, rest: str) -> None:
-        self._say("Images are not supported: this runtime reads text only.")
+        if rest:
+            path = given_path(rest)
+            self._show_next(path, path.name)
+            return
+        for given in pasted():
+            self._show_next(given, given.name if isinstance(given, Path) else "The clipboard")
+
+    def _show_next(self, given: Given, name: str) -> None:
+        picture = self.session.show(given)
+        self._pictures.append(picture)
+        self._say(f"{name}: a picture of {picture.tokens} tokens stands before the next message.")
 
     def _stats(self, rest: str) -> None:
         cache = self.session.prompt_cache
@@ -409,6 +442,10 @@ class Chat:
 
     def _quit(self, rest: str) -> None:
         raise Leave
+
+
+def _counted(pictures: int) -> str:
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"
 
 
 def left_out(event: Truncated) -> str:

@@ -225,6 +225,8 @@ def _tell_sizes(found: "Info") -> None:
     """What the checkpoint's files say, whatever machine this is."""
     from rich.filesize import decimal
 
+    from ..model.vision_config import BUDGETS
+
     print(f"{found.parameters / 1e6:,.1f} M parameters, {decimal(found.bytes)}")
     print(
         f"{found.layers} layers, vocabulary {found.vocabulary:,}, canvas {found.canvas_length}, "
@@ -234,6 +236,12 @@ def _tell_sizes(found: "Info") -> None:
         put(
             f"  {part.name:<18}{part.parameters / 1e6:>12,.2f} M{decimal(part.bytes):>12}  "
             f"{'; '.join(part.formats)}"
+        )
+    if found.picture_tokens:
+        budgets = ", ".join(map(str, BUDGETS[:-1]))
+        print(
+            f"pictures take up to {found.picture_tokens} tokens each, or {budgets} or "
+            f"{BUDGETS[-1]}; the first loads {decimal(found.vision_bytes)}"
         )
     for context in sorted({min(4096, found.context), found.context}):
         needed = decimal(found.memory_needed(context))
@@ -252,6 +260,12 @@ def _tell_fit(found: "Info", given: int | None) -> None:
         put(f"here: {error}")
         return
     print(f"here: a context of {here.context:,} tokens")
+    if found.picture_tokens:
+        try:
+            seeing = fit(found, given, pictures=True)
+            print(f"here: with pictures a context of {seeing.context:,} tokens")
+        except TooLarge as error:
+            put(f"here, with pictures: {error}")
     if found.table_bytes:
         table = "kept dequantized" if here.keep_table else "dequantized at each step"
         print(f"here: embedding table {table} ({decimal(found.table_bytes)})")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .images import Pictures
 from .inputs import optional_text, text_of
 from .options import (
     Answering,
@@ -48,6 +49,7 @@ def generate(
     load: Load,
     answering: Answering,
     system: System = None,
+    pictures: Pictures,
     show: Show = False,
     schema: Annotated[
         Path | None, typer.Option(help="JSON Schema that the answer must follow.")
@@ -75,9 +77,10 @@ def generate(
     if many.batch is None:
         if many.output is not None:
             fail("--output goes with --batch; one answer goes to stdout", code=2)
-        messages = messages_of(text_of(prompt, "the prompt"), system)
-    elif prompt != "-" or prompt_cache is not None or show:
-        fail("--batch goes with neither a prompt nor --prompt-cache nor --show", code=2)
+        parts = pictures.parts(prompt)
+        messages = messages_of(text_of(prompt, "the prompt"), system, parts)
+    elif prompt != "-" or prompt_cache is not None or show or pictures.image:
+        fail("--batch goes with no prompt, --image, --prompt-cache or --show", code=2)
     from ..diffusion.prompt_cache import check_destination
     from ..tasks.generate import Request
     from ..text.schema import read_supported

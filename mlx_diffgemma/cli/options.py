@@ -4,7 +4,7 @@ A group is a frozen dataclass whose fields are options. A command that is decora
 `with_options` names groups among its parameters and is called with what they were made of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -312,9 +312,12 @@ def size(given: str | None) -> int | None:
     return read_size(given)
 
 
-def messages_of(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    """A chat of one question, with a system message before it if there is one."""
+def messages_of(
+    prompt: str, system: str | None, pictures: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """A chat of one question behind pictures, with a system message before it if there is one."""
     if not prompt.strip():
         fail("the prompt is empty", code=2)
     before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": prompt}]
+    content = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
+    return [*before, {"role": "user", "content": content}]

@@ -50,7 +50,12 @@ class Bounds:
     cache_gb: Annotated[
         float, typer.Option(min=0, help="Memory for what was read for earlier requests.")
     ] = 1
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 4
+    max_body_mb: Annotated[
+        float, typer.Option(min=0.001, help="Largest request, without its pictures.")
+    ] = 4
+    max_pictures_mb: Annotated[
+        float, typer.Option(min=0, help="Pictures of a request, as they are sent.")
+    ] = 24
 
 
 @app.command()
@@ -87,6 +92,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         loopback=reach.loopback,
         allowed_hosts=reach.allowed_host or (),
         most_bytes=int(bounds.max_body_mb * 1e6),
+        picture_bytes=int(bounds.max_pictures_mb * 1e6),
     )
     try:
         uvicorn.run(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import check_writable, read_text, replacing
+from .images import Pictures
 from .inputs import Source, optional_text, source_of, text_of
 from .options import (
     Load,
@@ -17,6 +18,7 @@ from .options import (
     Quiet,
     Sampling,
     Show,
+    messages_of,
     prompt_of,
     with_options,
 )
@@ -46,6 +48,7 @@ def fill(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="What the text is to say; @FILE reads one.")
     ] = None,
+    pictures: Pictures,
     load: Load,
     sampling: Sampling,
     show: Show = False,
@@ -57,6 +60,7 @@ def fill(
     quiet: Quiet = False,
 ) -> None:
     """Fill holes in a text: {{}}, {{name}}, {{name:12}} (tokens), {{name:int}}, {{name:a|b}}."""
+    images = pictures.given(template)
     text = source_of(template, "the text", text="{{" in template).text
     from ..tasks.fill import FillRequest
     from ..text.template import parse_template
@@ -68,6 +72,8 @@ def fill(
         seed=sampling.seed,
         sampler=sampling.rule(),
         verify=verify,
+        images=images,
+        image_tokens=pictures.image_tokens,
     )
     result: FillResult = _result(request, load, show=show, quiet=quiet)
     if as_json:
@@ -246,6 +252,7 @@ def choose(
         bool, typer.Option("--isolated", help="Slots do not see each other's text.")
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Noise canvases to average over.")] = 1,
+    pictures: Pictures,
     load: LoadFaithful,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -253,11 +260,13 @@ def choose(
 ) -> None:
     """Say how likely each label is, in one pass and without writing anything."""
     slots = _slots(labels)
-    text = text_of(prompt_of(prompt, asked), "the prompt")
+    prompt = prompt_of(prompt, asked)
+    parts = pictures.parts(prompt)
+    messages = messages_of(text_of(prompt, "the prompt"), None, parts)
     from ..tasks.choose import ChooseRequest
 
     answer = optional_text(template, "the template")
-    request = ChooseRequest(text, slots, answer, isolated, seed, draws)
+    request = ChooseRequest(messages, slots, answer, isolated, seed, draws)
     request.check_options()
     chances: Chances = _result(request, load, show=False, quiet=quiet)
     if as_json:

@@ -5,6 +5,9 @@ and whatever a decoder stumbles on is told in a sentence.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -22,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MOST_BYTES = 64_000_000  # of a file
 
 MOST_PIXELS = 1 << 26  # 8192 x 8192; in RGB 200 MB, with what converting it takes three times that
+
+MISSING = "pictures need Pillow: pip install 'mlx-diffgemma[images]'"
 
 LEAST_SIDE = 4  # pixels; less is a tracking pixel or a ruler, and nothing could be seen on it
 
@@ -42,7 +47,7 @@ def read_picture(given: "Path | bytes | Image.Image") -> "Image.Image":
     try:
         from PIL import Image
     except ImportError:
-        raise PictureError("pictures need Pillow: pip install 'mlx-diffgemma[images]'") from None
+        raise PictureError(MISSING) from None
     if isinstance(given, Image.Image):
         return _upright(given, "the picture")
     if isinstance(given, bytes):
@@ -58,8 +63,33 @@ def read_picture(given: "Path | bytes | Image.Image") -> "Image.Image":
         raise PictureError(f"{name} cannot be read: {error.strerror}") from None
 
 
+def can_read() -> bool:
+    """Say whether Pillow is there."""
+    return find_spec("PIL") is not None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the header of a file; its pixels are not decoded.
+
+    Raises:
+        PictureError: Pillow is missing, or it is no picture, or has too few or too many pixels.
+    """
+    if not can_read():
+        raise PictureError(MISSING)
+    with _opened(BytesIO(data), len(data), "the picture") as image:
+        _check_size(image, "the picture")
+        return image.size
+
+
 def _decoded(file: BinaryIO, size: int, name: str) -> "Image.Image":
     """Decode a file of so many bytes; no error of Pillow's leaves this."""
+    with _opened(file, size, name) as image:
+        return _upright(image, name)
+
+
+@contextmanager
+def _opened(file: BinaryIO, size: int, name: str) -> Iterator["Image.Image"]:
+    """Open a file of so many bytes, of which the header alone is read."""
     from PIL import Image, UnidentifiedImageError
 
     if not size:
@@ -84,13 +114,23 @@ def _decoded(file: BinaryIO, size: int, name: str) -> "Image.Image":
         except Exception as error:  # decoders raise whatever the damage leads to
             raise PictureError(f"{name} cannot be read: {_reason(error)}") from None
         with image:
-            return _upright(image, name)
+            yield image
 
 
 def _upright(image: "Image.Image", name: str) -> "Image.Image":
     """Check the size, then decode, turn and convert."""
     from PIL import ImageOps
 
+    _check_size(image, name)
+    try:
+        image.load()
+        return _in_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # as above
+        raise PictureError(f"{name} cannot be read: {_reason(error)}") from None
+
+
+def _check_size(image: "Image.Image", name: str) -> None:
+    """Raise `PictureError` for too many pixels, or too few."""
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise PictureError(
@@ -101,11 +141,6 @@ def _upright(image: "Image.Image", name: str) -> "Image.Image":
             f"{name} is {width:,} x {height:,} pixels; a picture has {LEAST_SIDE} on each side at "
             "least"
         )
-    try:
-        image.load()
-        return _in_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # as above
-        raise PictureError(f"{name} cannot be read: {_reason(error)}") from None
 
 
 def _in_rgb(image: "Image.Image") -> "Image.Image":

@@ -5,13 +5,15 @@ import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from .json_body import JsonError, read_json
 from .page import PREFIX
+from .pictures import bytes_of_pictures
 from .refused import Refused, refusal
 
 # Names of this machine that only it can reach.
@@ -28,6 +30,12 @@ MOST_LENGTH_DIGITS = 15
 SMALL_BODY = 64 << 10
 
 MOST_READ = 2
+
+# Routes whose bodies may have pictures beside their text.
+PICTURE_ROUTES = ("/v1/chat/completions", "/v1/fill", "/v1/choose")
+
+# Bytes of all bodies together that are larger than any text may be, until they are answered.
+MOST_HELD = 256_000_000
 
 _JSON = re.compile(rb"application/(?:json|[\w.+-]+\+json)\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
 
@@ -121,7 +129,8 @@ class Limits:
 
     Args:
         app: what lies behind.
-        most_bytes: of a body.
+        most_bytes: of a body, its pictures not counted.
+        picture_bytes: of the pictures of a body, on the routes that take them.
         api_key: what clients have to send, if anything.
         seconds: in which a body has to arrive.
     """
@@ -131,11 +140,13 @@ class Limits:
         app: ASGIApp,
         *,
         most_bytes: int,
+        picture_bytes: int = 0,
         api_key: str | None,
         seconds: float = BODY_SECONDS,
     ):
         self._app = app
-        self._most = most_bytes
+        self._most, self._pictures = most_bytes, picture_bytes
+        self._held = 0  # bytes of large bodies
         # A command line may hold bytes that are no text.
         self._key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
         self._seconds = seconds
@@ -145,9 +156,16 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with self._holding() as hold:
+            await self._take(scope, receive, send, hold)
+
+    async def _take(
+        self, scope: Scope, receive: Receive, send: Send, hold: Callable[[int], None]
+    ) -> None:
+        """Receive and check a request, and pass it on."""
         try:
             self._check_head(scope)
-            body = await self._body(receive)
+            body = await self._body(receive, self._most_of(scope), hold)
             if body is None:
                 return
             if scope["method"] == "POST":
@@ -166,6 +184,32 @@ class Limits:
 
         await self._app(scope, replay, send)
 
+    def _most_of(self, scope: Scope) -> int:
+        return self._most + self._pictures * (scope["path"] in PICTURE_ROUTES)
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """Count a body that is larger than any text may be, until its answer has ended.
+
+        What is given is to be called with the bytes received so far; it raises `Refused` where all
+        such bodies have too many.
+        """
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            if size <= self._most:
+                return
+            self._held += size - mine
+            mine = size
+            if self._held > MOST_HELD:
+                raise Refused(429, "the server holds too many large bodies, try again soon", "busy")
+
+        try:
+            yield hold
+        finally:
+            self._held -= mine
+
     def _check_head(self, scope: Scope) -> None:
         """Raise `Refused` for what need not be read."""
         headers = _headers(scope)
@@ -177,18 +221,18 @@ class Limits:
                 raise Refused(401, "a valid API key is needed")
         length = headers.get(b"content-length", b"0")
         digits = length.isdigit() and len(length) <= MOST_LENGTH_DIGITS
-        if not digits or int(length) > self._most:
-            raise self._too_large
+        if not digits or int(length) > self._most_of(scope):
+            raise self._too_large(self._most_of(scope))
         kind = headers.get(b"content-type", b"")
         if scope["method"] == "POST" and not _JSON.fullmatch(kind):
             # Forms and plain text are what any page may send anywhere without being asked.
             raise Refused(415, "the Content-Type of a request has to be application/json")
 
-    @property
-    def _too_large(self) -> Refused:
-        return Refused(413, f"bodies may have {self._most} bytes")
+    @staticmethod
+    def _too_large(most: int) -> Refused:
+        return Refused(413, f"bodies may have {most} bytes")
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive, most: int, hold: Callable[[int], None]) -> bytes | None:
         """Receive the whole body; None if the client has gone.
 
         Raises:
@@ -202,8 +246,9 @@ class Limits:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > self._most:
-                        raise self._too_large
+                    if len(body) > most:
+                        raise self._too_large(most)
+                    hold(len(body))
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -211,10 +256,17 @@ class Limits:
 
     async def _check_json(self, body: bytes) -> None:
         try:
-            if len(body) <= SMALL_BODY:
+            if len(body) <= min(SMALL_BODY, self._most):
                 read_json(body)
                 return
             async with self._reading:
-                await asyncio.to_thread(read_json, body)
+                pictures = await asyncio.to_thread(_pictures_of, body)
+            if len(body) - pictures > self._most:
+                raise Refused(413, f"bodies may have {self._most} bytes beside their pictures")
         except JsonError as error:
             raise Refused(400, f"the body is refused: {error}") from None
+
+
+def _pictures_of(body: bytes) -> int:
+    """Check a large body, and count its characters that are pictures; raises `JsonError`."""
+    return bytes_of_pictures(read_json(body))

@@ -22,6 +22,7 @@ from . import native, openai_routes
 from .access import Gate, Limits
 from .invalid import mistake
 from .page import add_page
+from .pictures import sees
 from .refused import Refused, error_body, refusal
 from .service import Service
 from .worker import Worker
@@ -36,6 +37,7 @@ def make_app(
     loopback: bool = True,
     allowed_hosts: Sequence[str] = (),
     most_bytes: int = 4 << 20,
+    picture_bytes: int = 24 << 20,
 ) -> FastAPI:
     """Make the application, which stops the worker at its end.
 
@@ -47,7 +49,8 @@ def make_app(
         loopback: only this machine can reach the server, so it answers only to `localhost` and
             the like; otherwise also to addresses and to this machine's own name.
         allowed_hosts: further names that it answers to; `*` is any.
-        most_bytes: of a request's body.
+        most_bytes: of a request's body, its pictures not counted.
+        picture_bytes: of the pictures of a body, where the model sees any.
     """
 
     @asynccontextmanager
@@ -58,7 +61,8 @@ def make_app(
     # Their pages would have the browser fetch scripts from elsewhere.
     app = FastAPI(title="mlx-diffgemma", lifespan=lifespan, docs_url=None, redoc_url=None)
     # The last one added is met first.
-    app.add_middleware(Limits, most_bytes=most_bytes, api_key=api_key)
+    room = picture_bytes if sees(worker.model) else 0
+    app.add_middleware(Limits, most_bytes=most_bytes, picture_bytes=room, api_key=api_key)
     if cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]

@@ -1,6 +1,6 @@
 """Answers our own routes: to fill, edit and choose, which OpenAI's API has no words for."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -9,21 +9,28 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from ..diffusion.prompt_cache import Reading
+from ..images.picture import Picture
 from ..tasks.choose import ChooseRequest
 from ..tasks.edit import STRENGTH, EditRequest, EditResult
 from ..tasks.fill import FillRequest, FillResult
 from ..tasks.generate import Request
-from ..tasks.request import Done, Draft, Task
+from ..tasks.request import Done, Draft, Prepared, Prompt, Task
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text
 from .body import Body, NonNegative, NotBlank, Steps
+from .pictures import ImageUrl, Sent, seen
 from .refused import RESPONSES, Refused, stopping
 from .service import Service
 from .stream import Lines, begun, draft_event, gathered, sse
+from .worker import Patience
 
 # Gives an event as JSON for the client, once it is the result; empty before.
 Facts = Callable[[object], dict[str, Any]]
+
+
+# Makes a task of the pictures that came with it.
+Asking = Callable[[Sequence[Picture]], Task[object]]
 
 
 class Piece(Body):
@@ -35,6 +42,7 @@ class FillBody(Body):
     template: NotBlank | None = None
     canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
+    images: list[str | ImageUrl] | None = None
     steps: Steps | None = None
     seed: NonNegative | None = None
     verify: bool | None = None
@@ -54,6 +62,7 @@ class EditBody(Body):
 
 class ChooseBody(Body):
     prompt: NotBlank
+    images: list[str | ImageUrl] | None = None
     labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
     template: str | None = None
     isolated: bool = False
@@ -69,22 +78,32 @@ def router(service: Service) -> APIRouter:
     async def fill(http: Http, body: FillBody) -> Response:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
-        task: Task[object] = (
-            FillRequest(
-                body.template, body.prompt, body.steps, body.seed, verify=body.verify or False
+
+        def task(pictures: Sequence[Picture]) -> Task[object]:
+            if body.template is None:
+                length = service.worker.model.config.canvas_length
+                return canvas_request(body, length, pictures)
+            return FillRequest(
+                body.template,
+                body.prompt,
+                body.steps,
+                body.seed,
+                verify=body.verify or False,
+                images=pictures,
             )
-            if body.template is not None
-            else canvas_request(body, service.worker.model.config.canvas_length)
-        )
-        return await _answered(service, http, body, task, FillFacts(), body.stream_drafts)
+
+        sent = _sent(body.images)
+        return await _answered(service, http, body, task, FillFacts(), sent, body.stream_drafts)
 
     @routes.post("/v1/choose", responses=RESPONSES)
     async def choosing(http: Http, body: ChooseBody) -> Response:
         slots = body.labels if isinstance(body.labels, dict) else {"label": body.labels}
-        task = ChooseRequest(
-            body.prompt, slots, body.template, body.isolated, body.seed, body.draws
-        )
-        return await _answered(service, http, body, task, choose_facts)
+
+        def task(pictures: Sequence[Picture]) -> Task[object]:
+            prompt = _behind(pictures, body.prompt)
+            return ChooseRequest(prompt, slots, body.template, body.isolated, body.seed, body.draws)
+
+        return await _answered(service, http, body, task, choose_facts, _sent(body.images))
 
     @routes.post("/v1/edit", responses=RESPONSES)
     async def editing(http: Http, body: EditBody) -> Response:
@@ -98,7 +117,9 @@ def router(service: Service) -> APIRouter:
             body.seed,
             verify=body.verify or False,
         )
-        return await _answered(service, http, body, task, edit_facts, body.stream_drafts)
+        return await _answered(
+            service, http, body, lambda _: task, edit_facts, drafts=body.stream_drafts
+        )
 
     return routes
 
@@ -107,12 +128,18 @@ async def _answered(
     service: Service,
     http: Http,
     body: Body,
-    task: Task[object],
+    task: Asking,
     facts: Facts,
+    sent: Sequence[Sent] = (),
     drafts: bool | None = False,
 ) -> Response:
     """Answer with the result of a task, with `drafts` as the end of a stream of them."""
-    work, patience = await service.prepare(http, task)
+
+    def make(patience: Patience) -> Prepared[object]:
+        pictures = seen(sent, service.worker.model, patience.check)
+        return service.worker.prepare(task(pictures), patience)
+
+    work, patience = await service.make(http, make, slow=bool(sent))
     stream, headers = service.stream([work], patience), service.headers(body)
     if drafts:
         lines = _lines(await begun(http, stream), facts, service.worker.tokenizer)
@@ -134,12 +161,24 @@ async def _lines(
             yield sse(found)
 
 
-def canvas_request(body: FillBody, length: int) -> Request:
+def _sent(images: Sequence[str | ImageUrl] | None) -> list[Sent]:
+    return [Sent.of(each, f"images[{i}]") for i, each in enumerate(images or ())]
+
+
+def _behind(pictures: Sequence[Picture], text: str) -> Prompt:
+    """A question behind pictures, or alone."""
+    if not pictures:
+        return text
+    parts = [{"type": "image", "image": each} for each in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def canvas_request(body: FillBody, length: int, pictures: Sequence[Picture] = ()) -> Request:
     """Ask for a canvas of so many tokens, some of whose pieces are pinned."""
     pieces = tuple((piece.text, piece.pinned) for piece in body.canvas or ())
     shown = "".join(text if pinned else "..." for text, pinned in pieces)
     return Request(
-        body.prompt or f"Fill: {shown}",
+        _behind(pictures, body.prompt or f"Fill: {shown}"),
         max_tokens=length,
         steps=body.steps,
         seed=body.seed,

@@ -18,10 +18,13 @@ from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
 from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
 from .json_body import JsonError, read_json
+from .pictures import ImageUrl, Sent, has_picture
 from .refused import Refused, shortened
 
 # Characters of a stop string: each beginning of it is looked for in what an answer adds.
 MOST_STOP = 1000
+
+ONLY = "only text content and image_url are supported, no audio or files"
 
 # The hole between a prompt and a suffix.
 MIDDLE = "middle"
@@ -70,6 +73,7 @@ class MessageToolCall(Body):
 class ContentPart(Body):
     type: str
     text: str | None = None
+    image_url: str | ImageUrl | None = None
 
 
 class ChatMessage(Body):
@@ -114,6 +118,12 @@ class ChatBody(Sampling):
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
     thinking_budget: Positive | None = None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Say whether there are pictures to decode, which a few bytes may make long work of."""
+        contents = [message.content for message in self.messages]
+        return any(part.image_url for each in contents if isinstance(each, list) for part in each)
 
     def unused(self) -> set[str]:
         """Name what means nothing beside a schema, whose document begins at once and is not cut."""
@@ -164,32 +174,29 @@ class CompletionBody(Sampling):
 
 
 def messages_of(body: ChatBody) -> list[dict[str, Any]]:
-    """Write the chat down as templates want it.
+    """Write the chat down as templates want it; each picture is a `Sent` that nobody has read yet.
 
     Raises:
-        Refused: content that is not text, or tool arguments that are no JSON object.
+        Refused: content that is neither text nor a picture, or tool arguments that are no JSON
+            object.
     """
     found: list[dict[str, Any]] = []
     names: dict[str, str] = {}
-    for message in body.messages:
-        content = message.content
-        if isinstance(content, list):
-            if any(part.type != "text" or part.text is None for part in content):
-                raise Refused(400, "only text content is supported, no images, audio or files")
-            content = "".join(part.text or "" for part in content)
+    for i, message in enumerate(body.messages):
+        content = _content(message.content, f"messages[{i}].content")
         role = "system" if message.role == "developer" else message.role
-        made: dict[str, Any] = {"role": role, "content": content or ""}
+        made: dict[str, Any] = {"role": role, "content": content}
         if message.reasoning_content:
             made["reasoning"] = message.reasoning_content
         if message.tool_calls:
             made["tool_calls"] = calls = []
-            for i, call in enumerate(message.tool_calls):
+            for place, call in enumerate(message.tool_calls):
                 arguments = call.function.arguments
                 if isinstance(arguments, str):
                     arguments = _arguments(call.function.name, arguments or "{}")
                 if not isinstance(arguments, dict):
                     raise Refused(400, f"the arguments of {call.function.name} are no JSON object")
-                identity = call.id or f"call_{len(found)}_{i}"
+                identity = call.id or f"call_{len(found)}_{place}"
                 names[identity] = call.function.name
                 function = {"name": call.function.name, "arguments": arguments}
                 calls.append({"id": identity, "type": "function", "function": function})
@@ -198,6 +205,28 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
             made["name"] = message.name or names.get(message.tool_call_id or "", "tool")
         found.append(made)
     return found
+
+
+def _content(given: str | list[ContentPart] | None, place: str) -> str | list[dict[str, Any]]:
+    """A content as text, or as parts where there is a picture among them.
+
+    Raises:
+        Refused: a part is something else.
+    """
+    if not isinstance(given, list):
+        return given or ""
+    parts: list[dict[str, Any]] = []
+    for i, part in enumerate(given):
+        if part.type == "text" and part.text is not None:
+            parts.append({"type": "text", "text": part.text})
+        elif part.type == "image_url" and part.image_url is not None:
+            sent = Sent.of(part.image_url, f"{place}[{i}].image_url")
+            parts.append({"type": "image", "image": sent})
+        else:
+            raise Refused(400, ONLY, param=f"{place}[{i}]")
+    if has_picture(parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _arguments(name: str, text: str) -> Any:
@@ -230,7 +259,7 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
 
 
 def chat_request(body: ChatBody) -> Request:
-    """Translate a chat, without its seed.
+    """Translate a chat, without its seed, and without reading its pictures.
 
     Raises:
         Refused: a combination that is not supported.

@@ -1,6 +1,7 @@
 """Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,12 +21,14 @@ from .openai import (
     chat_request,
     continuations,
     infill,
+    messages_of,
     prompts_of,
     several,
     wants_usage,
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
+from .pictures import with_pictures
 from .refused import RESPONSES, Refused, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
@@ -64,9 +67,12 @@ async def _chat(service: Service, http: Http, body: ChatBody) -> Response:
     worker = service.worker
 
     def make(patience: Patience) -> Prepared[object]:
-        return worker.prepare(chat_request(body), patience)
+        request = chat_request(body)
+        messages = with_pictures(messages_of(body), worker.model, patience.check)
+        return worker.prepare(replace(request, prompt=messages), patience)
 
-    one, patience = await service.make(http, make, slow=body.response_format is not None)
+    slow = body.response_format is not None or body.has_pictures
+    one, patience = await service.make(http, make, slow=slow)
     works = several(one, body.n or 1, body.seed)
     reply = ChatReply(body, service.name, len(works), worker.tokenizer)
     return await _answered(service, http, body, service.stream(works, patience), reply)

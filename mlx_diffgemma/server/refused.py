@@ -33,9 +33,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 class Refused(Exception):
     """Says that a request is answered with an error status."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.param = status, message, code, param
 
 
 def stopping() -> Refused:
@@ -55,7 +57,7 @@ def error_body(
 
 def refusal(error: Refused) -> Response:
     """Answer with a refusal; one for a full queue says when to come again."""
-    body = error_body(error.status, error.message, error.code)
+    body = error_body(error.status, error.message, error.code, error.param)
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
     return JSONResponse(body, error.status, headers)
 

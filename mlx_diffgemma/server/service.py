@@ -7,16 +7,15 @@ from typing import Any, TypeVar
 
 from fastapi import Request as Http
 
-from ..tasks.request import Prepared, Task
+from ..tasks.request import Prepared
 from .body import Body, ignored
+from .pictures import sees
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
 from .stream import Stream, unless_gone
 from .worker import Patience, Timeout, Worker
 
 Result = TypeVar("Result")
-
-Item = TypeVar("Item")
 
 
 class Service:
@@ -48,24 +47,20 @@ class Service:
             "denoising_steps": model.generation.max_denoising_steps,
             "thinking": tokenizer.knows_thinking,
             "tools": tokenizer.knows_tools,
+            "images": sees(model),
         }
-
-    async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
-        """Prepare a task, and tell the patience that is left for it.
-
-        Raises:
-            Error: as the task's own `prepare`.
-            Refused: the client has gone, or the time is over.
-        """
-        return await self.make(http, lambda patience: self.worker.prepare(task, patience))
 
     async def make(
         self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False
     ) -> tuple[Result, Patience]:
-        """Call `make` in a thread of its own, as `prepare` does.
+        """Call `make` in a thread of its own, and tell the patience that is left.
 
         Others go on meanwhile, in this loop and in the worker. What is `slow` for few bytes, such
         as a schema, waits for others of its kind only.
+
+        Raises:
+            Error: as `make` does.
+            Refused: the client has gone, or the time is over.
         """
         patience = self.worker.patience()
         length = http.headers.get("content-length", "")

@@ -35,6 +35,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.template import Hole, TemplateError, check_parts, parse_template, short
 from ..text.tokenizer import Tokenizer, no_check
 from ..text.vocabulary import Vocabulary, integer
+from .pictures import Given
 from .proofread import Tally, begin_reading, refilled
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import clip_context, planned_start
@@ -256,6 +257,9 @@ class FillOptions(TypedDict, total=False):
 
     Attributes:
         prompt: an instruction; None is "Fill: " and the template with its holes as dots.
+        images: pictures that stand before the instruction, each a `pathlib.Path`, bytes of a file
+            or an image of Pillow.
+        image_tokens: most tokens of each; None asks the checkpoint.
         steps: most denoising steps a canvas; None asks the checkpoint.
         seed: makes the result repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
@@ -265,6 +269,8 @@ class FillOptions(TypedDict, total=False):
     """
 
     prompt: str | None
+    images: Sequence[Given]
+    image_tokens: int | None
     steps: int | None
     seed: int | None
     sampler: Sampler | None
@@ -283,6 +289,8 @@ class FillRequest:
     sampler: Sampler | None = None
     draws: Draws | None = None
     verify: bool = False
+    images: Sequence[Given] = ()
+    image_tokens: int | None = None
 
     def prepare(
         self,
@@ -308,7 +316,16 @@ class FillRequest:
             if _fits(model, pieces):
                 shown = "".join(part if isinstance(part, str) else "..." for part in parts)
             prompt = f"Fill: {shown}"
-        ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
+        most = {} if self.image_tokens is None else {"tokens": self.image_tokens}
+        before = [{"type": "image", "image": each, **most} for each in self.images]
+        content = [*before, {"type": "text", "text": prompt}]
+        ids = encode_prompt(
+            vocabulary.tokenizer,
+            [{"role": "user", "content": content}] if before else prompt,
+            sight=model.sight,
+            most=model.context,
+            check=check,
+        )
         remaining_context(model, ids)
         return Form(
             model,
@@ -332,6 +349,7 @@ class FillRequest:
         checked_seed(self.seed)
         check_kind("a prompt", self.prompt, (str, NoneType), "text")
         check_kind("verify", self.verify, bool, "true or false")
+        check_kind("images", self.images, (list, tuple), "a list of pictures")
         if isinstance(self.template, str):
             return parse_template(self.template)
         if not isinstance(self.template, Sequence):

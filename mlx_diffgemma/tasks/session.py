@@ -1,5 +1,6 @@
 """A conversation that pays only for what is new: each turn goes on from the cache of the last."""
 
+import sys
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any, Literal, Unpack, get_args
 from ..arguments import SettingError, check_kind
 from ..diffusion.guards import Guards
 from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError, remaining_context
-from ..model.diffusion_gemma import DiffusionGemma
+from ..model.diffusion_gemma import READS_TEXT, DiffusionGemma
+from ..model.placeholders import Pixels
 from ..text.tokenizer import Declaration, Message, Tokenizer
 from ..text.turns import Text, Thought, ToolCall
+from .conversation import is_declaration, read_conversation, written_messages
 from .generate import stream_generate
-from .request import Done, Event, Settings
+from .pictures import Given, pictures_of, show, shown_messages
+from .request import Done, Event, Settings, encode_messages
 
 Overflow = Literal["refuse", "truncate"]
 
@@ -101,7 +105,7 @@ class ChatSession:
         check_kind("a system message", system, (str, NoneType), "text")
         self.settings: Settings = {"guards": Guards(), **settings}
         self.enable_thinking = enable_thinking
-        if not all(map(_is_declaration, self._tools)):
+        if not all(map(is_declaration, self._tools)):
             raise SessionError("a tool is no declaration of a function")
         if tools and not tokenizer.knows_tools:
             raise SessionError("this model's chat template knows no tools")
@@ -144,21 +148,25 @@ class ChatSession:
         self._thinking = wanted
 
     def stream(
-        self, content: str, *, seed: int | None = None
+        self, content: str | Sequence[dict[str, Any]], *, seed: int | None = None
     ) -> Generator[Event | Truncated, None, None]:
-        """Answer a message; events, arguments and errors as in `stream_generate`.
+        """Answer a message, a text or parts of which some are pictures.
+
+        Events, arguments and errors are as in `stream_generate`.
 
         Where turns were left out, `Truncated` comes first.
 
         Closed early, the session keeps the message and what was committed of the answer, or
         neither if nothing was. After a `ToolCall`, go on with `respond`.
         """
-        if not isinstance(content, str):
-            raise ContextError("a message is text, no images, audio or files")
-        if not content.strip():
-            raise ContextError("the message is empty")
-        asked = [*self._messages, {"role": "user", "content": content}]
-        return self._answer(asked, seed)
+        if isinstance(content, str):
+            if not content.strip():
+                raise ContextError("the message is empty")
+        elif not isinstance(content, list | tuple) or not content:
+            raise ContextError("a message is text, or parts that are text or images")
+        message: Message = {"role": "user", "content": content}
+        asked = shown_messages([message], self._model.sight, self._model.context)
+        return self._answer([*self._messages, *asked], seed)
 
     def respond(
         self, results: Sequence[ToolResult], *, seed: int | None = None
@@ -202,7 +210,28 @@ class ChatSession:
             SessionError: there is none.
         """
         asked = self._unanswered or self._messages
-        return str(asked[_last_question(asked)]["content"])
+        return _text_of(asked[_last_question(asked)])
+
+    def show(self, given: Given) -> Pixels:
+        """A picture made ready for a part of a message, so that what is wrong with it is told now.
+
+        Raises:
+            SettingError: this model reads text alone.
+            Error: as `pictures.show`.
+        """
+        if self._model.sight is None:
+            raise SettingError(READS_TEXT)
+        return show(given, self._model.sight)
+
+    @property
+    def pictures(self) -> list[Pixels]:
+        """Those of the last message, as `question` says its text.
+
+        Raises:
+            SessionError: there is no message.
+        """
+        asked = self._unanswered or self._messages
+        return pictures_of([asked[_last_question(asked)]])
 
     def undo(self) -> str:
         """Forget the last message and its answer; gives the message.
@@ -216,14 +245,17 @@ class ChatSession:
         if kept:  # else its answer was stopped before it began
             del self._messages[kept[0] :]
         self._unanswered = None
-        return str(question["content"])
+        return _text_of(question)
 
     def switch(self, model: DiffusionGemma, tokenizer: Tokenizer) -> None:
         """Go on with another model, which reads the conversation anew.
 
         Raises:
-            SessionError: its template ignores tools or thinking; this session is as it was.
+            SessionError: its template ignores tools or thinking, or it reads text alone and there
+                are pictures; this session is as it was.
         """
+        if model.sight is None and pictures_of([*self._messages, *(self._unanswered or [])]):
+            raise SessionError("that model reads text alone, and this conversation has pictures")
         other = ChatSession(  # which refuses what the template does not know
             model, tokenizer, tools=self._tools, enable_thinking=self._thinking
         )
@@ -236,13 +268,17 @@ class ChatSession:
         del self._messages[bool(self.system) :]
         self._prompt_cache.clear()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, pixels: bool = False) -> None:
         """Write messages and cache to one file, at once.
+
+        Of pictures digest and size are kept, which is enough to go on. With `pixels` they can also
+        be read again, by a changed conversation.
 
         Raises:
             SessionError: it cannot be written.
         """
-        extra = {"messages": self._messages, "tools": self._tools, "thinking": self._thinking}
+        messages = written_messages(self._messages, pixels=pixels)
+        extra = {"messages": messages, "tools": self._tools, "thinking": self._thinking}
         self._prompt_cache.save(path, extra)
 
     @classmethod
@@ -271,7 +307,7 @@ class ChatSession:
         context, extra = PromptCache.load(path, self._model)
         if extra is None:
             raise SessionError(f"{path} is a prompt cache, not a session")
-        messages, tools, thinking = _conversation(path, extra)
+        messages, tools, thinking = read_conversation(path, extra)
         saved = ChatSession(  # which refuses what the template does not know
             self._model, self._tokenizer, tools=tools, enable_thinking=thinking
         )
@@ -279,9 +315,14 @@ class ChatSession:
         self._messages, self._unanswered = messages, None
         self._prompt_cache = context
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, enable_thinking=self._thinking, tools=self._tools or None
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        return encode_messages(
+            self._tokenizer,
+            messages,
+            self._model.sight,
+            sys.maxsize,
+            enable_thinking=self._thinking,
+            tools=self._tools,
         )
 
     def _fits(self, ids: list[int], free: float = 0) -> bool:
@@ -298,7 +339,7 @@ class ChatSession:
         kept = [asked[:first] + asked[begin:] for begin in begins[1:]]
 
         def roomy(messages: list[Message]) -> bool:
-            return self._fits(self._tokenizer.encode(self._render(messages)), FREED)
+            return self._fits(self._encode(messages), FREED)
 
         turns = min(bisect_left(kept, True, key=roomy), len(kept) - 1) + 1
         return (turns, kept[turns - 1]) if turns else (0, asked)
@@ -308,10 +349,10 @@ class ChatSession:
         asked: list[Message],
         seed: int | None,
     ) -> Generator[Event | Truncated, None, None]:
-        ids, turns = self._tokenizer.encode(self._render(asked)), 0
+        ids, turns = self._encode(asked), 0
         if self.overflow == "truncate":
             turns, short = self._shortened(asked, ids)
-            ids = self._tokenizer.encode(self._render(short)) if turns else ids
+            ids = self._encode(short) if turns else ids
             if self._fits(ids):
                 asked = short
             else:  # the message alone is too long, which is refused below: nothing is forgotten
@@ -373,23 +414,6 @@ class ChatSession:
                 self._unanswered = asked
 
 
-def _conversation(path: Path, extra: object) -> tuple[list[Message], list[Declaration], bool]:
-    """Messages, tools and thinking, if they are what a session saves.
-
-    Raises:
-        SessionError: they are something else.
-    """
-    match extra:
-        case {"messages": list(messages), "tools": list(tools), "thinking": bool(thinking)}:
-            wrong = [i for i, message in enumerate(messages) if not _is_message(message, i)]
-            if wrong:
-                raise SessionError(f"{path} is damaged: its message {wrong[0] + 1} is none")
-            if not all(map(_is_declaration, tools)):
-                raise SessionError(f"{path} is damaged: a tool is no declaration of a function")
-            return messages, tools, thinking
-    raise SessionError(f"{path} is no session: messages, tools or thinking are missing")
-
-
 def _last_question(messages: Sequence[Message]) -> int:
     for i in reversed(range(len(messages))):
         if messages[i]["role"] == "user":
@@ -397,37 +421,12 @@ def _last_question(messages: Sequence[Message]) -> int:
     raise SessionError("there is no message yet")
 
 
-def _is_message(message: object, index: int) -> bool:
-    """Tell whether a session writes such messages: templates take anything else for granted."""
-    match message:
-        case {"role": "system", "content": str(), **rest}:
-            return not index and not rest
-        case {"role": "user", "content": str(), **rest}:
-            return not rest
-        case {"role": "assistant", "content": str(), **rest}:
-            thought, calls = rest.pop("reasoning", ""), rest.pop("tool_calls", [])
-            if rest or not isinstance(thought, str) or not isinstance(calls, list):
-                return False
-            return all(map(_is_call, calls))
-        case {"role": "tool", "name": str(), "tool_call_id": str(), "content": str(), **rest}:
-            return not rest
-    return False
-
-
-def _is_call(call: object) -> bool:
-    match call:
-        case {"id": str(), "type": "function", "function": dict(function), **rest}:
-            match function:
-                case {"name": str(), "arguments": dict(), **more}:
-                    return not rest and not more
-    return False
-
-
-def _is_declaration(tool: object) -> bool:
-    match tool:
-        case {"function": {"name": str(), **rest}}:
-            return isinstance(rest.get("parameters", {}), dict)
-    return False
+def _text_of(message: Message) -> str:
+    """The text of a message, without its pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _assistant(text: str, thought: str, calls: list[dict[str, Any]]) -> Message:

@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from looking import PATCH
 from PIL import Image
-from seeing import PATCH, seeing_checkpoint
+from seeing import seeing_checkpoint
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from mlx_diffgemma.checkpoint.vision import load_vision

@@ -76,7 +76,7 @@ def test_a_session_with_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert chat.type("/seed 5") == ["Seed: 5"]
     assert chat.type("/seed") == ["Seed: drawn for each answer"]
     assert "tokens per forward pass" in "".join(chat.type("/stats"))
-    assert "not supported" in chat.type("/image cat.png")[0]
+    assert "only text content is supported by this model" in chat.type("/image cat.png")[0]
     assert len(chat.type("/help")) > 10
     assert chat.type("/dance") == [
         "/dance is not a command; /help lists them, and // begins a message with /."
