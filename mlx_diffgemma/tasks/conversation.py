@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.prompt_cache import SessionError, kept_picture
+from ..diffusion.cache_file import SessionError, kept_picture
 from ..images.files import read_picture
 from ..images.picture import Grid, Picture, PictureError
 from ..model.placeholders import Kept, Pixels

@@ -10,8 +10,9 @@ from types import NoneType
 from typing import Any, Literal, Unpack, get_args
 
 from ..arguments import SettingError, check_kind
+from ..diffusion.cache_file import SessionError
 from ..diffusion.guards import Guards
-from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError, remaining_context
+from ..diffusion.prompt_cache import ContextError, PromptCache, remaining_context
 from ..model.diffusion_gemma import READS_TEXT, DiffusionGemma
 from ..model.placeholders import Pixels
 from ..text.tokenizer import Declaration, Message, Tokenizer
