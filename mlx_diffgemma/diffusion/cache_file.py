@@ -31,8 +31,10 @@ class SessionError(Error):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds: tokens, where snapshots stand, keys and values of each layer at the end and
-    at each snapshot (None where there are none), and what its owner has put beside it."""
+    """What a file holds: tokens, where snapshots stand, and what its owner has put beside it.
+
+    `layers` are keys and values of each layer, or None, at the end and then at each snapshot.
+    """
 
     tokens: list[int]
     snapshots: list[int]

@@ -290,6 +290,15 @@ def test_a_session_with_a_picture_is_saved_and_gone_on_with(seeing: Any, tmp_pat
         session.switch(*plain)
 
 
+def test_parts_that_are_none_are_not_part_of_a_session(seeing: Any) -> None:
+    """A text part without a text was kept, and the next question was a KeyError."""
+    session = ChatSession(*seeing)
+    for content in ([], [3], {}, [{"type": "text"}], [part(noise(1)), {"type": "text", "text": 3}]):
+        with pytest.raises(Error, match="is text, or parts that are text or images"):
+            session.stream(content)  # type: ignore[arg-type]
+    assert session.messages == ()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
