@@ -42,15 +42,17 @@ LINE = st.text("ab 12é日.,", max_size=7)
     st.integers(0, 3),
     st.sampled_from([0.05, 0.4, 1.0]),
     st.integers(0, 2**31),
+    st.booleans(),
 )
 def test_only_the_part_changes(
-    lines: list[str], first: int, more: int, strength: float, seed: int
+    lines: list[str], first: int, more: int, strength: float, seed: int, verify: bool
 ) -> None:
     """Any model; the text behind the part is longer than a canvas, shorter, or nothing."""
     first = min(first, len(lines) - 1)
     last = min(first + more, len(lines) - 1)
     text = "\n".join(lines) + "\n"
-    arguments = {"lines": (first + 1, last + 1), "strength": strength, "steps": 3, "seed": seed}
+    span = (first + 1, last + 1)
+    arguments = {"lines": span, "strength": strength, "steps": 3, "seed": seed, "verify": verify}
     if not "".join(lines[first : last + 1]).strip():
         with pytest.raises(EditError, match="nothing to edit"):
             edit(RANDOM, TOKENIZER, text, "x", **arguments)

@@ -83,16 +83,17 @@ def may_hold(hole: Hole, value: str, tokens: int) -> bool:
     GIVEN,
     st.sampled_from(MODELS),
     st.integers(0, 2**31),
+    st.booleans(),
 )
 def test_what_is_given_stays_and_holes_hold_what_they_may(
-    parts: list[tuple[str, str]], end: str, model: DiffusionGemma, seed: int
+    parts: list[tuple[str, str]], end: str, model: DiffusionGemma, seed: int, verify: bool
 ) -> None:
     """Any model, any template, canvases of 24 tokens: several windows where it is longer."""
     written = [(text, hole % f"h{i}") for i, (text, hole) in enumerate(parts)]
     template = "".join(text + hole for text, hole in written) + end
     expected = [part for part in parse_template(template) if isinstance(part, Hole)]
     try:
-        result = fill(model, TOKENIZER, template, prompt="x", steps=2, seed=seed)
+        result = fill(model, TOKENIZER, template, prompt="x", steps=2, seed=seed, verify=verify)
     except ContextError:  # the next test but one is about what is too long
         reject()
     rebuilt = "".join(
