@@ -1,9 +1,10 @@
 """What users of other tools type out of habit, and what to say to it."""
 
-_SCHEDULE = (
+SCHEDULE = (
     "this model denoises a canvas on a schedule: the temperature falls from t_max to t_min of "
     "generation_config.json, and tokens are accepted by their entropy. --seed gives other answers; "
-    "--steps, --speed and --sampler confidence change how they come about"
+    "--steps, --speed and --sampler confidence change how they come about; --mode causal writes a "
+    "token at a time, at a --temperature"
 )
 
 _MEMORY = "the context is as long as memory allows; --max-memory says how much that is"
@@ -13,12 +14,12 @@ _NO_CODE = "nothing that a repository holds is ever executed, so there is nothin
 _SAID = {
     **dict.fromkeys(
         ("--temp", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"),
-        _SCHEDULE,
+        SCHEDULE,
     ),
     **dict.fromkeys(("--max-kv-size", "--ctx-size", "--num-ctx", "--kv-bits"), _MEMORY),
     "--trust-remote-code": _NO_CODE,
     "--adapter-path": "adapters are not supported: fuse them into the weights before converting",
-    "--draft-model": "a step decides many tokens at once, so there is nothing to draft",
+    "--draft-model": "the model drafts for itself with --mode speculative",
     "--verbose": "statistics are printed unless --quiet is given",
     "--ignore-chat-template": "prompts go through the checkpoint's template; from Python, token "
     "ids are taken as they are",

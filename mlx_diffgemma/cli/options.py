@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .habits import SCHEDULE
 from .seen import first_today
 from .terminal import fail, say
 
@@ -264,7 +265,7 @@ class Answering(Encoder, Sampling):
             given = "--verify" if self.verify else "--shrink"
             fail(f"--mode {self.mode} does not go with {given}", code=2)
         if self.mode == "denoise" and self.temperature is not None:
-            fail("--temperature goes with --mode causal or speculative", code=2)
+            fail(f"--temperature goes with --mode causal or speculative: {SCHEDULE}", code=2)
         if self.mode != "speculative" and self.acceptance is not None:
             fail("--acceptance goes with --mode speculative", code=2)
 

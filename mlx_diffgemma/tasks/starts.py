@@ -158,13 +158,16 @@ class DocumentPlaces:
     def choices(self, generated: Sequence[int], written: Sequence[int], count: int) -> Constraint:
         self._states = self._machine.advance(self._states, generated[self._read :])
         self._read = len(generated)
-        states, masks = self._states, list[npt.NDArray[np.bool_]]()
+        states, rows = self._states, dict[tuple[int, ...], int]()
+        masks, index = list[npt.NDArray[np.bool_]](), list[int]()
         for i in range(count):
-            masks.append(
-                self._mask(self._machine.sets_behind(states, self._budget - self._read - i))
-            )
+            sets = self._machine.sets_behind(states, self._budget - self._read - i)
+            if sets not in rows:
+                rows[sets] = len(rows)
+                masks.append(self._mask(sets))
+            index.append(rows[sets])
             states = self._machine.advance(states, written[i : i + 1])
-        return Listed(mx.array(np.stack(masks)), mx.arange(count))
+        return Listed(mx.array(np.stack(masks)), mx.array(index))
 
     def _mask(self, sets: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """(vocabulary,) which tokens one of the sets has."""

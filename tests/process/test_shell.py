@@ -59,7 +59,10 @@ def test_a_shell_completes_commands_and_names(typed: str, offered: str) -> None:
 def test_sampling_of_other_models_is_answered_with_what_this_one_has(option: str) -> None:
     done = run("generate", option, "0.7", "hello")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: there is no {option}: this model denoises")
+    said = f"there is no {option}"
+    if option == "--temperature":
+        said = f"{option} goes with --mode causal or speculative"
+    assert done.stderr.startswith(f"error: {said}: this model denoises")
     assert "--sampler confidence" in done.stderr
 
 
