@@ -299,7 +299,8 @@ def progress(draft: Draft, seconds: float | None = None) -> str:
         f"canvas {draft.canvas + 1}, step {draft.step}/{draft.steps}, "
         f"{sum(draft.accepted)}/{len(draft.accepted)} accepted"
     )
-    share = draft.decoded / (draft.step * len(draft.accepted))
+    steps = draft.step - draft.first_step + 1
+    share = draft.decoded / (steps * len(draft.accepted))
     if share < 1:
         line += f", {share:.0%} decoded"
     if not seconds:

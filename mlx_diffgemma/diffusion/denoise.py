@@ -36,6 +36,7 @@ class DenoisingState:
         converged: (B,) the stop rule has held; such a row no longer changes.
         settled: positions that the next step does not decode, see `settings.Settling`.
         decoded: positions of a row that all steps so far have decoded; a step over all counts L.
+        first_step: where the schedule was entered.
     """
 
     step: int
@@ -47,6 +48,7 @@ class DenoisingState:
     converged: mx.array
     settled: mx.array
     decoded: int
+    first_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def denoise(
             converged=undecided.confirmed(asked, stop),
             settled=undecided.settled,
             decoded=decoded,
+            first_step=start.first_step,
         )
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)
