@@ -59,6 +59,7 @@ def _play(scene: "Scene", events: "Iterator[Item]", tokenizer: "Tokenizer", dela
 
     Where nobody watches, three drafts tell of all: the first, one in the middle and the last.
     """
+    from contextlib import closing
     from time import sleep
 
     from rich.console import Console
@@ -71,15 +72,16 @@ def _play(scene: "Scene", events: "Iterator[Item]", tokenizer: "Tokenizer", dela
     watched = can_draw(Console(stderr=True))
     drafts: list[Draft] = []
     text = ""
-    for event in watch(events, tokenizer, live=True, lines=False):
-        if isinstance(event, Draft):
-            drafts.append(event)
-            if watched:
-                sleep(delay)
-        elif isinstance(event, Text):
-            text += event.text
-        elif isinstance(event, Done):
-            tokens = event.generated_tokens
+    with closing(watch(events, tokenizer, live=True, lines=False)) as items:
+        for event in items:
+            if isinstance(event, Draft):
+                drafts.append(event)
+                if watched:
+                    sleep(delay)
+            elif isinstance(event, Text):
+                text += event.text
+            elif isinstance(event, Done):
+                tokens = event.generated_tokens
     if not watched:
         for draft in (drafts[0], drafts[(len(drafts) - 1) // 2], drafts[-1]):
             say(f"{progress(draft)} | {draft.text!r}")

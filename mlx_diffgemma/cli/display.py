@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
@@ -235,7 +235,7 @@ class Screen:
 
 def watch(
     events: Iterator[Item], tokenizer: Tokenizer, *, live: bool, lines: bool
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Pass events on while showing drafts on stderr.
 
     `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts

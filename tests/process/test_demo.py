@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from command import at_a_terminal, run
+from terminal import Terminal
 from typer.main import get_command
 
 from mlx_diffgemma.cli.main import app
@@ -60,3 +61,13 @@ def test_a_terminal_shows_each_step_for_a_while(monkeypatch: pytest.MonkeyPatch)
     waits.clear()
     assert at_a_terminal("demo", "--fast").count("\nRight: ") == len(SCENES)
     assert sum(waits) == 0
+
+
+def test_ctrl_c_leaves_the_terminal_as_it_was() -> None:
+    seen = Terminal(command="demo", begins="step 3/48")
+    assert not seen.echoes()
+    seen.press("\x03")
+    assert seen.leaves() == 130
+    assert seen.echoed
+    assert not seen.cursor_hidden
+    assert "accepted" not in "\n".join(seen.lines())
