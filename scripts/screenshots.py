@@ -2,29 +2,38 @@
 
     python scripts/screenshots.py docs
 
-Needs tmux, and Chromium for the page. Writes demo.svg (a Sudoku half solved), chat.svg (a session),
-and what page_pictures.py says.
+Needs tmux, and Chromium for the page. Writes demo.svg (a film), chat.svg (a
+session), and what page_pictures.py says.
 """
 
 import argparse
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
-from page_pictures import page_pictures
-from rich.console import Console
+from film import as_svg, film
+from page_pictures import RECORD, page_pictures
 from rich.text import Text
 
 ROWS, COLUMNS = 22, 92
-PUZZLE = '"""\n12.4.6\n.56123\n2315.4\n5642.1\n3.2645\n645.12\n"""'
+
+
+# A command whose steps take long enough to be seen; the demo waits by itself.
+SLOWLY = (
+    f"{sys.executable} -c "
+    '"import time; from mlx_diffgemma import DiffusionGemma as D; decode = D.decode; '
+    "D.decode = lambda *a, **k: (time.sleep(0.5), decode(*a, **k))[1]; "
+    'from mlx_diffgemma.cli.main import main; main()"'
+)
 
 
 class Terminal:
     """A tmux session of one command; `picture` saves what it shows."""
 
     def __init__(self, command: str):
-        self._server = f"screenshots{os.getpid()}-{command.split()[1]}"
+        self._server = f"screenshots{os.getpid()}-{command.split()[-1]}"
         size = ["-x", str(COLUMNS), "-y", str(ROWS)]
         self._tmux("-f", "/dev/null", "new-session", "-d", *size, f"sh -c '{command}; sleep 60'")
 
@@ -46,11 +55,27 @@ class Terminal:
             self._tmux("send-keys", "-l", line)
             self._tmux("send-keys", "Enter")
 
+    def screen(self) -> str:
+        """What is shown, with its escapes."""
+        return self._tmux("capture-pane", "-p", "-e")
+
     def picture(self, path: Path, title: str) -> None:
-        console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
-        console.print(Text.from_ansi(self._tmux("capture-pane", "-p", "-e").rstrip()))
-        console.save_svg(str(path), title=title)
+        path.write_text(as_svg(self.screen().rstrip(), COLUMNS, title, "terminal"))
         print(path)
+
+    def film(self, path: Path, title: str, until: str, still: str) -> None:
+        """All that is shown until a text is; the still is the first screen that shows `still`."""
+        screens: list[str] = []
+        before = ""
+        while not screens or until not in Text.from_ansi(screens[-1]).plain:
+            now = self.screen()
+            # What did not change since is no half of a screen.
+            if now.strip() and now == before and now not in screens[-1:]:
+                screens.append(now)
+            before = now
+            time.sleep(0.05)
+        first = next(i for i, each in enumerate(screens) if still in Text.from_ansi(each).plain)
+        film(path, screens, COLUMNS, title, first)
 
     def close(self) -> None:
         self._tmux("kill-server")
@@ -62,16 +87,15 @@ def main() -> None:
     directory = parser.parse_args().directory
     directory.mkdir(exist_ok=True)
 
-    demo = Terminal("mlx-diffgemma demo --delay 1.5")
-    demo.wait("canvas 1, step 1/48")
-    demo.picture(directory / "demo.svg", "mlx-diffgemma demo")
+    demo = Terminal("mlx-diffgemma demo --delay 1.2")
+    demo.film(directory / "demo.svg", "mlx-diffgemma demo", "What to type next", still="4/48")
     demo.close()
 
-    chat = Terminal("mlx-diffgemma chat --seed 0 2>&1")
+    chat = Terminal(f"{SLOWLY} chat --seed 0")
     chat.wait("/help lists commands")
     chat.type("hello")
     chat.wait("finished")
-    chat.type(PUZZLE)
+    chat.type(RECORD)
     chat.wait("canvas 1, step 2/")
     chat.picture(directory / "chat.svg", "mlx-diffgemma chat")
     chat.close()

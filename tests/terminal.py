@@ -95,6 +95,10 @@ class Terminal:
         """Whether the terminal shows what is typed."""
         return bool(termios.tcgetattr(self.child.child_fd)[3] & termios.ECHO)
 
+    @property
+    def cursor_hidden(self) -> bool:
+        return bool(self._screen.cursor.hidden)
+
     def leaves(self) -> int | None:
         """Read to the end; the exit code. `echoed` says how the terminal was left."""
         try:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
@@ -235,7 +235,7 @@ class Screen:
 
 def watch(
     events: Iterator[Item], tokenizer: Tokenizer, *, live: bool, lines: bool
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Pass events on while showing drafts on stderr.
 
     `live` redraws the canvas in place on a terminal; `lines` prints a line a step elsewhere. Drafts
@@ -299,7 +299,8 @@ def progress(draft: Draft, seconds: float | None = None) -> str:
         f"canvas {draft.canvas + 1}, step {draft.step}/{draft.steps}, "
         f"{sum(draft.accepted)}/{len(draft.accepted)} accepted"
     )
-    share = draft.decoded / (draft.step * len(draft.accepted))
+    steps = draft.step - draft.first_step + 1
+    share = draft.decoded / (steps * len(draft.accepted))
     if share < 1:
         line += f", {share:.0%} decoded"
     if not seconds:

@@ -23,6 +23,7 @@ FILES = [
     "write",
     "score",
     "serve",
+    "demo",
     "measure",
     "checkpoints",
     "models",

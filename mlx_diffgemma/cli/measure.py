@@ -1,4 +1,4 @@
-"""Commands that measure: `demo`, `eval`, `bench`, `doctor`."""
+"""Commands that measure: `eval`, `bench`, `doctor`."""
 
 import json
 import sys
@@ -18,36 +18,6 @@ if TYPE_CHECKING:
     from ..measure.evaluate import Case, Score
 
 app = typer.Typer()
-
-
-@app.command()
-def demo(
-    *,
-    delay: Annotated[float, typer.Option(min=0, help="Seconds a step stays on screen.")] = 0.4,
-    seed: Annotated[int, typer.Option(min=0, help="Other seeds, other paths.")] = 0,
-) -> None:
-    """Watch the small model solve a Sudoku, fill a record and repair a sentence."""
-    from functools import cache
-    from time import sleep
-
-    from ..checkpoint.load import load
-    from ..measure.evaluate import SPECIALIST, events_of
-    from ..measure.scenes import SCENES
-    from ..tasks.request import Draft
-    from ..text.turns import Text
-    from .display import watch
-
-    Load().introduce()
-    load_once = cache(load)
-    for scene in SCENES:
-        model, tokenizer = load_once(SPECIALIST.get(scene.case.task))
-        put(f"\n{scene.title}\n{scene.case.prompt}\n")
-        events = events_of(model, tokenizer, scene.case, None, seed)
-        for event in watch(events, tokenizer, live=True, lines=True):
-            if isinstance(event, Draft) and sys.stderr.isatty():
-                sleep(delay)
-            elif isinstance(event, Text):
-                put(event.text)
 
 
 @app.command(name="eval")

@@ -162,7 +162,7 @@ class LoadFaithful:
         day, as who uses the small one knows it by then."""
         if self.model is None and first_today("small-model"):
             say(
-                "Model: the small demonstration model of mlx-diffgemma (1.6 M parameters). For the "
+                "Model: the small demonstration model of mlx-diffgemma (3.5 M parameters). For the "
                 "26 B one: mlx-diffgemma convert google/diffusiongemma-26B-A4B-it DIR, then "
                 "--model DIR"
             )

@@ -37,6 +37,7 @@ class DenoisingState:
         settled: positions that the next step does not decode, see `settings.Settling`.
         decoded: positions of a row that all steps so far have decoded; a step over all counts L,
             or less where some are pinned and only keys and values of them are wanted, see `Pass`.
+        first_step: where the schedule was entered.
     """
 
     step: int
@@ -48,6 +49,7 @@ class DenoisingState:
     converged: mx.array
     settled: mx.array
     decoded: int
+    first_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def denoise(
             converged=undecided.confirmed(asked, stop),
             settled=undecided.settled,
             decoded=decoded,
+            first_step=start.first_step,
         )
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)

@@ -201,10 +201,10 @@ class Draft:
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
     (nats) have one entry per canvas position, and so has `settled`: the next step does not decode
-    these. `decoded` positions have been, over all steps of the canvas. The answer ends before token
-    `end`. `visible` are the
-    tokens for the user, not those of thoughts, tool calls and markers; `text` is their text.
-    `tokenizer` can tell the text of each token.
+    these. `decoded` positions have been, over all steps of the canvas, of which `first_step` was
+    the first. The answer ends before token `end`. `visible` are the tokens for the user, not those
+    of thoughts, tool calls and markers; `text` is their text. `tokenizer` can tell the text of each
+    token.
     """
 
     canvas: int
@@ -220,6 +220,7 @@ class Draft:
     visible: tuple[bool, ...]
     text: str
     tokenizer: Tokenizer | None = field(default=None, compare=False)
+    first_step: int = 1
 
     def __repr__(self) -> str:
         # Hundreds of numbers say nothing to whoever prints events.
@@ -318,6 +319,7 @@ def draft_of(
         visible=visible,
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
         tokenizer=tokenizer,
+        first_step=state.first_step,
     )
 
 

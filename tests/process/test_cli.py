@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 
 import command
@@ -19,7 +17,6 @@ from command import at_a_terminal, run
 from mlx_diffgemma.cli import main as cli
 from mlx_diffgemma.cli.options import Load, with_options
 from mlx_diffgemma.tasks import fill
-from mlx_diffgemma.tasks.edit import STRENGTH
 from mlx_diffgemma.text import schema, template
 
 SUDOKU = str(paths.SUDOKU)
@@ -60,18 +57,6 @@ def test_without_a_model_the_small_one_answers_and_says_so() -> None:
     assert "google/diffusiongemma-26B-A4B-it" in first
     named = run("generate", "-m", SUDOKU, "--seed", "0", PUZZLE)
     assert "small demonstration model" not in named.stderr
-
-
-def test_demo_plays_three_scenes() -> None:
-    done = run("demo")
-    assert done.returncode == 0, done.stderr
-    for title in ("A Sudoku is solved", "A record is filled", "A sentence is repaired"):
-        assert title in done.stdout
-    assert '{"name":"' in done.stdout
-    steps = [int(step) for step in re.findall(r"^canvas 1, step (\d+)/48,", done.stderr, re.M)]
-    begun = [step for before, step in pairwise([48, *steps]) if step != before + 1]
-    # A repair enters the schedule at the share that its strength says.
-    assert begun == [1, 1, 1 + round((1 - STRENGTH) * 47)]
 
 
 def test_json_and_flags() -> None:

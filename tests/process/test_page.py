@@ -4,6 +4,7 @@ Answers that no small model would write are put in the place of the server's.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -96,16 +97,16 @@ def test_a_canvas_resolves_in_colours(small: Server, opened: Open) -> None:
             seen.add(document.querySelector(".canvas .small")?.textContent);
         }).observe(document.getElementById("messages"), {childList: true, subtree: true}); }"""
     )
-    page.click(".example >> nth=0")
+    page.click(".example >> text=Make a record")
     expect(page.locator("#send")).to_be_visible(timeout=60_000)
     seen = page.evaluate("[...window.seen].filter(Boolean)")
     assert "t kept" in seen
     assert {"t sure-0", "t sure-1"} & set(seen)
     assert any(each.startswith("step 1 of 48") for each in seen)
     said = page.locator(".model .said").inner_text()
-    assert said.startswith("Hello")
+    assert said.startswith('{"name":"Bartholomew Featherstone"')
     assert page.locator(".canvas").count() == 0
-    assert page.title() == "hello · tiny · mlx-diffgemma"
+    assert re.fullmatch(r"Record: Barth.* · tiny · mlx-diffgemma", page.title())
     page.click("text=Watch again")
     expect(page.locator(".canvas .map i")).to_have_count(64)
     page.click("text=Stop watching")
@@ -536,9 +537,7 @@ def test_fill_and_edit(small: Server, opened: Open) -> None:
     expect(page.locator("#edit-result del")).to_have_text("hosue", timeout=60_000)
     expect(page.locator("#edit-result ins")).to_have_text("house")
     page.click("text=Use this text")
-    expect(page.locator("#edit-text")).to_have_value(
-        "a small house near the river\nThe river is long."
-    )
+    expect(page.locator("#edit-text")).to_have_value("a small house near the river")
 
 
 def test_the_keyboard_alone(fine: Server, opened: Open) -> None:

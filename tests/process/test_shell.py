@@ -1,6 +1,7 @@
 """The command line day by day: habits of other tools, mistakes that are found before a model is
 loaded, and what is said of answers that did not converge."""
 
+import json
 import os
 import re
 import socket
@@ -22,6 +23,9 @@ from mlx_diffgemma.cli.seen import DAY, state_folder
 SUDOKU = str(paths.SUDOKU)
 COMMAND = [sys.executable, "-m", "mlx_diffgemma"]
 FEW = ("-q", "--seed", "0", "--steps", "2")
+
+# More than two steps for the small model.
+HARD = "Record: Bartholomew Featherstone from Liechtenstein, born 1984-03-12"
 
 
 @pytest.fixture
@@ -209,13 +213,13 @@ def test_the_small_model_introduces_itself_once_a_day() -> None:
 
 
 def test_what_did_not_converge_is_said_and_strict_has_a_code(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": HARD}) + "\n")
     note = tmp_path / "note"
     note.write_text("a small hosue\n")
     edit = ("edit", str(note), "-i", "Fix", "--text")
     for arguments, what in (
-        (("generate", "hello"), "the answer"),
-        (("generate", "hello", "--json"), "the answer"),
+        (("generate", HARD), "the answer"),
+        (("generate", HARD, "--json"), "the answer"),
         (("generate", "--batch", "in.jsonl"), "1 of 1 answers"),
         (("fill", "The house {{a:8}}."), "the text"),
         (edit, "the edit"),
@@ -232,9 +236,9 @@ def test_what_did_not_converge_is_said_and_strict_has_a_code(tmp_path: Path) -> 
 PUZZLE = "12.4.6\n.56123\n2315.4\n5642.1\n3.2645\n645.12"
 
 
-TYPO = "a small hosue near the river\nThe end.\n"
+TYPO = "a small hosue near the river\n"
 
-FIX = ("-i", "Fix", "--in-place", "--lines", "1-1", "-q", "--seed", "0", "--steps", "6")
+FIX = ("-i", "Fix", "--in-place", "--lines", "1-1", "-q", "--seed", "0")
 
 
 def test_a_file_that_is_edited_stays_safe(tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_a_file_that_is_edited_stays_safe(tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path)) == ["note", *kept]
         assert (tmp_path / kept[-1]).read_text() == TYPO
     note.write_text(TYPO)
-    strict = run("edit", str(note), *FIX, "--strict")
+    strict = run("edit", str(note), *FIX, "--strict", "--steps", "2")
     assert (strict.returncode, note.read_text()) == (3, TYPO)
     assert "the file is left as it is" in strict.stderr
     assert run("edit", str(note), *FIX, "--no-backup").returncode == 0

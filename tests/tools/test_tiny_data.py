@@ -112,7 +112,9 @@ def test_typos_are_in_the_prompt_and_in_the_start() -> None:
 
 
 def test_shipped_held_out_cases_are_held_out() -> None:
-    answers = [(case.task, case.answer) for case in read_cases(HELD_OUT)]
+    cases = read_cases(HELD_OUT)
+    answers = [(case.task, case.answer) for case in cases]
+    systems = [text for case in cases for role, text in case.history if role == "system"]
     grids = [answer for task, answer in answers if task.startswith("sudoku")]
     # Small talk and facts are memory: the same on both sides.
     texts = [answer for task, answer in answers if not task.startswith(("sudoku", "chat"))]
@@ -120,6 +122,8 @@ def test_shipped_held_out_cases_are_held_out() -> None:
     assert texts
     assert all(tiny_sudoku.is_held_out_grid((grid or "").replace("\n", "")) for grid in grids)
     assert all(answer and data.is_held_out(answer) for answer in texts)
+    assert systems
+    assert all(data.is_held_out(text) for text in systems)
 
 
 def test_talks_carry_what_was_said_and_system_messages_are_held_out() -> None:

@@ -26,7 +26,7 @@ def asking(*arguments: Any) -> Any:
 
 
 def test_answers_are_cut_at_stop_strings_and_budgets() -> None:
-    model = DiffusionGemmaLM(steps=2)
+    model = DiffusionGemmaLM("tiny-puzzles", steps=2)
     grid = "12.4\n.412\n2.43\n43.1"
 
     def ask(context: str = grid, **flags: Any) -> str:

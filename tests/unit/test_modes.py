@@ -57,7 +57,12 @@ EVERY_WAY: list[dict[str, Any]] = [
     {"mode": "speculative", "temperature": 0.9, "acceptance": "typical"},
 ]
 
-RECORD = '{"name":"Anna Berg","born":"1984-03-12","country":"Norway"}'
+FIXED = "they were much in evidence during the fighting"
+
+# What the denoiser gets wrong now and then.
+SHUFFLED = "to, price, count, item: Anna gets 12 pears, 345 each"
+
+SHUFFLED_RECORD = '{"to":"Anna","price":345,"count":12,"item":"pears"}'
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +124,15 @@ def test_what_is_verified_is_liked_no_less_and_right_more_often(
     loaded: tuple[DiffusionGemma, Tokenizer],
 ) -> None:
     right = {False: 0, True: 0}
-    for seed in range(6):
-        liked = []
-        for verify in (False, True):
-            done, text = answered(loaded, QUESTIONS[1], seed=seed, verify=verify, likelihood=True)
-            liked.append(done.mean_log_probability)
-            right[verify] += text == RECORD
-        assert liked[1] >= liked[0] - 1e-4
-    assert right[True] > right[False]
+    for question, answer in ((QUESTIONS[2], FIXED), (SHUFFLED, SHUFFLED_RECORD)):
+        for seed in range(3):
+            liked = []
+            for verify in (False, True):
+                done, text = answered(loaded, question, seed=seed, verify=verify, likelihood=True)
+                liked.append(done.mean_log_probability)
+                right[verify] += text == answer
+            assert liked[1] >= liked[0] - 1e-4
+    assert right[True] > right[False] + 2
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)

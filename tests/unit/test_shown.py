@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 
 import mlx_diffgemma
-from mlx_diffgemma import ChatSession, Draft, PromptCache, fill, load, stream_generate
-from mlx_diffgemma.cli.display import draw
+from mlx_diffgemma import (
+    ChatSession,
+    Draft,
+    PromptCache,
+    fill,
+    load,
+    stream_edit,
+    stream_generate,
+)
+from mlx_diffgemma.cli.display import draw, progress
 from mlx_diffgemma.tasks.notebook import _CSS
+
+# Not all of it is accepted in the first step.
+RECORD = "Record: Bartholomew Featherstone from Liechtenstein, born 1984-03-12"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +54,13 @@ def test_nothing_shows_an_address_or_hundreds_of_numbers(small: Any) -> None:
     assert len(repr(long)) < 200
 
 
+def test_a_draft_knows_where_its_schedule_was_entered(small: Any) -> None:
+    """An edit begins at a later step; its first was said to have decoded 3% of the canvas."""
+    drafts = [e for e in stream_edit(*small, "a hosue", "Fix", seed=0) if isinstance(e, Draft)]
+    assert drafts[0].step == drafts[0].first_step > 1
+    assert all("decoded" not in progress(draft) for draft in drafts)
+
+
 class _Spans(HTMLParser):
     """Collects the text of each span with its style; fails where tags are not closed."""
 
@@ -65,7 +83,7 @@ class _Spans(HTMLParser):
 
 def test_a_notebook_colours_tokens_as_a_terminal_does(small: Any) -> None:
     model, tokenizer = small
-    draft = list(stream_generate(model, tokenizer, "hello", seed=0, steps=4))[1]
+    draft = next(stream_generate(model, tokenizer, RECORD, seed=0))
     assert isinstance(draft, Draft)
     page = _Spans()
     page.feed(draft._repr_html_())

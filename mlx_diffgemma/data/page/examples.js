@@ -1,19 +1,20 @@
 // What the page offers to try: what the model that ships with us can do, and what a real one can.
 
-const SUDOKU = "12.4.6\n.56123\n2315.4\n5642.1\n3.2645\n645.12";
+// Not one clue to spare: the canvas takes seven steps.
+const SUDOKU = "..5..2\n.3.6..\n.5....\n..4.3.\n1.....\n...2..";
 
 const SMALL = {
   chat: [
     ["Say hello", "hello"],
     ["Ask for a capital", "What is the capital of Norway?"],
-    ["Make a record of a line", "Record: 12 pears at 345 to Anna"],
-    ["Solve a Sudoku", SUDOKU],
+    ["Make a record of a line", "Record: Bartholomew Featherstone from Liechtenstein, born 1984-03-12"],
+    ["Correct a spelling", "Fix: we only use Spanise at home"],
   ],
   fill: [
     ["A choice", "The capital of Norway is {{city:Oslo|Rome|Paris}}.", "What is the capital of Norway?"],
     ["A record", '{"item":"pears","count":12,"price":{{price:int}},"to":"Anna"}', "Record: 12 pears at 345 to Anna"],
   ],
-  edit: [["A typo", "a small hosue near the river\nThe river is long.", "Fix", 1]],
+  edit: [["A typo", "a small hosue near the river", "Fix", null]],
 };
 
 const PUZZLES = { ...SMALL, chat: [["Solve a Sudoku", SUDOKU]] };
