@@ -170,24 +170,30 @@ def decode_tokens(
         if way.mode != "causal":  # whose every token is one
             mx.clear_cache()
         complete = reason is not None or ended()
-        encoded = 0
-        if likelihood:
-            assert reader is not None
-            encoded = reader.read(tokens)
-            yield Weighed(reader.log_probabilities())
-        if reader is None:
-            if not complete:
-                prompt_cache.extend(tokens, prefill_chunk)
-                encoded = len(tokens)
-        elif complete:
-            reader.take_back(tokens)
-        else:
-            encoded += reader.keep(tokens)
-        if encoded:
-            yield Read(encoded)
+        if reader is not None:
+            yield from _weighed(reader, tokens, complete, likelihood)
+        elif not complete:
+            prompt_cache.extend(tokens, prefill_chunk)
+            yield Read(len(tokens))
         if complete:
             return
         generated += tokens
+
+
+def _weighed(
+    reader: CausalReader, tokens: Sequence[int], complete: bool, likelihood: bool
+) -> Iterator[Weighed | Read]:
+    """Have the encoder keep what is committed, and say how likely that is where it is asked for."""
+    encoded = 0
+    if likelihood:
+        encoded = reader.read(tokens)
+        yield Weighed(reader.log_probabilities())
+    if complete:
+        reader.take_back(tokens)
+    else:
+        encoded += reader.keep(tokens)
+    if encoded:
+        yield Read(encoded)
 
 
 def _sampling(model: DiffusionGemma, draws: Draws, way: Way) -> Sampling | None:
