@@ -14,13 +14,13 @@ __version__: str
 if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .arguments import SettingError as SettingError
     from .checkpoint.load import load as load
+    from .diffusion.cache_file import SessionError as SessionError
     from .diffusion.draws import Draws as Draws
     from .diffusion.draws import SeededDraws as SeededDraws
     from .diffusion.guards import Guards as Guards
     from .diffusion.prompt_cache import ContextError as ContextError
     from .diffusion.prompt_cache import PromptCache as PromptCache
     from .diffusion.prompt_cache import Reading as Reading
-    from .diffusion.prompt_cache import SessionError as SessionError
     from .errors import CheckpointError as CheckpointError
     from .errors import Error as Error
     from .model.diffusion_gemma import DiffusionGemma as DiffusionGemma
@@ -84,7 +84,8 @@ _EXPORTS = {
     "checkpoint.load": "load",
     "diffusion.draws": "Draws SeededDraws",
     "diffusion.guards": "Guards",
-    "diffusion.prompt_cache": "ContextError PromptCache Reading SessionError",
+    "diffusion.prompt_cache": "ContextError PromptCache Reading",
+    "diffusion.cache_file": "SessionError",
     "errors": "CheckpointError Error",
     "model.diffusion_gemma": "DiffusionGemma",
     "model.settings": "ConfidenceThreshold EntropyBound GenerationConfig",

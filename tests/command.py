@@ -30,14 +30,17 @@ class Done:
 
 
 def run(
-    *arguments: str | Path, stdin: str = "", cwd: Path | None = None, **environment: str
+    *arguments: str | Path, stdin: str | bytes = "", cwd: Path | None = None, **environment: str
 ) -> Done:
     """Run a command with pipes, in a directory, with more environment variables."""
     with (
         TemporaryFile("w+", encoding="utf-8") as stdout,
         TemporaryFile("w+", encoding="utf-8") as stderr,
     ):
-        code = _main(arguments, io.StringIO(stdin), stdout, stderr, cwd, environment)
+        given = (
+            io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin))
+        )
+        code = _main(arguments, given, stdout, stderr, cwd, environment)
         for file in (stdout, stderr):
             file.seek(0)
         return Done(code, stdout.read(), stderr.read())

@@ -81,7 +81,7 @@ def generate(
         messages = messages_of(text_of(prompt, "the prompt"), system, parts)
     elif prompt != "-" or prompt_cache is not None or show or pictures.image:
         fail("--batch goes with no prompt, --image, --prompt-cache or --show", code=2)
-    from ..diffusion.prompt_cache import check_destination
+    from ..diffusion.cache_file import check_destination
     from ..tasks.generate import Request
     from ..text.schema import read_supported
 

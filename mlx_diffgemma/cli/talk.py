@@ -52,7 +52,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk with the model; /help lists what can be typed."""
-    from ..diffusion.prompt_cache import check_destination
+    from ..diffusion.cache_file import check_destination
     from ..tasks.session import ChatSession
     from ..tasks.tools import by_name, read_tools
     from .chat import Chat

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.prompt_cache import SessionError, kept_picture
+from ..diffusion.cache_file import SessionError, kept_picture
 from ..images.files import read_picture
 from ..images.picture import Grid, Picture, PictureError
 from ..model.placeholders import Kept, Pixels
@@ -112,7 +112,7 @@ def _is_message(message: object, index: int) -> bool:
         case {"role": "user", "content": str(), **rest}:
             return not rest
         case {"role": "user", "content": list(parts), **rest}:
-            return not rest and len(parts) > 0 and all(map(_is_part, parts))
+            return not rest and len(parts) > 0 and all(map(is_part, parts))
         case {"role": "assistant", "content": str(), **rest}:
             thought, calls = rest.pop("reasoning", ""), rest.pop("tool_calls", [])
             if rest or not isinstance(thought, str) or not isinstance(calls, list):
@@ -123,7 +123,8 @@ def _is_message(message: object, index: int) -> bool:
     return False
 
 
-def _is_part(part: object) -> bool:
+def is_part(part: object) -> bool:
+    """Tell whether a message of a session may have such a part."""
     match part:
         case {"type": "text", "text": str(), **rest}:
             return not rest

@@ -10,13 +10,14 @@ from types import NoneType
 from typing import Any, Literal, Unpack, get_args
 
 from ..arguments import SettingError, check_kind
+from ..diffusion.cache_file import SessionError
 from ..diffusion.guards import Guards
-from ..diffusion.prompt_cache import ContextError, PromptCache, SessionError, remaining_context
+from ..diffusion.prompt_cache import ContextError, PromptCache, remaining_context
 from ..model.diffusion_gemma import READS_TEXT, DiffusionGemma
 from ..model.placeholders import Pixels
 from ..text.tokenizer import Declaration, Message, Tokenizer
 from ..text.turns import Text, Thought, ToolCall
-from .conversation import is_declaration, read_conversation, written_messages
+from .conversation import is_declaration, is_part, read_conversation, written_messages
 from .generate import stream_generate
 from .pictures import Given, pictures_of, show, shown_messages
 from .request import Done, Event, Settings, encode_messages
@@ -26,6 +27,9 @@ Overflow = Literal["refuse", "truncate"]
 # Of the context, what is free once turns were left out: else every further turn would leave out
 # another, and read the rest anew.
 FREED = 1 / 4
+
+
+_PARTS = "a message is text, or parts that are text or images"
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,14 @@ class ChatSession:
         if isinstance(content, str):
             if not content.strip():
                 raise ContextError("the message is empty")
-        elif not isinstance(content, list | tuple) or not content:
-            raise ContextError("a message is text, or parts that are text or images")
+        elif not isinstance(content, list | tuple):
+            raise ContextError(_PARTS)
         message: Message = {"role": "user", "content": content}
-        asked = shown_messages([message], self._model.sight, self._model.context)
-        return self._answer([*self._messages, *asked], seed)
+        (asked,) = shown_messages([message], self._model.sight, self._model.context)
+        parts = asked["content"]
+        if not isinstance(parts, str) and (not parts or not all(map(is_part, parts))):
+            raise ContextError(_PARTS)
+        return self._answer([*self._messages, asked], seed)
 
     def respond(
         self, results: Sequence[ToolResult], *, seed: int | None = None

@@ -12,7 +12,8 @@ from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, PromptCache, SessionError, SettingError
 from mlx_diffgemma.diffusion import prompt_cache as module
-from mlx_diffgemma.diffusion.prompt_cache import PrefixCache, fingerprint, prefill
+from mlx_diffgemma.diffusion.cache_file import fingerprint
+from mlx_diffgemma.diffusion.prompt_cache import PrefixCache, prefill
 
 MODEL = untrained(20, 8, windows=(6, None, 9))
 CANVAS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])

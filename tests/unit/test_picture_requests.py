@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from looking import BEGIN, END, IMAGE, looking_checkpoint
+from looking import BEGIN, CONFIG, END, IMAGE, looking_checkpoint
 from PIL import Image
 
 from mlx_diffgemma import (
@@ -25,6 +25,7 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.diffusion.prompt_cache import PrefixCache
 from mlx_diffgemma.model.placeholders import LostPicture, Placeholder, pieces, placeholders
+from mlx_diffgemma.model.sight import Sight
 from mlx_diffgemma.tasks import pictures as module
 from mlx_diffgemma.tasks.choose import choose
 from mlx_diffgemma.text.vocabulary import Vocabulary
@@ -175,6 +176,19 @@ def test_the_tower_counts_for_memory(tmp_path: Path) -> None:
         generate(model, tokenizer, asked(part(noise(1))))
 
 
+def test_a_prompt_with_pictures_has_less_context(tmp_path: Path) -> None:
+    """The tower takes memory from the context, before it is loaded already."""
+    model, tokenizer = load(looking_checkpoint(tmp_path))
+    model.sight = Sight(CONFIG, model.sight._load, lambda: 96)
+    generate(model, tokenizer, "x" * 90, seed=1)
+    with pytest.raises(ContextError, match="context of 96, which is all that fits into memory"):
+        generate(model, tokenizer, asked(part(noise(1)), "what?"))
+    assert model.context == 4096
+    model.sight = Sight(CONFIG, model.sight._load, lambda: 200)
+    generate(model, tokenizer, asked(part(noise(1)), "what?"), seed=1)
+    assert model.context == 200
+
+
 def hidden(model: Any, cache: PromptCache) -> np.ndarray:
     return np.array(cache._model(mx.zeros((1, 16), dtype=mx.int32), cache.cache))
 
@@ -274,6 +288,15 @@ def test_a_session_with_a_picture_is_saved_and_gone_on_with(seeing: Any, tmp_pat
     plain = load(looking_checkpoint(tmp_path / "plain", tower=False))
     with pytest.raises(SessionError, match="has pictures"):
         session.switch(*plain)
+
+
+def test_parts_that_are_none_are_not_part_of_a_session(seeing: Any) -> None:
+    """A text part without a text was kept, and the next question was a KeyError."""
+    session = ChatSession(*seeing)
+    for content in ([], [3], {}, [{"type": "text"}], [part(noise(1)), {"type": "text", "text": 3}]):
+        with pytest.raises(Error, match="is text, or parts that are text or images"):
+            session.stream(content)  # type: ignore[arg-type]
+    assert session.messages == ()
 
 
 @pytest.mark.parametrize(
