@@ -1,12 +1,13 @@
 """`generate`: an answer to one prompt, or with --batch to those of a file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .images import Pictures
+from .images import Pictures, path_of
 from .inputs import optional_text, text_of
 from .options import (
     Answering,
@@ -50,6 +51,10 @@ def generate(
     answering: Answering,
     system: System = None,
     pictures: Pictures,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="A video before the prompt: a file, or a folder of its frames."),
+    ] = None,
     show: Show = False,
     schema: Annotated[
         Path | None, typer.Option(help="JSON Schema that the answer must follow.")
@@ -77,10 +82,10 @@ def generate(
     if many.batch is None:
         if many.output is not None:
             fail("--output goes with --batch; one answer goes to stdout", code=2)
-        parts = pictures.parts(prompt)
+        parts = [*pictures.parts(prompt), *_frames(video or ())]
         messages = messages_of(text_of(prompt, "the prompt"), system, parts)
-    elif prompt != "-" or prompt_cache is not None or show or pictures.image:
-        fail("--batch goes with no prompt, --image, --prompt-cache or --show", code=2)
+    elif prompt != "-" or prompt_cache is not None or show or pictures.image or video:
+        fail("--batch goes with no prompt, --image, --video, --prompt-cache or --show", code=2)
     from ..diffusion.cache_file import check_destination
     from ..tasks.generate import Request
     from ..text.schema import read_supported
@@ -108,3 +113,12 @@ def generate(
     from .answer import answer_one
 
     answer_one(request, load, prompt_cache, show=show, as_json=as_json, quiet=quiet, strict=strict)
+
+
+def _frames(videos: Sequence[Path]) -> list[dict[str, Any]]:
+    """Videos as parts of a message; what is wrong with one does not wait for a model."""
+    if not videos:
+        return []
+    from ..tasks.pictures import video_parts
+
+    return [part for each in videos for part in video_parts(path_of(str(each)))]

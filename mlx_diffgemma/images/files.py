@@ -49,7 +49,7 @@ def read_picture(given: "Path | bytes | Image.Image") -> "Image.Image":
     except ImportError:
         raise PictureError(MISSING) from None
     if isinstance(given, Image.Image):
-        return _upright(given, "the picture")
+        return upright(given, "the picture")
     if isinstance(given, bytes):
         return _decoded(BytesIO(given), len(given), "the picture")
     name = str(given)
@@ -76,19 +76,19 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """
     if not can_read():
         raise PictureError(MISSING)
-    with _opened(BytesIO(data), len(data), "the picture") as image:
+    with opened(BytesIO(data), len(data), "the picture") as image:
         _check_size(image, "the picture")
         return image.size
 
 
 def _decoded(file: BinaryIO, size: int, name: str) -> "Image.Image":
     """Decode a file of so many bytes; no error of Pillow's leaves this."""
-    with _opened(file, size, name) as image:
-        return _upright(image, name)
+    with opened(file, size, name) as image:
+        return upright(image, name)
 
 
 @contextmanager
-def _opened(file: BinaryIO, size: int, name: str) -> Iterator["Image.Image"]:
+def opened(file: BinaryIO, size: int, name: str) -> Iterator["Image.Image"]:
     """Open a file of so many bytes, of which the header alone is read."""
     from PIL import Image, UnidentifiedImageError
 
@@ -112,12 +112,12 @@ def _opened(file: BinaryIO, size: int, name: str) -> Iterator["Image.Image"]:
         except Image.DecompressionBombError:
             raise PictureError(f"{name} has more than {MOST_PIXELS:,} pixels") from None
         except Exception as error:  # decoders raise whatever the damage leads to
-            raise PictureError(f"{name} cannot be read: {_reason(error)}") from None
+            raise PictureError(f"{name} cannot be read: {reason(error)}") from None
         with image:
             yield image
 
 
-def _upright(image: "Image.Image", name: str) -> "Image.Image":
+def upright(image: "Image.Image", name: str) -> "Image.Image":
     """Check the size, then decode, turn and convert."""
     from PIL import ImageOps
 
@@ -126,7 +126,7 @@ def _upright(image: "Image.Image", name: str) -> "Image.Image":
         image.load()
         return _in_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # as above
-        raise PictureError(f"{name} cannot be read: {_reason(error)}") from None
+        raise PictureError(f"{name} cannot be read: {reason(error)}") from None
 
 
 def _check_size(image: "Image.Image", name: str) -> None:
@@ -166,7 +166,7 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Put what a decoder says on one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.isprintable() and len(text) <= 100 else shown(text)

@@ -68,8 +68,10 @@ async def _chat(service: Service, http: Http, body: ChatBody) -> Response:
 
     def make(patience: Patience) -> Prepared[object]:
         request = chat_request(body)
-        messages = with_pictures(messages_of(body), worker.model, patience.check)
-        return worker.prepare(replace(request, prompt=messages), patience)
+        if body.has_pictures:
+            messages = with_pictures(messages_of(body), worker.model, patience.check)
+            request = replace(request, prompt=messages)
+        return worker.prepare(request, patience)
 
     slow = body.response_format is not None or body.has_pictures
     one, patience = await service.make(http, make, slow=slow)

@@ -13,6 +13,7 @@ from ..images.files import read_picture
 from ..images.picture import Grid, Picture, PictureError
 from ..model.placeholders import Kept, Pixels
 from ..text.tokenizer import Declaration, Message
+from .pictures import is_time
 
 
 def written_messages(messages: Sequence[Message], *, pixels: bool) -> list[Message]:
@@ -129,7 +130,7 @@ def is_part(part: object) -> bool:
         case {"type": "text", "text": str(), **rest}:
             return not rest
         case {"type": "image", "image": Picture() | Kept(), **rest}:
-            return not rest
+            return not rest or (rest.keys() == {"time"} and is_time(rest["time"]))
     return False
 
 

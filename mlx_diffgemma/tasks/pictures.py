@@ -3,7 +3,8 @@
 All of it is Pillow and numpy: any thread may prepare a prompt with pictures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,6 +13,7 @@ from ..arguments import SettingError, shown
 from ..diffusion.prompt_cache import ContextError
 from ..images.files import read_picture
 from ..images.picture import Grid, Picture, PictureError, picture_of
+from ..images.video import FRAME_TOKENS, read_frames
 from ..model.diffusion_gemma import READS_TEXT
 from ..model.placeholders import Kept, Pixels, placeholders
 from ..model.sight import Sight, SightConfig
@@ -53,8 +55,10 @@ class Markers:
             return [self.neutral(each, depth - 1) for each in value]
         return value
 
-    def expanded(self, text: str, pictures: Sequence[Pixels]) -> str:
+    def expanded(self, text: str, pictures: Sequence[Pixels], times: Sequence[str]) -> str:
         """A rendered chat in which as many markers stand as each picture has tokens.
+
+        Before each stands its time, see `times_of`: templates would trim the blanks of a text.
 
         Raises:
             TokenizerError: it has not one marker for each picture.
@@ -64,7 +68,10 @@ class Markers:
             raise TokenizerError(
                 f"the chat template writes {len(parts) - 1} places for {len(pictures)} pictures"
             )
-        shown_as = [f"{self.begin}{self.image * each.tokens}{self.end}" for each in pictures]
+        shown_as = [
+            f"{time}{self.begin}{self.image * each.tokens}{self.end}"
+            for time, each in zip(times, pictures, strict=True)
+        ]
         return "".join(a + b for a, b in zip(parts, [*shown_as, ""], strict=True))
 
 
@@ -138,14 +145,14 @@ def shown_messages(
     found = []
     for message in messages:
         content = message.get("content")
-        if not isinstance(content, list | tuple) or not any(map(_is_picture, content)):
+        if not isinstance(content, list | tuple) or not any(map(_is_seen, content)):
             found.append(message)
             continue
         if sight is None:
             raise SettingError(READS_TEXT)
         most = min(most, sight.context)
         parts = []
-        for part in content:
+        for part in _without_videos(content):
             if not _is_picture(part):
                 parts.append(part)
                 continue
@@ -160,13 +167,73 @@ def shown_messages(
                     f"the pictures of the prompt have more than {most:,} tokens, and no more fits "
                     "into the context"
                 )
-            parts.append({"type": "image", "image": picture})
+            parts.append({"type": "image", "image": picture, **_time(part)})
         found.append({**message, "content": parts})
     return found
 
 
 def _is_picture(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def _is_seen(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "video")
+
+
+def _without_videos(content: Sequence[Any]) -> Iterator[Any]:
+    """Parts in which frames stand for a video."""
+    for part in content:
+        if isinstance(part, Mapping) and part.get("type") == "video":
+            yield from video_parts(part.get("video"))
+        else:
+            yield part
+
+
+def video_parts(path: Any) -> list[dict[str, Any]]:
+    """A video as parts of a message: a picture for each frame that is shown, with its time.
+
+    Raises:
+        SettingError: it is no path.
+        PictureError: it cannot be read.
+    """
+    if not isinstance(path, Path):
+        raise SettingError(f"a video is a pathlib.Path of a file or folder, not {shown(path)}")
+    return [
+        {
+            "type": "image",
+            "image": frame.image,
+            "tokens": FRAME_TOKENS,
+            "time": f"{' ' * (i > 0)}{frame.stamp} ",
+        }
+        for i, frame in enumerate(read_frames(path))
+    ]
+
+
+_TIME = re.compile(r" ?\d{2,9}:\d\d ", re.ASCII)
+
+
+def is_time(value: object) -> bool:
+    """Tell whether this may stand before a picture: minutes and seconds, between blanks."""
+    return isinstance(value, str) and _TIME.fullmatch(value) is not None
+
+
+def _time(part: Mapping[str, Any]) -> dict[str, str]:
+    time = part.get("time")
+    if time is not None and not is_time(time):
+        raise SettingError(f"the time of a picture is MM:SS and a blank, not {shown(time)}")
+    return {} if time is None else {"time": time}
+
+
+def times_of(messages: Sequence[Message]) -> list[str]:
+    """What stands before each picture of messages that `shown_messages` gave; of most, nothing."""
+    contents = [message.get("content") for message in messages]
+    return [
+        part.get("time", "")
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+        if _is_picture(part)
+    ]
 
 
 def pictures_of(messages: Sequence[Message]) -> list[Pixels]:

@@ -33,7 +33,7 @@ from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
 from .modes import Mode
 from .notebook import Cell, html_of
-from .pictures import bare, markers_of, pictures_of, placed_ids, shown_messages
+from .pictures import bare, markers_of, pictures_of, placed_ids, shown_messages, times_of
 from .speculation import Acceptance
 from .starts import Pieces
 
@@ -47,7 +47,8 @@ Given = TypeVar("Given", covariant=True)
 
 # A user message, a chat that the template renders, or token ids, which are taken as they are. In a
 # chat, a content may be a list of parts: {"type": "text", "text": ...} and {"type": "image",
-# "image": a pathlib.Path, bytes or an image of Pillow, "tokens": most that it takes, or none}.
+# "image": a pathlib.Path, bytes or an image of Pillow, "tokens": most that it takes, or none} and
+# {"type": "video", "video": a pathlib.Path of a file or folder}.
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
@@ -410,6 +411,7 @@ def encode_messages(
         except Error:
             if pictures:
                 raise
+    times = times_of(messages)
     messages, tools = bare(messages), list(tools)
     if markers is not None:
         messages, tools = markers.neutral(messages), markers.neutral(tools)
@@ -421,7 +423,7 @@ def encode_messages(
     )
     if markers is None or sight is None:
         return encode_text(tokenizer, text, most, check)
-    ids = encode_text(tokenizer, markers.expanded(text, pictures), most, check)
+    ids = encode_text(tokenizer, markers.expanded(text, pictures, times), most, check)
     return placed_ids(ids, pictures, sight.config)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def test_what_is_quick_does_not_wait_for_what_is_slow() -> None:
 class Slow(Worker):
     """Takes for ever to prepare a request, but looks whether anybody still waits."""
 
+    _model: Any = SimpleNamespace(sight=None)
     ended: BaseException | None = None
     begun, over = threading.Event(), threading.Event()
 

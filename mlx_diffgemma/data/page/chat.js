@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { Canvas, replay } from "./canvas.js";
 import { button, copyButton, find, grow, make, sends } from "./dom.js";
 import { render } from "./markdown.js";
+import { thumbnail, Tray } from "./pictures.js";
 import { newChat, read, save, titleOf } from "./store.js";
 
 // Answers whose drafts can be watched again, the last ones.
@@ -24,6 +25,8 @@ export class Chat {
     this.stopper = null;
     this.replays = new Map();
     this.parsed = new WeakMap();
+    this.thumbnails = new WeakMap();
+    this.tray = new Tray({ say: (line) => this.#say(line), sees: () => Boolean(page.model?.images) });
     this.messages = find("messages");
     this.scroll = find("scroll");
     this.input = find("message");
@@ -32,10 +35,10 @@ export class Chat {
     find("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       const text = this.input.value;
-      if (!text.trim() || this.busy) return;
+      if (this.busy || this.tray.reading || !(text.trim() || this.tray.addresses.length)) return;
       this.input.value = "";
       this.fit();
-      this.send(text);
+      this.send(text, this.tray.take());
     });
     this.input.addEventListener("keydown", (event) => {
       if (!sends(event)) return;
@@ -74,9 +77,9 @@ export class Chat {
     this.stopper?.abort();
   }
 
-  send(text) {
+  send(text, pictures = []) {
     if (this.busy) return;
-    this.chat.messages.push({ role: "user", content: text });
+    this.chat.messages.push({ role: "user", content: text, pictures, lost: 0 });
     this.answer();
   }
 
@@ -106,9 +109,17 @@ export class Chat {
     messages.forEach((each, i) => {
       const answer = messages[i + 1];
       if (each.role === "user" && answer && !answer.content) return;
-      if (each.content) asked.push({ role: each.role, content: each.content });
+      const content = this.#content(each);
+      if (content.length) asked.push({ role: each.role, content });
     });
     return asked;
+  }
+
+  // A message as text, or as pictures and what stands behind them, for a model that sees.
+  #content({ content, pictures }) {
+    if (!pictures?.length || !this.page.model?.images) return content;
+    const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+    return content.trim() ? [...parts, { type: "text", text: content }] : parts;
   }
 
   #body() {
@@ -204,6 +215,7 @@ export class Chat {
   // Draws what stands around the messages.
   frame() {
     const { messages } = this.chat;
+    for (const each of ["picture-add", "picture-take"]) find(each).hidden = !this.page.model?.images;
     find("welcome").hidden = messages.length > 0;
     find("send").hidden = this.busy;
     find("stop").hidden = !this.busy;
@@ -218,8 +230,24 @@ export class Chat {
       copyButton(() => message.content, "your message"),
       button("Edit", () => this.#edit(element, message, at), { disabled: this.busy }));
     const element = make("article", { className: "user", "aria-label": "You" },
-      make("div", { className: "said", dir: "auto" }, message.content), actions);
+      ...this.#pictures(message),
+      make("div", { className: "said", dir: "auto", hidden: !message.content }, message.content), actions);
     return element;
+  }
+
+  // What was sent with a message, drawn once: long chats are drawn often.
+  #pictures(message) {
+    const { pictures = [], lost = 0 } = message;
+    const found = [];
+    if (pictures.length) {
+      if (!this.thumbnails.has(message)) {
+        this.thumbnails.set(message, make("div", { className: "pictures" },
+          ...pictures.map((each, i) => thumbnail(each, `Picture ${i + 1}`))));
+      }
+      found.push(this.thumbnails.get(message));
+    }
+    if (lost) found.push(make("p", { className: "note" }, lost > 1 ? `${lost} pictures were not kept.` : "A picture was not kept."));
+    return found;
   }
 
   #edit(element, message, at) {
@@ -227,9 +255,9 @@ export class Chat {
     const fit = grow(area);
     const back = () => this.draw();
     const go = () => {
-      if (!area.value.trim() || this.busy) return;
+      if (this.busy || !(area.value.trim() || message.pictures?.length)) return;
       this.chat.messages.length = at;
-      this.send(area.value);
+      this.send(area.value, message.pictures);
     };
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") back();

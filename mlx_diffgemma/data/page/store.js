@@ -1,6 +1,8 @@
 // Keeps chats in this browser, within bounds. What is read back may be anything: other programs of
 // the same address write there, too.
 
+import { MOST_PICTURES } from "./pictures.js";
+
 const PREFIX = "diffgemma.chat.";
 
 // Chats that are kept, and characters of all of them; the oldest go first.
@@ -26,13 +28,25 @@ export function newChat(like = {}) {
 export function titleOf(chat) {
   const first = chat.messages.find((each) => each.role === "user")?.content ?? "";
   const line = first.trim().replace(/\s+/g, " ");
+  if (!line && chat.messages.length) return "A picture";
   return line.length > 60 ? `${line.slice(0, 59)}…` : line || "New chat";
 }
 
 const text = (value) => (typeof value === "string" ? value : "");
 
+const PICTURE = /^data:image\/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}$/;
+
+// Addresses of pictures, which hold them; any other address would be asked for.
+function pictures(value) {
+  const found = Array.isArray(value) ? value : [];
+  return found.filter((each) => typeof each === "string" && PICTURE.test(each)).slice(0, MOST_PICTURES);
+}
+
 function checkedMessage(value) {
-  if (value?.role === "user") return { role: "user", content: text(value.content) };
+  if (value?.role === "user") {
+    const lost = Number.isInteger(value.lost) && value.lost > 0 ? value.lost : 0;
+    return { role: "user", content: text(value.content), pictures: pictures(value.pictures), lost };
+  }
   if (value?.role !== "assistant") return null;
   return {
     role: "assistant",
@@ -105,6 +119,21 @@ export function forget(id) {
   remove(id);
 }
 
+// A chat as it is kept, with its pictures or with their number alone.
+function written(chat, whole = true) {
+  const messages = chat.messages.map(checkedMessage).map((each) =>
+    whole || !each.pictures?.length ? each
+      : { ...each, pictures: [], lost: each.lost + each.pictures.length });
+  return JSON.stringify({
+    revision: chat.revision,
+    changed: chat.changed,
+    system: chat.system,
+    steps: chat.steps,
+    thinking: chat.thinking,
+    messages,
+  });
+}
+
 // Writes a chat. Where another tab has written it since, this one goes on under a name of its own,
 // so that neither is lost. Gives what to tell the user, if anything.
 export function save(chat) {
@@ -121,19 +150,22 @@ export function save(chat) {
   chat.changed = Date.now();
   count += 1;
   chat.revision = `${tab}-${count}`;
-  const raw = JSON.stringify({
-    revision: chat.revision,
-    changed: chat.changed,
-    system: chat.system,
-    steps: chat.steps,
-    thinking: chat.thinking,
-    messages: chat.messages.map(checkedMessage),
-  });
+  let raw = written(chat);
+  if (raw.length > MOST_CHARACTERS) {
+    raw = written(chat, false);
+    told = "The pictures of this chat are too many to be kept in the browser.";
+  }
   if (raw.length > MOST_CHARACTERS) return "This chat is too long to be kept in the browser.";
   const others = list().filter((each) => each.id !== chat.id);
   let room = MOST_CHARACTERS - raw.length;
   others.forEach((each, i) => {
-    room -= each.size;
+    const bare = room < each.size ? written(each, false) : "";
+    if (bare && bare.length < each.size) { // pictures go before chats
+      kept.setItem(PREFIX + each.id, bare);
+      room -= bare.length;
+    } else {
+      room -= each.size;
+    }
     if (room < 0 || i >= MOST_CHATS - 1) remove(each.id);
   });
   for (;;) {
