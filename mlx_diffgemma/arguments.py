@@ -48,7 +48,13 @@ def token_ids(given: Iterable[object], vocab_size: int | None = None) -> list[in
         SettingError: one of them is no whole number from 0 to `vocab_size` - 1.
     """
     name = "a token id"
-    ids = [token if type(token) is int else whole_number(name, token, 0) for token in given]
+    # What stands for a picture is an int that knows it, and has to stay one.
+    ids = [
+        token
+        if isinstance(token, int) and type(token) is not bool
+        else whole_number(name, token, 0)
+        for token in given
+    ]
     if ids:
         most = None if vocab_size is None else vocab_size - 1
         whole_number(name, min(ids), 0, most)

@@ -2,11 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..arguments import SettingError, shown
 from ..errors import CheckpointError
@@ -16,25 +15,21 @@ from ..model.settings import GenerationConfig, Speed
 from ..text.tokenizer import Tokenizer, TokenizerError
 from .files import (
     DEFAULT,
-    FLOATS,
     SHIPPED,
     Headers,
     Tensor,
-    check_type,
     read_headers,
     read_json,
     resolve,
     size_of_file,
 )
-from .fit import fit, read_size
+from .fit import fit, free_memory, read_size
 from .info import info_of
 from .quantization import quantization_of
-
-DType = Literal["float32", "bfloat16", "float16"]
+from .vision import sight_of
+from .weights import DType, check_parameters, read_weights, sentence
 
 EMBEDDED = SHIPPED[DEFAULT]
-
-SENTENCE_LIMIT = 300  # characters of a library's message, which may quote a whole file
 
 
 def load(
@@ -46,6 +41,8 @@ def load(
     speed: Speed = "faithful",
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
+
+    Text alone is loaded; a vision tower is, from the same files, when the first picture comes.
 
     On a Mac this raises the process's limit of wired memory, so that weights are not paged out.
 
@@ -69,16 +66,21 @@ def load(
     for name, value, known in (("speed", speed, Speed), ("dtype", dtype, DType)):
         if value is not None and value not in get_args(known):
             raise SettingError(f"{name} is one of {', '.join(get_args(known))}; not {shown(value)}")
-    memory = None if max_memory is None else read_size(max_memory)
     keep_in_memory()
+    memory = free_memory() if max_memory is None else read_size(max_memory)
     directory = EMBEDDED
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
-    decided = fit(info_of(headers, dtype), memory)
+    found = info_of(headers, dtype)
+    decided = fit(found, memory)
     model = model_of(headers, dtype)
     model.context = decided.context
+    table = found.table_bytes if decided.keep_table else 0
+    model.sight = sight_of(
+        headers, dtype, lambda: fit(found, memory - table, pictures=True).context
+    )
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
@@ -109,11 +111,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_directory(directory)
     except TokenizerError as error:
-        raise CheckpointError(_sentence(error)) from None
+        raise CheckpointError(sentence(error)) from None
     try:
         tokenizer.encode("\U0010fffd")  # which no vocabulary has
     except Exception as error:  # the library raises bare Exception
-        message = f"{directory / 'tokenizer.json'} cannot encode any text: {_sentence(error)}"
+        message = f"{directory / 'tokenizer.json'} cannot encode any text: {sentence(error)}"
         raise CheckpointError(message) from None
     return tokenizer
 
@@ -127,12 +129,6 @@ def _check_special(settings: dict[str, Any]) -> None:
             continue  # add_bos_token and its like are true or false
         if not isinstance(text, str) or not text.isprintable():
             raise CheckpointError(f"tokenizer_config.json: {shown(key)} is no text: {shown(value)}")
-
-
-def _sentence(error: Exception) -> str:
-    """Put what a library says on one line, not longer than a few."""
-    words = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else "?" for c in words)[:SENTENCE_LIMIT]
 
 
 def computed_in(dtype: DType | None) -> DType | None:
@@ -165,32 +161,10 @@ def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
     model.load_weights(list(weights.items()))
     del weights
     model.merge()
+    model.sight = sight_of(headers, dtype, lambda: model.context)
     mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
-
-
-def read_weights(tensors: dict[str, Tensor], dtype: DType | None) -> dict[str, mx.array]:
-    """Read these tensors and no others, floating-point numbers as `dtype`; None keeps their type.
-
-    Raises:
-        CheckpointError: a file cannot be loaded.
-    """
-    weights: dict[str, mx.array] = {}
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        try:
-            stored = mx.load(str(file))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be loaded: {_sentence(error)}") from None
-        assert isinstance(stored, dict)  # a safetensors file is
-        weights.update((name, array) for name, array in stored.items() if name in tensors)
-    if dtype is None:
-        return weights
-    target = getattr(mx, dtype)
-    return {
-        name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
-        for name, array in weights.items()
-    }
 
 
 def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig:
@@ -230,7 +204,7 @@ def build_model(
     try:
         nn.quantize(model, class_predicate=quantization)
     except ValueError as error:
-        raise CheckpointError(f"config.json: {_sentence(error)}") from None
+        raise CheckpointError(f"config.json: {sentence(error)}") from None
     return model
 
 
@@ -253,33 +227,3 @@ def check_ids(model: DiffusionGemma, tokenizer: Tokenizer) -> None:
 def check_tensors(model: DiffusionGemma, tensors: dict[str, Tensor]) -> None:
     """Compare names, shapes and types of a file with the text model's, as `check_parameters`."""
     check_parameters(model, {parameter_name(name): tensor for name, tensor in tensors.items()})
-
-
-def check_parameters(model: nn.Module, found: dict[str, Tensor]) -> None:
-    """Compare a module with the tensors of its parameters, by their names in the module.
-
-    Raises:
-        CheckpointError: naming what is missing, unknown, of another shape or of another type.
-    """
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    expected = {name: tuple(array.shape) for name, array in parameters.items()}
-    if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"the checkpoint lacks {_first(missing)}")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise CheckpointError(
-            f"the checkpoint has tensors that the config does not ask for: {_first(extra)}"
-        )
-    wrong = sorted(name for name, shape in expected.items() if found[name].shape != shape)
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{_first(wrong)}: shape {list(found[name].shape)}, where the config asks for "
-            f"{list(expected[name])}"
-        )
-    packed = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # weights, and scales that are no floats
-    for name, tensor in found.items():
-        check_type(tensor, packed.get(parameters[name].dtype, FLOATS))
-
-
-def _first(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

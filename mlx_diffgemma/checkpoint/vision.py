@@ -1,5 +1,6 @@
 """The vision tower of a checkpoint, loaded when the first picture comes and not before."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError
+from ..model.sight import Sight
 from ..model.vision import Vision, is_vision, vision_name
 from ..model.vision_config import VisionConfig
 from .files import Headers, Tensor, read_headers
-from .load import DType, check_parameters, read_weights
 from .quantization import quantization_of
+from .weights import DType, check_parameters, read_weights
+
+
+def sight_of(headers: Headers, dtype: DType | None, context: Callable[[], int]) -> Sight | None:
+    """A checkpoint's way to see, which loads the tower late; None where the files have none.
+
+    `context` tells how many tokens there is memory for beside the tower.
+    """
+    if not any(map(is_vision, headers.tensors)):
+        return None
+    return Sight(headers.config, lambda: vision_of(headers, dtype), context)
 
 
 def load_vision(directory: Path, *, dtype: DType | None = None) -> Vision:

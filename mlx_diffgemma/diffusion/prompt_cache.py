@@ -2,20 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..arguments import token_ids, whole_number
+from ..arguments import SettingError, is_size, token_ids, whole_number
 from ..errors import Error
 from ..files import check_writable, parse_json, replacing
 from ..model.cache import LayerCache, LayerSnapshot
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.placeholders import (
+    Kept,
+    Placeholder,
+    picture_mask,
+    pictures_in,
+    pieces,
+    placed,
+    placeholders,
+    runs,
+    without_pixels,
+)
 
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
 PREFILL_CHUNK = 2048
@@ -33,6 +46,10 @@ MOST_CACHES = 64
 MOST_METADATA = 1 << 25
 
 FORMAT = "mlx-diffgemma context 2"
+
+
+# Embeddings (tokens, hidden) of pictures that have been looked at, by digest.
+Seen = Mapping[bytes, mx.array]
 
 
 class SessionError(Error):
@@ -54,19 +71,23 @@ class Reading:
 def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     """Tokens of context that a prompt leaves, at least a canvas.
 
+    Where it has pictures the vision tower takes memory from the context.
+
     Raises:
         ContextError: the prompt is empty or leaves less.
     """
-    remaining = model.context - len(prompt)
+    context = model.context
+    if model.sight is not None and pictures_in(prompt):
+        context = min(context, model.sight.context)
+    remaining = context - len(prompt)
     length = model.config.canvas_length
-    short = model.context < model.config.max_position_embeddings
+    short = context < model.config.max_position_embeddings
     if not prompt:
         raise ContextError("the prompt is empty")
     if remaining < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {model.context}"
-            + (", which is all that fits into memory" if short else "")
+            f"the context of {context}" + (", which is all that fits into memory" if short else "")
         )
     return remaining
 
@@ -77,25 +98,47 @@ def prefill(
     cache: list[LayerCache],
     chunk: int = PREFILL_CHUNK,
     take: Callable[[mx.array], None] | None = None,
+    seen: Seen | None = None,
 ) -> None:
     """Encode tokens into the cache, `chunk` at a time; the result does not depend on `chunk`.
 
-    `take` is given each chunk's hidden states (1, T, hidden), which else are not computed.
+    `take` is given each chunk's hidden states (1, T, hidden), which else are not computed. What is
+    not in `seen` of the tokens' pictures is looked at here. No chunk ends within a picture.
 
     Raises:
         SettingError: an id is not in the vocabulary, or `chunk` is no number from 1.
+        Error: a picture cannot be seen, see `DiffusionGemma.see`.
     """
     tokens = token_ids(tokens, model.config.vocab_size)
     whole_number("prefill_chunk", chunk, 1)
+    seen = dict(seen or {})
+    for picture in pictures_in(tokens):
+        if picture.digest not in seen:
+            seen[picture.digest] = model.see(picture)
     for layer in cache:
         layer.reserve(len(tokens) + model.config.canvas_length)
-    for start in range(0, len(tokens), chunk):
-        some = mx.array([list(tokens[start : start + chunk])])
-        hidden = model.encode(some, cache, evaluate=mx.eval)
+    start = 0
+    for end in pieces(tokens, chunk):
+        hidden = _encode(model, tokens[start:end], cache, seen)
         mx.eval([layer.state for layer in cache], [] if take is None else hidden)
         mx.clear_cache()
         if take is not None:
             take(hidden)
+        start = end
+
+
+def _encode(
+    model: DiffusionGemma, tokens: Sequence[int], cache: list[LayerCache], seen: Seen
+) -> mx.array:
+    """Hidden states (1, T, hidden) of one chunk, in which the embeddings of pictures stand."""
+    ids = mx.array([tokens])
+    pictures = pictures_in(tokens)
+    if model.sight is None or not pictures:
+        return model.encode(ids, cache, evaluate=mx.eval)
+    of = runs(tokens)
+    embedded = placed(model.embed(ids), [seen[each.digest] for each in pictures], of)
+    mask = picture_mask(of, model.sight.config.rule)
+    return model.encode(ids, cache, embedded, mask=mask, evaluate=mx.eval)
 
 
 @dataclass(frozen=True)
@@ -160,26 +203,33 @@ class PromptCache:
     def reading(
         self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK
     ) -> Generator[Reading, None, None]:
-        """Read as `read` does, with a pause after each chunk but the last.
+        """Read as `read` does, with a pause after each chunk but the last, and after each picture.
 
         Where the tokens depart from what was held a snapshot is left, if it saves enough: the next
         prompt may begin in the same way.
 
         Raises:
             SettingError: an id is not in the vocabulary, or `chunk` is no number from 1; nothing
-                is forgotten then.
+                is forgotten then, nor after what follows.
+            Error: a picture cannot be seen, see `DiffusionGemma.see`.
         """
         tokens = token_ids(tokens, self._model.config.vocab_size)
         whole_number("prefill_chunk", chunk, 1)
         agreed = _common(self._tokens, tokens)
         kept = self._reusable(agreed)
         departs = agreed < len(self._tokens) and agreed - kept >= WORTH_A_SNAPSHOT
+        seen: dict[bytes, mx.array] = {}
+        for picture in pictures_in(tokens[kept:]):
+            if picture.digest not in seen:
+                seen[picture.digest] = self._model.see(picture)
+                yield Reading(kept, len(tokens))
         self._restore(kept)
         for layer in self.cache:
             layer.reserve(len(tokens) - len(self) + self._model.config.canvas_length)
         for goal in [agreed] * departs + [len(tokens)]:
-            while len(self) < goal:
-                self.extend(tokens[len(self) : min(len(self) + chunk, goal)], chunk)
+            start = len(self)
+            for end in pieces(tokens[start:goal], chunk):
+                self.extend(tokens[len(self) : start + end], chunk, seen=seen)
                 if len(self) < len(tokens):
                     yield Reading(len(self), len(tokens))
             self.snapshot()
@@ -196,20 +246,23 @@ class PromptCache:
         whole_number("prefill_chunk", chunk, 1)
         for layer in self.cache:
             layer.reserve(len(tokens) + self._model.config.canvas_length)
-        for start in range(0, len(tokens), chunk):
+        start = 0
+        for end in pieces(tokens, chunk):
             found: list[mx.array] = []
-            self.extend(tokens[start : start + chunk], chunk, found.append)
+            self.extend(tokens[start:end], chunk, found.append)
             yield found.pop()
+            start = end
 
     def extend(
         self,
         tokens: Sequence[int],
         chunk: int = PREFILL_CHUNK,
         take: Callable[[mx.array], None] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         """Encode more tokens. Interrupted, the context is empty: layers must not disagree.
 
-        `take` is as in `prefill`.
+        `take` and `seen` are as in `prefill`.
 
         Raises:
             SettingError: as `reading`.
@@ -219,11 +272,11 @@ class PromptCache:
         if not tokens:
             return
         try:
-            prefill(self._model, tokens, self.cache, chunk, take)
+            prefill(self._model, tokens, self.cache, chunk, take, seen)
         except BaseException:
             self.clear()
             raise
-        self._tokens += tokens
+        self._tokens += without_pixels(tokens)
 
     def snapshot(self) -> None:
         """Remember this place; the oldest snapshots go when they take too much memory."""
@@ -245,9 +298,14 @@ class PromptCache:
         """Hold the first `length` tokens only, at least those of a mark made on the way here.
 
         What sliding layers no longer hold, behind more tokens than their window, is encoded again.
+
+        Raises:
+            SettingError: that is within a picture, whose first tokens have seen the last.
         """
         if length == len(self):
             return
+        if isinstance(cut := self._tokens[length], Placeholder) and cut.place:
+            raise SettingError(f"{length} tokens end within a picture")
         between = self._tokens[mark.length : length]
         del self._tokens[length:]
         pairs = list(zip(self.cache, mark.layers, strict=True))
@@ -300,6 +358,7 @@ class PromptCache:
             "format": FORMAT,
             "model": fingerprint(self._model),
             "tokens": json.dumps(self._tokens),
+            "pictures": json.dumps(_described(self._tokens)),
             "marks": json.dumps([snapshot.length for snapshot in snapshots]),
             "extra": _as_json(path, extra),
         }
@@ -365,11 +424,61 @@ def _read_lengths(model: DiffusionGemma, metadata: dict[str, str]) -> tuple[list
     tokens = token_ids(tokens, model.config.vocab_size)
     if len(tokens) > (most := model.config.max_position_embeddings):
         raise ValueError(f"it has {len(tokens)} tokens, and the model can read {most}")
+    tokens = _with_pictures(tokens, parse_json(metadata.get("pictures", "[]")))
     if not all(type(snapshot) is int for snapshot in snapshots):
         raise ValueError("a snapshot is no number of tokens")
     if any(a >= b for a, b in pairwise([0, *snapshots, len(tokens)] if snapshots else [])):
         raise ValueError("marks do not follow each other within the tokens")
     return tokens, snapshots
+
+
+def _described(tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """The pictures of tokens as a file tells them: where each begins, its digest and size."""
+    return [
+        {
+            "start": start,
+            "digest": token.picture.digest.hex(),
+            "rows": token.picture.rows,
+            "columns": token.picture.columns,
+            "tokens": token.picture.tokens,
+        }
+        for start, token in enumerate(tokens)
+        if isinstance(token, Placeholder) and not token.place
+    ]
+
+
+def kept_picture(described: object) -> Kept:
+    """A picture as a file tells it: `digest` in hexadecimal, `rows`, `columns` and `tokens`.
+
+    Raises:
+        ValueError: it is told in another way.
+    """
+    match described:
+        case {"digest": str(digest), "rows": rows, "columns": columns, "tokens": tokens}:
+            sizes = is_size(rows) and is_size(columns) and is_size(tokens)
+            if sizes and re.fullmatch("[0-9a-f]{64}", digest):
+                return Kept(bytes.fromhex(digest), rows, columns, tokens)
+    raise ValueError("a picture has no digest and size")
+
+
+def _with_pictures(tokens: list[int], described: object) -> list[int]:
+    """Tokens in which those of pictures know them, as `_described` tells.
+
+    Raises:
+        ValueError: they are no pictures, or stand where none could.
+    """
+    if not isinstance(described, list):
+        raise ValueError("pictures are no list")
+    end = 0
+    for each in described:
+        picture, start = kept_picture(each), each.get("start")
+        if type(start) is not int or not end <= start <= len(tokens) - picture.tokens:
+            raise ValueError("a picture stands beyond the tokens, or within another")
+        end = start + picture.tokens
+        if len(set(tokens[start:end])) > 1:
+            raise ValueError("a picture stands for different tokens")
+        tokens[start:end] = placeholders(tokens[start], [picture])
+    return tokens
 
 
 def _layers(
@@ -496,9 +605,8 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Count the tokens that two sequences begin with alike."""
-    count = min(len(first), len(second))
-    differ = np.flatnonzero(np.array(first[:count]) != np.array(second[:count]))
-    return int(differ[0]) if len(differ) else count
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def fingerprint(model: DiffusionGemma) -> str:
@@ -507,6 +615,8 @@ def fingerprint(model: DiffusionGemma) -> str:
     heads = {name: array.reshape(-1)[:64].view(mx.uint8) for name, array in parameters.items()}
     mx.eval(heads)
     digest = hashlib.sha256(repr(model.config).encode())
+    if model.sight is not None:
+        digest.update(model.sight.rule.encode())
     for name in sorted(parameters):
         digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
         digest.update(np.array(heads[name]).tobytes())

@@ -13,7 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.load import DType, load
+from ..checkpoint.load import load
+from ..checkpoint.weights import DType
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import Speed
 from ..tasks.generate import stream_generate

@@ -13,10 +13,18 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..arguments import SettingError
 from .cache import CacheUpdate, EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
+from .placeholders import Pixels
 from .settings import GenerationConfig
+from .sight import Sight
+
+READS_TEXT = (
+    "only text content is supported by this model, no images, audio or files: its checkpoint has "
+    "no vision tower"
+)
 
 # Bytes that a block of the embedding table may take where it has to be dequantized.
 TABLE_BYTES = 1 << 26
@@ -50,7 +58,7 @@ class LanguageModel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`language_model`, as the checkpoint names it; the vision tower would stand beside it."""
+    """`language_model`, as the checkpoint names it; the vision tower is a module of its own."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -96,6 +104,7 @@ class DiffusionGemma(nn.Module):
         self.generation = generation
         self.model = Backbone(config)
         self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
+        self.sight: Sight | None = None  # of a checkpoint that has a vision tower
         self._table: mx.array | None = None
 
     def __repr__(self) -> str:
@@ -128,6 +137,18 @@ class DiffusionGemma(nn.Module):
         """Rows of the table times sqrt(hidden)."""
         # The reference rounds the factor to the embedding's type.
         return embedded * mx.array(self.config.hidden_size**0.5, dtype=embedded.dtype)
+
+    def see(self, picture: Pixels) -> mx.array:
+        """Embeddings (tokens, hidden) that stand for a picture's tokens, computed.
+
+        Raises:
+            SettingError: this model reads text alone.
+            Error: as `Sight`.
+        """
+        if self.sight is None:
+            raise SettingError(READS_TEXT)
+        self.context = min(self.context, self.sight.context)
+        return self.sight(picture)
 
     def encode(
         self,

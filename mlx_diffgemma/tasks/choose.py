@@ -76,7 +76,9 @@ class ChooseRequest:
             raise ChooseError(f"the labels have more than {MOST_TOKENS} tokens together")
         parts = _parts(template, list(slots))
         texts = [parts] if not isolated else _isolate(parts)
-        prompt = encode_prompt(vocabulary.tokenizer, self.prompt, most=model.context, check=check)
+        prompt = encode_prompt(
+            vocabulary.tokenizer, self.prompt, sight=model.sight, most=model.context, check=check
+        )
         token_ids(prompt, model.config.vocab_size)
         remaining_context(model, prompt)
         rows: list[_Row] = []

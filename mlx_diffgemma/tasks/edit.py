@@ -107,7 +107,7 @@ class EditRequest:
             raise EditError(f"the text has {len(self.text):,} characters, more than {most:,}")
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
         asked = f"{self.instruction.strip().rstrip(':')}: {part}"
-        prompt = encode_prompt(tokenizer, asked, most=model.context, check=check)
+        prompt = encode_prompt(tokenizer, asked, sight=model.sight, most=model.context, check=check)
         remaining_context(model, prompt)
         chunks = _chunks(tokenizer, part, model.config.canvas_length * 3 // 4, check)
         return Revision(

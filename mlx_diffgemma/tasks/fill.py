@@ -34,6 +34,7 @@ from ..model.settings import GenerationConfig, Sampler
 from ..text.template import Hole, TemplateError, check_parts, parse_template, short
 from ..text.tokenizer import Tokenizer, no_check
 from ..text.vocabulary import Vocabulary, integer
+from .pictures import Given
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import clip_context, planned_start
 
@@ -246,6 +247,8 @@ class FillOptions(TypedDict, total=False):
 
     Attributes:
         prompt: an instruction; None is "Fill: " and the template with its holes as dots.
+        images: pictures that stand before the instruction, each a `pathlib.Path`, bytes of a file
+            or an image of Pillow.
         steps: most denoising steps a canvas; None asks the checkpoint.
         seed: makes the result repeatable; None draws one.
         sampler: `EntropyBound` or `ConfidenceThreshold`; None asks the checkpoint.
@@ -253,6 +256,7 @@ class FillOptions(TypedDict, total=False):
     """
 
     prompt: str | None
+    images: Sequence[Given]
     steps: int | None
     seed: int | None
     sampler: Sampler | None
@@ -269,6 +273,7 @@ class FillRequest:
     seed: int | None = None
     sampler: Sampler | None = None
     draws: Draws | None = None
+    images: Sequence[Given] = ()
 
     def prepare(
         self,
@@ -294,7 +299,9 @@ class FillRequest:
             if _fits(model, pieces):
                 shown = "".join(part if isinstance(part, str) else "..." for part in parts)
             prompt = f"Fill: {shown}"
-        ids = encode_prompt(vocabulary.tokenizer, prompt, most=model.context, check=check)
+        ids = encode_prompt(
+            vocabulary.tokenizer, prompt, sight=model.sight, most=model.context, check=check
+        )
         remaining_context(model, ids)
         return Form(model, vocabulary, tuple(parts), pieces, ids, config, self.seed, self.draws)
 
@@ -307,6 +314,7 @@ class FillRequest:
         """
         checked_seed(self.seed)
         check_kind("a prompt", self.prompt, (str, NoneType), "text")
+        check_kind("images", self.images, (list, tuple), "a list of pictures")
         if isinstance(self.template, str):
             return parse_template(self.template)
         if not isinstance(self.template, Sequence):

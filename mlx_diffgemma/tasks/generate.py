@@ -251,6 +251,7 @@ class Request:
         ids = encode_prompt(
             tokenizer,
             self.prompt,
+            sight=model.sight,
             most=model.context,
             enable_thinking=self.enable_thinking,
             tools=self.tools,

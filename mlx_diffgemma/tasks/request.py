@@ -23,13 +23,17 @@ from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
 from ..diffusion.guards import FinishReason, Guard, Guards
 from ..diffusion.prompt_cache import ContextError, PromptCache, Reading
+from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.placeholders import runs
 from ..model.settings import GenerationConfig, Sampler
+from ..model.sight import Sight
 from ..text.tokenizer import Declaration, Message, Tokenizer, TooLong, no_check
 from ..text.turns import BadToolCall, Text, Thought, ToolCall, TurnReader
 from ..text.vocabulary import Vocabulary
 from .modes import Mode
 from .notebook import Cell, html_of
+from .pictures import bare, markers_of, pictures_of, placed_ids, shown_messages
 from .starts import Pieces
 
 if TYPE_CHECKING:
@@ -40,7 +44,9 @@ Item = TypeVar("Item")
 
 Given = TypeVar("Given", covariant=True)
 
-# A user message, a chat that the template renders, or token ids, which are taken as they are.
+# A user message, a chat that the template renders, or token ids, which are taken as they are. In a
+# chat, a content may be a list of parts: {"type": "text", "text": ...} and {"type": "image",
+# "image": a pathlib.Path, bytes or an image of Pillow, "tokens": most that it takes, or none}.
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
@@ -327,6 +333,7 @@ def encode_prompt(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
+    sight: Sight | None = None,
     most: int = sys.maxsize,
     enable_thinking: bool = False,
     tools: Sequence[Declaration] = (),
@@ -335,13 +342,15 @@ def encode_prompt(
     """Ids of a prompt: a string is one user message; ids pass through.
 
     Of text that must have more than `most` tokens not all is encoded; `check` is called now and
-    then, and may raise.
+    then, and may raise. Those of a picture know it, see `Placeholder`; `sight` is the model's.
 
     Raises:
         SettingError: it is neither messages nor ids, or asks for tools or thoughts that the chat
-            template would leave out.
-        ContextError: the prompt is empty, or text that is far too long.
+            template would leave out, or for pictures of a model that reads text alone.
+        ContextError: the prompt is empty, or text or pictures that are far too long.
         TokenizerError: the chat template refuses the messages.
+        PictureError: a picture cannot be read.
+        TooLarge: there is no memory to see one.
     """
     if tools and not tokenizer.knows_tools:
         raise SettingError("this model's chat template knows no tools")
@@ -356,13 +365,52 @@ def encode_prompt(
     parts = list(prompt)
     messages = [part for part in parts if isinstance(part, dict)]
     if not messages:
-        return token_ids(parts)
+        ids = token_ids(parts)
+        runs(ids)  # which refuses parts of a picture
+        return ids
     if len(messages) < len(parts):
         raise SettingError("a prompt is either messages or token ids, not both")
-    text = tokenizer.apply_chat_template(
-        messages, enable_thinking=enable_thinking, tools=tools or None
+    messages = shown_messages(messages, sight, most, check)
+    return encode_messages(
+        tokenizer, messages, sight, most, enable_thinking=enable_thinking, tools=tools, check=check
     )
-    return encode_text(tokenizer, text, most, check)
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    sight: Sight | None,
+    most: int,
+    *,
+    enable_thinking: bool = False,
+    tools: Sequence[Declaration] = (),
+    check: Callable[[], None] = no_check,
+) -> list[int]:
+    """Ids of messages that `shown_messages` gave; arguments and errors as in `encode_prompt`.
+
+    Markers of pictures that stand in a text are made ordinary text.
+    """
+    pictures = pictures_of(messages)
+    markers = None
+    if sight is not None:
+        try:
+            markers = markers_of(tokenizer, sight.config)
+        except Error:
+            if pictures:
+                raise
+    messages, tools = bare(messages), list(tools)
+    if markers is not None:
+        messages, tools = markers.neutral(messages), markers.neutral(tools)
+    text = tokenizer.apply_chat_template(
+        messages,
+        enable_thinking=enable_thinking,
+        tools=tools or None,
+        pictures=len(pictures) > 0,
+    )
+    if markers is None or sight is None:
+        return encode_text(tokenizer, text, most, check)
+    ids = encode_text(tokenizer, markers.expanded(text, pictures), most, check)
+    return placed_ids(ids, pictures, sight.config)
 
 
 def encode_text(

@@ -105,7 +105,7 @@ class ScoreRequest:
         prompt = (
             [_beginning(tokenizer)]
             if self.prompt is None
-            else encode_prompt(tokenizer, self.prompt, most=most, check=check)
+            else encode_prompt(tokenizer, self.prompt, sight=model.sight, most=most, check=check)
         )
         text = self.text
         if isinstance(text, str):

@@ -138,6 +138,10 @@ class Tokenizer:
         """Return the id of a token written exactly so, or None."""
         return self._backend.token_to_id(token)
 
+    def token(self, number: int) -> str | None:
+        """Return how a token is written, or None if there is no such id."""
+        return self._backend.id_to_token(number)
+
     def encode(self, text: str) -> list[int]:
         """Encode text as it stands: special tokens are recognised, none is added.
 
@@ -232,8 +236,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         enable_thinking: bool = False,
         tools: Sequence[Declaration] | None = None,
+        pictures: bool = False,
     ) -> str:
         """Render a chat as the text that the model was trained on.
+
+        With `pictures`, a part {"type": "image"} of a content is written as its marker.
 
         Raises:
             TokenizerError: there is no message or no template, or it refuses these messages, fails,
@@ -242,7 +249,7 @@ class Tokenizer:
         if not messages:
             raise TokenizerError("there is no message in this chat")
         for message in messages:
-            _refuse_media(message.get("content"))
+            _refuse_media(message.get("content"), pictures)
         template = self._template
         try:
             with within(messages, tools):
@@ -330,10 +337,15 @@ def _said(error: Exception) -> str:
     return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
-def _refuse_media(content: Any) -> None:
-    """Refuse images: a template writes a placeholder, which this runtime would never fill."""
+def _refuse_media(content: Any, pictures: bool) -> None:
+    """Refuse what is no text: a template writes a placeholder, which nothing would ever fill."""
     if not isinstance(content, list | tuple):
         return
     for part in content:
+        if pictures and part == {"type": "image"}:
+            continue
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise TokenizerError("only text content is supported, no images, audio or files")
+            said = "text and images are supported, no audio or files"
+            raise TokenizerError(
+                said if pictures else "only text content is supported, no images, audio or files"
+            )

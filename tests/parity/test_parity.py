@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 import torch
 from paths import SUDOKU
-from reference import STEPS, Replay, Run, random_checkpoint, record
+from reference import STEPS, Replay, random_checkpoint, record
+from replaying import assert_same, steps_of
 from slow import soft_embedding
-from torch.distributions import Categorical
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaForBlockDiffusion,
 )
 
 from mlx_diffgemma.checkpoint.load import load_model
-from mlx_diffgemma.diffusion.denoise import DenoisingState
-from mlx_diffgemma.diffusion.draws import Draws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
-from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.tasks.generate import Committed, generate_tokens
 from mlx_diffgemma.text.tokenizer import Tokenizer
 
 
@@ -103,33 +99,6 @@ CASES = [
             "rope_type": "proportional", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
     }}),
 ]  # fmt: skip
-
-
-def steps_of(
-    model: DiffusionGemma, prompt: list[int], draws: Draws, chunk: int
-) -> tuple[list[DenoisingState], list[int]]:
-    """Every state of a run and all committed tokens."""
-    snapshots, tokens = [], []
-    for item in generate_tokens(model, prompt, model.generation, draws, prefill_chunk=chunk):
-        if isinstance(item, DenoisingState):
-            snapshots.append(item)
-        elif isinstance(item, Committed):
-            tokens += item.tokens
-    return snapshots, tokens
-
-
-def assert_same(snapshots: list[DenoisingState], tokens: list[int], run: Run) -> None:
-    """As many steps; each step's accepted mask, canvas, argmax, self-conditioning; same result."""
-    assert len(snapshots) == len(run.argmax)
-    for i, state in enumerate(snapshots):
-        assert np.array_equal(np.array(state.accepted), run.accepted[i]), f"accepted, pass {i}"
-        assert np.array_equal(np.array(state.canvas), run.canvas[i]), f"canvas, pass {i}"
-        assert np.array_equal(np.array(state.argmax), run.argmax[i]), f"argmax, pass {i}"
-        chances = Categorical(logits=torch.tensor(run.tempered[i]))
-        nats, most = chances.entropy().numpy(), chances.probs.amax(dim=-1).numpy()
-        assert np.abs(np.array(state.entropy) - nats).max() <= 1e-3, f"entropy, pass {i}"
-        assert np.abs(np.array(state.probability) - most).max() <= 1e-3, f"probability, pass {i}"
-    assert tokens == run.sequence[: len(tokens)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -17,7 +17,14 @@ from mlx_diffgemma.arguments import SettingError
 from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.checkpoint.vision import load_vision
 from mlx_diffgemma.images.picture import Grid, picture_of
-from mlx_diffgemma.model.placeholders import PictureRule, picture_mask, placed, runs
+from mlx_diffgemma.model.placeholders import (
+    Kept,
+    PictureRule,
+    picture_mask,
+    placed,
+    placeholders,
+    runs,
+)
 
 TEXT, MORE = [2, 5, 6, 9, 11, 3, 4, 8, 1, 7], [8, 9, 10]
 
@@ -30,9 +37,14 @@ def image(height: int, width: int) -> Image.Image:
 IMAGES = [image(90, 130), image(200, 40)]
 
 
+def tokens(count: int) -> list[int]:
+    """Those of some picture."""
+    return [*placeholders(IMAGE, [Kept(bytes([count]), 3, 3 * count, count)])]
+
+
 def prompt(counts: list[int]) -> list[int]:
     """Text, a picture, text, another, text."""
-    first, second = ([BEGIN, *[IMAGE] * count, END] for count in counts)
+    first, second = ([BEGIN, *tokens(count), END] for count in counts)
     return [*TEXT, *first, *MORE, *second, *MORE]
 
 
@@ -69,10 +81,10 @@ def test_the_encoder_reads_pictures_as_the_reference_does(
     ours, seen = load_model(tmp_path), load_vision(tmp_path)
     pictures = [picture_of(each, 70, Grid(patch_size=PATCH)) for each in IMAGES]
     features = [seen(mx.array(each.patches), each.rows, each.columns) for each in pictures]
-    embedded = placed(ours.embed(mx.array([ids])), features, runs(ids, IMAGE))
+    embedded = placed(ours.embed(mx.array([ids])), features, runs(ids))
     held, parts = ours.make_cache(), []
     for first, last in zip([0, *borders], [*borders, len(ids)], strict=True):
-        mask = picture_mask(runs(ids[first:last], IMAGE))
+        mask = picture_mask(runs(ids[first:last]))
         tokens = mx.array([ids[first:last]])
         parts.append(ours.encode(tokens, held, embedded[:, first:last], mask=mask))
     hidden = np.array(mx.concatenate(parts, axis=1)[0])
@@ -97,7 +109,7 @@ def test_masks_are_those_of_both_references(tmp_path: Path, rule: PictureRule) -
             position_ids=torch.arange(len(ids))[None],
             mm_token_type_ids=(tokens == IMAGE).long(),
         )
-    made = picture_mask(runs(ids, IMAGE), rule)
+    made = picture_mask(runs(ids), rule)
     for layer in load_model(tmp_path).make_cache():
         kind = "full_attention" if layer.window is None else "sliding_attention"
         mask = made(layer, len(ids))
@@ -112,7 +124,7 @@ def test_masks_are_those_of_both_references(tmp_path: Path, rule: PictureRule) -
 
 
 def test_pictures_and_placeholders_have_to_go_together() -> None:
-    of = runs([1, IMAGE, IMAGE, 2, IMAGE], IMAGE)
+    of = runs([1, *tokens(2), 2, *tokens(1)])
     assert of == [-1, 0, 0, -1, 1]
     embedded = mx.zeros((1, 5, 4))
     one, two = mx.ones((2, 4)), mx.ones((1, 4))
@@ -121,3 +133,7 @@ def test_pictures_and_placeholders_have_to_go_together() -> None:
     for pictures in ([one], [two, one], [one, two, two], []):
         with pytest.raises(SettingError, match="do not go with placeholders"):
             placed(embedded, pictures, of)
+    for parts in (tokens(3)[:2], tokens(3)[1:], [*tokens(3)[:2], 4], tokens(2)[::-1]):
+        with pytest.raises(SettingError, match="as a whole, or not at all"):
+            runs([1, *parts])
+    assert runs([*tokens(2), *tokens(2)]) == [0, 0, 1, 1]

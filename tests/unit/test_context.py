@@ -102,7 +102,7 @@ def test_an_interrupted_read_leaves_nothing_half_written(monkeypatch: pytest.Mon
     prompt_cache = PromptCache(MODEL)
     prompt_cache.read([1, 2, 3])
 
-    def interrupted(model: DiffusionGemma, tokens: Any, cache: Any, chunk: int, take: Any) -> None:
+    def interrupted(model: DiffusionGemma, tokens: Any, cache: Any, *given: Any) -> None:
         cache[0].length += 2
         raise KeyboardInterrupt
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from ...checkpoint.fit import free_memory
-from ...checkpoint.load import DType
+from ...checkpoint.weights import DType
 from ...convert.recipes import RECIPES
 from ...diffusion.draws import SeededDraws
 from ...diffusion.head import log_probability, read_out

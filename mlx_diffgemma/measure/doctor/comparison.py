@@ -7,7 +7,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ...checkpoint.load import DType
+from ...checkpoint.weights import DType
 from ...text.tokenizer import Tokenizer
 from .results import LIMITS, NO_COST, Cost, Difference, Result, Status, difference
 from .sides import Pair, Side

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ...checkpoint.files import SHIPPED
-from ...checkpoint.load import DType, load_model
+from ...checkpoint.load import load_model
 from ...checkpoint.quantization import MODES
+from ...checkpoint.weights import DType
 from ...convert.recipes import Recipe, uniform
 from ...errors import Error
 from ...text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from ...checkpoint.load import DType
+from ...checkpoint.weights import DType
 
 Status = Literal["passed", "failed", "skipped", "reported"]
 
