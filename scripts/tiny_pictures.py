@@ -22,6 +22,7 @@ COLOURS = {
     "yellow": (235, 200, 40),
 }
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+KINDS = ("number", "colour", "place", "digit", "what", "record")
 RECORD = "Write a record of all objects."
 HELD_OUT = 10  # one in so many scenes
 
@@ -139,6 +140,19 @@ def _draw_thing(
 @cache
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
+
+
+def held_out(count: int, seed: int) -> list[tuple[Scene, Image.Image, Question]]:
+    """Pictures that training never shows, with one question of each; the kinds in turn."""
+    rng = random.Random(seed)
+    cases: list[tuple[Scene, Image.Image, Question]] = []
+    while len(cases) < count:
+        scene = draw_scene(rng, held_out=True)
+        kind = KINDS[len(cases) % len(KINDS)]
+        found = [question for question in questions(rng, scene) if question.kind == kind]
+        if found:
+            cases.append((scene, draw(rng, scene), found[0]))
+    return cases
 
 
 def _near(rng: random.Random, colour: tuple[int, int, int], most: int) -> tuple[int, ...]:

@@ -53,7 +53,10 @@ def patches_of(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 class Tower(nn.Module):
-    """Patches (pictures, patches, 3 PATCH^2) -> features -> embeddings (pictures, tokens, hidden)."""
+    """Patches (pictures, patches, 3 PATCH^2) -> features (pictures, tokens, WIDTH).
+
+    `embed_vision` makes embeddings of the text model of them.
+    """
 
     def __init__(self, hidden: int):
         super().__init__()

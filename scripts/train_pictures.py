@@ -21,11 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tiny_batches import END, EOS, PAD
-from tiny_model import Cache, Model, Shape, losses
+from tiny_model import Model, Shape, losses
 from tiny_objective import Batch, denoising_loss, right, sample
 from tiny_optimiser import Optimiser
-from tiny_pictures import Question, Scene, draw, draw_scene, questions
-from tiny_tower import CONFIG, SIDE, TOKENS, WIDTH, Heads, Tower, labels_of, patches_of, pixels_of
+from tiny_pictures import KINDS, Question, Scene, draw, draw_scene, held_out, questions
+from tiny_tower import (
+    BUDGET,
+    CONFIG,
+    SIDE,
+    TOKENS,
+    WIDTH,
+    Heads,
+    Tower,
+    labels_of,
+    patches_of,
+    pixels_of,
+)
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from torch import Tensor, nn
 from train_tiny import SHIPPED, export
@@ -34,10 +45,15 @@ CANVAS = 16  # tokens of an answer with what fills it
 ASKED = 12  # tokens of a question with what stands behind it, at most
 VOCAB = 504
 EACH = 4  # questions of a picture in a batch
-KINDS = ("number", "colour", "place", "digit", "what", "record")
 WORDS = r'▁?[A-Za-z]+|[\[\]{},":]+(?:[a-z]+":)?"?|[\s\S]'
 BEFORE = "<bos><|turn>user\n<|image>" + TOKENS * "<|image|>" + "<image|>"
 AFTER = "{}<turn|>\n<|turn>model\n"
+TEMPLATE = """{{ bos_token }}{% for m in messages -%}
+<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}
+{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] -%}
+{{ '<|image|>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}{% endif %}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+{% endif %}"""
 
 
 # Text --------------------------------------------------------------------------------------------
@@ -131,21 +147,6 @@ class Album:
         return [self.scenes[i] for i in chosen], self._pixels[chosen], self._features[chosen]
 
 
-def held_out(count: int) -> tuple[list[Scene], list[Question], npt.NDArray[np.uint8]]:
-    """One question of each picture; the kinds in turn."""
-    rng = random.Random(20)
-    scenes, asked, pictures = [], [], []
-    while len(asked) < count:
-        scene = draw_scene(rng, held_out=True)
-        kind = KINDS[len(asked) % len(KINDS)]
-        found = [q for q in questions(rng, scene) if q.kind == kind]
-        if found:
-            scenes.append(scene)
-            asked.append(found[0])
-            pictures.append(pixels_of(draw(rng, scene)))
-    return scenes, asked, np.stack(pictures)
-
-
 # Run ---------------------------------------------------------------------------------------------
 
 
@@ -162,7 +163,10 @@ def open_eyes(tower: Tower, work: Path, steps: int, seed: int) -> None:
     heads = Heads()
     both = nn.ModuleDict({"tower": tower.vision_tower, "heads": heads})
     optimiser = Optimiser(both)
-    scenes, _, pixels = held_out(200)
+    scenes, pixels = zip(
+        *((scene, pixels_of(image)) for scene, image, _ in held_out(200, 20)), strict=True
+    )
+    test = patches_of(np.stack(pixels))
     for step in range(steps):
         optimiser.factor.fill_(rate(step, step / steps))
         album.grow(6)
@@ -172,7 +176,7 @@ def open_eyes(tower: Tower, work: Path, steps: int, seed: int) -> None:
         advance(optimiser, both)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             with torch.no_grad():
-                _, good = heads.loss(tower.features(patches_of(pixels)), labels_of(scenes))
+                _, good = heads.loss(tower.features(test), labels_of(list(scenes)))
             print(f"eyes {step + 1}: {loss.item():.3f}, {good.float().mean():.3f}", flush=True)
     tower.standardize(patches_of(album.draw(400)[1]))
     torch.save(tower.state_dict(), path)
@@ -217,8 +221,13 @@ def loss_behind(
 def save(model: Model, tower: Tower, tokenizer: Tokenizer, work: Path) -> None:
     """Write the checkpoint."""
     tokenizer.save(str(work / "tokenizer.json"))
-    changes = {"canvas_length": CANVAS, "vision_config": CONFIG}
+    changes = {
+        "canvas_length": CANVAS,
+        "vision_config": CONFIG,
+        "vision_soft_tokens_per_image": BUDGET,
+    }
     export(model, work / "tiny_vision", work / "tokenizer.json", changes, tower)
+    (work / "tiny_vision" / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def tested(model: Model, pictures: Tensor, batch: Batch) -> str:
@@ -300,9 +309,10 @@ def main() -> None:
     open_eyes(run_tower, given.work, given.eyes, given.seed)
     run = Run(run_tower, make_tokenizer(), given.work / "state.pt")
     print(f"{sum(p.numel() for p in run.trained.parameters()) / 1e6:.2f} M of text", flush=True)
-    _, asked, pixels = held_out(120)
-    test = rows(run.tokenizer, asked, whole=True)
+    cases = held_out(120, 20)
+    test = rows(run.tokenizer, [question for _, _, question in cases], whole=True)
     with torch.no_grad():
+        pixels = np.stack([pixels_of(image) for _, image, _ in cases])
         seen = run.tower.features(patches_of(pixels))
     album = Album(given.seed + 1 + run.step)
     while len(album.scenes) < 800:
