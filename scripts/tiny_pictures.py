@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from tiny_data import is_held_out
 
-SHAPES = ("circle", "square", "triangle")
-DIGITS = tuple("0123456789")
+SHAPES = ("circle", "cross", "triangle")
+PLURALS = {"cross": "crosses"}
+DIGITS = tuple("0123457")  # 6, 8 and 9 would take the tower longer to tell apart
 COLOURS = {
     "red": (215, 40, 40),
     "green": (40, 160, 60),
@@ -99,7 +100,7 @@ def _what(rng: random.Random, scene: Scene) -> Question:
 def _count(rng: random.Random, scene: Scene) -> Question:
     what = rng.choice([*SHAPES, *COLOURS, "object"])
     found = [what in (thing.object, thing.colour, "object") for thing in scene]
-    named = f"{what} objects" if what in COLOURS else f"{what}s"
+    named = f"{what} objects" if what in COLOURS else PLURALS.get(what, f"{what}s")
     return Question("number", f"How many {named} are there?", str(sum(found)))
 
 
@@ -126,9 +127,10 @@ def _draw_thing(
     colour = _near(rng, COLOURS[thing.colour], 20)
     if thing.object == "circle":
         brush.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    elif thing.object == "square":
-        r *= 0.9
-        brush.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+    elif thing.object == "cross":
+        arm = 0.3 * r
+        brush.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
+        brush.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
     elif thing.object == "triangle":
         brush.polygon([(x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)], fill=colour)
     else:

@@ -267,9 +267,12 @@ def export(
     fresh = directory.with_name(directory.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    config = json.loads((SHIPPED / "config.json").read_text())
     one = torch.ones(1, dtype=torch.bfloat16)
     weights = {f"model.decoder.{k}": v for k, v in model.state_dict().items()}
     if tower is not None:
+        # Without the word the reference lets tokens of a picture see only what is before them.
+        config["text_config"]["use_bidirectional_attention"] = "vision"
         weights |= {f"model.encoder.{k}": v for k, v in tower.state_dict().items()}
     weights = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in weights.items()}
     for i in range(model.shape.layers):
@@ -278,7 +281,6 @@ def export(
     save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
     (fresh / "model.safetensors").chmod(0o644)
     shape = model.shape
-    config = json.loads((SHIPPED / "config.json").read_text())
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(shape.layers)]
     config["text_config"] |= {
         "vocab_size": shape.vocab,
