@@ -20,7 +20,10 @@ IMAGE = 8  # the id that stands for a token of a picture
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; layers alternate between sliding and full attention."""
+    """Sizes of a model; layers alternate between sliding and full attention.
+
+    The last is full: the reference makes it so, whatever the config says.
+    """
 
     vocab: int
     hidden: int = 128
@@ -29,6 +32,10 @@ class Shape:
     layers: int = 4
     heads: int = 4
     experts: int = 8
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer sees all that is before it."""
+        return (self.layers - layer) % 2 == 1
 
 
 # Keys and values of the prompt, a pair (batch, heads, tokens, HEAD) a layer.
@@ -246,7 +253,7 @@ class Model(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
-        self.layers = nn.ModuleList(Block(shape, bool(i % 2)) for i in range(shape.layers))
+        self.layers = nn.ModuleList(Block(shape, shape.is_full(i)) for i in range(shape.layers))
         self.norm = Norm(shape.hidden)
         self.self_conditioning = SelfConditioning(shape)
         self.kind = torch.float32

@@ -281,7 +281,8 @@ def export(
     save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
     (fresh / "model.safetensors").chmod(0o644)
     shape = model.shape
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(shape.layers)]
+    full = [i for i in range(shape.layers) if shape.is_full(i)]
+    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(shape.layers)]
     config["text_config"] |= {
         "vocab_size": shape.vocab,
         "num_experts": shape.experts,
@@ -291,7 +292,7 @@ def export(
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "layer_types": kinds,
-        "per_layer_config": {str(i): {"num_key_value_heads": 1} for i in range(1, shape.layers, 2)},
+        "per_layer_config": {str(i): {"num_key_value_heads": 1} for i in full},
     }
     (fresh / "config.json").write_text(json.dumps(config | changes, indent=1))
     for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -24,7 +24,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from mlx_diffgemma import Request, load
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
-SHAPE = Shape(training.VOCAB, hidden=32, intermediate=32, expert=16, layers=2, heads=2, experts=4)
+SHAPE = Shape(training.VOCAB, hidden=32, intermediate=32, expert=16, layers=3, heads=2, experts=4)
 
 
 def test_no_scene_is_both_trained_on_and_held_out() -> None:
