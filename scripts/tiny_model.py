@@ -15,11 +15,15 @@ from torch import Tensor, nn
 CAP = 30.0
 EPS = 1e-6
 HEAD = 32
+IMAGE = 8  # the id that stands for a token of a picture
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; layers alternate between sliding and full attention."""
+    """Sizes of a model; layers alternate between sliding and full attention.
+
+    The last is full: the reference makes it so, whatever the config says.
+    """
 
     vocab: int
     hidden: int = 128
@@ -28,6 +32,10 @@ class Shape:
     layers: int = 4
     heads: int = 4
     experts: int = 8
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer sees all that is before it."""
+        return (self.layers - layer) % 2 == 1
 
 
 # Keys and values of the prompt, a pair (batch, heads, tokens, HEAD) a layer.
@@ -74,8 +82,9 @@ class Attention(nn.Module):
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What heads of queries and keys, and their halves swapped, are multiplied with: cosines
-        and sines times the norms' scales, (tokens, heads, HEAD)."""
-        angles = (positions.float()[:, None] * self.frequencies)[:, None]
+        and sines times the norms' scales, (tokens, heads, HEAD), with rows before them where
+        positions have them."""
+        angles = positions.float()[..., None, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         queries, keys = self.q_proj.weight.shape[0] // HEAD, self.k_proj.weight.shape[0] // HEAD
         scales = torch.cat(
@@ -244,7 +253,7 @@ class Model(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
-        self.layers = nn.ModuleList(Block(shape, bool(i % 2)) for i in range(shape.layers))
+        self.layers = nn.ModuleList(Block(shape, shape.is_full(i)) for i in range(shape.layers))
         self.norm = Norm(shape.hidden)
         self.self_conditioning = SelfConditioning(shape)
         self.kind = torch.float32
@@ -262,26 +271,57 @@ class Model(nn.Module):
         """What a layer is given."""
         return self.embed_tokens(ids) * math.sqrt(self.shape.hidden)
 
-    def encode(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Cache]:
-        """Causal hidden states and keys and values; `real` (batch, tokens) is False for padding."""
+    def encode(
+        self, ids: Tensor, real: Tensor, pictures: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Causal hidden states and keys and values; `real` (batch, tokens) is False for padding.
+
+        `pictures` (batch, tokens of one, hidden) stand where ids are `IMAGE` and see each other.
+        """
         length = ids.shape[1]
         order = torch.arange(length, device=ids.device)
         past = order[:, None] >= order
         # Padding sees itself, or its softmax would be over nothing.
         seen = (past & real[:, None]) | (order[:, None] == order)
-        bias = self._bias(seen)[:, None]
         x = self.embed(ids)
+        if pictures is not None:
+            places = ids == IMAGE
+            seen = seen | (places[:, :, None] & places[:, None])
+            x = x.masked_scatter(places[..., None], pictures)
+        bias = self._bias(seen)[:, None]
         cache = []
         for block in self.layers:
             x, keys, values = block(x, order, None, bias)
             cache.append((keys, values))
         return self.norm(x.to(self.kind)), cache
 
-    def decode(self, canvas: Tensor, believed: Tensor, cache: Cache, real: Tensor) -> Tensor:
-        """Hidden states of the canvas behind the cache of `real` prompts."""
+    def read_on(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Hidden states of texts behind prompts of one length, and what the cache grows to."""
+        before, length = cache[0][0].shape[2], ids.shape[1]
+        order = torch.arange(before + length, device=ids.device)
+        bias = self._bias(order[before:, None] >= order)
+        x = self.embed(ids)
+        grown = []
+        for block, past in zip(self.layers, cache, strict=True):
+            x, *new = block(x, order[before:], past, bias)
+            grown.append(tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True)))
+        return self.norm(x.to(self.kind)), grown
+
+    def decode(
+        self,
+        canvas: Tensor,
+        believed: Tensor,
+        cache: Cache,
+        real: Tensor,
+        first: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the canvas behind the cache of `real` prompts.
+
+        Its positions begin at `first` (batch, 1), or behind the cache, where that is None.
+        """
         batch, length = canvas.shape
         before = real.shape[1]
-        order = torch.arange(before, before + length, device=canvas.device)
+        order = torch.arange(length, device=canvas.device) + (before if first is None else first)
         seen = torch.cat([real, torch.ones_like(canvas, dtype=torch.bool)], dim=1)[:, None, None]
         bias = self._bias(seen).expand(batch, 1, length, before + length)
         x = self.self_conditioning(self.embed(canvas), believed, self.kind)

