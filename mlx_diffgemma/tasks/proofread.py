@@ -9,8 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, compile_pattern
+import mlx.core as mx
+import numpy as np
+
+from ..diffusion.automaton import Concat, Exactly, Machine, Pattern, compile_pattern
 from ..diffusion.causal import CausalReader, Doubts
+from ..diffusion.constraints import Listed
 from ..diffusion.decoding import Decoding, Rest
 from ..diffusion.prompt_cache import PromptCache, Reading
 from ..model.diffusion_gemma import DiffusionGemma
@@ -145,8 +149,8 @@ def refilled(
     states = machine.advance(frozenset([machine.first]), written)
     while True:
         yield from _reading(reader, [*line[:start], *written])
-        plan = machine.plan(1, most + 1 - len(written), states)
-        (choice,) = reader.following(Plans([plan], vocab_size), start + len(written), 1).tokens
+        may = _one_of(machine, machine.sets_behind(states, most + 1 - len(written)), vocab_size)
+        (choice,) = reader.following(may, start + len(written), 1).tokens
         states = machine.advance(states, [choice])
         if choice == line[end] and states & machine.accepting:
             break
@@ -155,6 +159,14 @@ def refilled(
     after = reader.doubts(start)
     better = sum(after.log_probabilities) > sum(before.log_probabilities)
     return written if better else list(line[start:end])
+
+
+def _one_of(machine: Machine, sets: Sequence[int], vocab_size: int) -> Listed:
+    """A constraint: the next token is in one of these sets of a machine."""
+    table = np.zeros((1, vocab_size), dtype=bool)
+    for each in sets:
+        table[0, list(machine.sets[each])] = True
+    return Listed(mx.array(table), mx.array([0]))
 
 
 def _reading(reader: CausalReader, tokens: Sequence[int]) -> Decoding[Read, None]:
