@@ -6,3 +6,6 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 DATA = TESTS / "data"
 SUDOKU = DATA / "sudoku6"
+
+# The first small models, which leave more undecided and wrong than those that ship.
+FIRST = DATA / "first"

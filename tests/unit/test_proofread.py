@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+from paths import FIRST
 
 from mlx_diffgemma import (
     DiffusionGemma,
@@ -45,7 +46,7 @@ CITY = FillRequest(
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return load()
+    return load(FIRST / "tiny")
 
 
 def total(loaded: Loaded, prompt: str, text: str) -> float:
