@@ -123,7 +123,8 @@ class ChatBody(Sampling):
     def has_pictures(self) -> bool:
         """Say whether there are pictures to decode, which a few bytes may make long work of."""
         contents = [message.content for message in self.messages]
-        return any(part.image_url for each in contents if isinstance(each, list) for part in each)
+        parts = (part for each in contents if isinstance(each, list) for part in each)
+        return any(part.image_url is not None for part in parts)
 
     def unused(self) -> set[str]:
         """Name what means nothing beside a schema, whose document begins at once and is not cut."""

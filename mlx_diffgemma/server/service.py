@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request as Http
 
-from ..tasks.request import Prepared
+from ..tasks.request import Prepared, Task
 from .body import Body, ignored
 from .pictures import sees
 from .preparing import QUICK_BYTES, Places
@@ -16,6 +16,8 @@ from .stream import Stream, unless_gone
 from .worker import Patience, Timeout, Worker
 
 Result = TypeVar("Result")
+
+Item = TypeVar("Item")
 
 
 class Service:
@@ -49,6 +51,15 @@ class Service:
             "tools": tokenizer.knows_tools,
             "images": sees(model),
         }
+
+    async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
+        """Prepare a task, and tell the patience that is left for it.
+
+        Raises:
+            Error: as the task's own `prepare`.
+            Refused: the client has gone, or the time is over.
+        """
+        return await self.make(http, lambda patience: self.worker.prepare(task, patience))
 
     async def make(
         self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False

@@ -642,7 +642,7 @@ def test_all_kinds_of_requests_side_by_side() -> None:
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,
-            "no images",
+            "image_url are supported",
         ),
         (
             "chat/completions",
@@ -847,7 +847,7 @@ def _be_hostile(sudoku: Process) -> None:
 
     def sent(content: Iterator[bytes]) -> httpx.Response:
         kind = {"Content-Type": "application/json"}
-        return httpx.post(f"{sudoku.url}/v1/fill", content=content, headers=kind)
+        return httpx.post(f"{sudoku.url}/v1/edit", content=content, headers=kind)
 
     assert sent(endless()).status_code == 413
     some(50)  # buffers and caches find their size

@@ -50,11 +50,16 @@ class Tap:
         self.router: RouterTap
 
     def __call__(
-        self, x: mx.array, views: Sequence[View], rotation: mx.array, scalar: mx.array
+        self,
+        x: mx.array,
+        views: Sequence[View],
+        rotation: mx.array,
+        scalar: mx.array,
+        wanted: mx.array | None = None,
     ) -> mx.array:
         self.given = x
         x = x if self._instead is None else self._instead.astype(x.dtype)
-        self.gave: mx.array = self._block(x, views, rotation, scalar)
+        self.gave: mx.array = self._block(x, views, rotation, scalar, wanted)
         return self.gave
 
 
