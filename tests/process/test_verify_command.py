@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 from command import run
+from paths import FIRST
 
 from mlx_diffgemma.server.native import EditBody, FillBody, canvas_request
+
+MODEL = ("--model", str(FIRST / "tiny"))  # which leaves more to correct than the one that ships
 
 WRONG = "they were much in eviednce during the fighing\n"
 RIGHT = "they were much in evidence during the fighting\n"
@@ -32,7 +35,16 @@ def test_edit_of_a_file_is_verified(tmp_path: Path) -> None:
 
 def test_fill_is_verified() -> None:
     template = "The capital of Norway is {{city}}."
-    asked = ("fill", template, "-p", "What is the capital of Norway?", "--seed", "1", "--json")
+    asked = (
+        "fill",
+        template,
+        "-p",
+        "What is the capital of Norway?",
+        "--seed",
+        "1",
+        "--json",
+        *MODEL,
+    )
     assert json.loads(run(*asked).stdout) != {"city": "Oslo"}
     done = run(*asked, "--verify")
     assert json.loads(done.stdout) == {"city": "Oslo"}
@@ -47,7 +59,7 @@ def test_eval_repairs_as_edit_does_and_fills_templates(tmp_path: Path) -> None:
         {**hole, "prompt": "What is the capital of Norway?"},
     ]
     tasks.write_text("".join(json.dumps(case) + "\n" for case in cases))
-    flags = ("--tasks", str(tasks), "--steps", "48", "--seeds", "2", "--json", "--quiet")
+    flags = ("--tasks", str(tasks), "--steps", "48", "--seeds", "2", "--json", "--quiet", *MODEL)
     done = run("eval", *flags, "--mode", "denoise,verify")
     assert done.returncode == 0, done.stderr
     rows = {(r["task"], r["mode"]): r for r in map(json.loads, done.stdout.splitlines())}
