@@ -108,7 +108,8 @@ class Reciting(DiffusionGemma):
         """States whose best tokens are the answer's, but for those that are wrong."""
         found = []
         for asked in passes:
-            places = range(asked.canvas.shape[1]) if asked.positions is None else asked.positions
+            read_off = asked.read_off
+            places = range(asked.canvas.shape[1]) if read_off is None else read_off
             drafted = []
             for place in map(int, places):
                 at, token = self._wanted(asked.cache[0].length + place)
@@ -132,7 +133,7 @@ class Chain(DiffusionGemma):
 
     def decode(self, passes: Sequence[Pass], evaluate: Any = None) -> list[mx.array]:
         """States whose best token is 3."""
-        threes = (mx.full(asked.canvas.shape, 3, dtype=mx.int32) for asked in passes)
+        threes = (mx.full(asked.shape, 3, dtype=mx.int32) for asked in passes)
         return [self.embedding(each) * 60.0 for each in threes]
 
 

@@ -202,7 +202,9 @@ class Undecided:
         decoded = mx.array(1) if asked.positions is None else mx.zeros(read.shape, dtype=mx.int32)
         if asked.positions is not None:
             decoded[:, asked.positions] = 1
-        self._whole = accepted.all() if asked.positions is None else mx.array(False)
+        self._whole = mx.array(False)
+        if asked.positions is None and self._rule.confirm:
+            self._whole = accepted.all()
         self._agreed = rules.agreeing(self._agreed, decoded, read, argmax)
         ends = (argmax[..., None] == self._ends).any(axis=-1)
         self.settled = rules.settled(self._rule, self._agreed, accepted, entropies, ends)
