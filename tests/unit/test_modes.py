@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gemma import gemma_tokenizer
+from paths import FIRST
 from random_model import Reciting, chain, untrained
 
 from mlx_diffgemma import (
@@ -233,7 +234,7 @@ def test_drafts_end_where_the_answer_can(loaded: tuple[DiffusionGemma, Tokenizer
     longest = max(len(loaded[1].encode(text)) for text in ('"yes"', '"no"')) + 1
     assert [len(draft.tokens) for draft in drafts[0]] == [longest] * 2
     assert max(len(draft.tokens) for run in drafts for draft in run) == longest
-    drafts = drafts_of(*loaded)
+    drafts = drafts_of(*load(FIRST / "tiny"))  # whose drafts take more steps
     assert len(drafts[0][0].tokens) == 64
     assert sum(run[-1].decoded for run in drafts) < sum(
         len(d.tokens) for run in drafts for d in run
