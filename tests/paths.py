@@ -9,3 +9,6 @@ SUDOKU = DATA / "sudoku6"
 
 # The first small models, which leave more undecided and wrong than those that ship.
 FIRST = DATA / "first"
+
+# A small model that was trained to see (scripts/train_pictures.py), with pictures held out.
+SEEING = DATA / "tiny_vision"
