@@ -19,7 +19,7 @@ from .cache import EncoderMask, LayerCache, Mask
 # How the tokens of one picture see each other beside what is causal. "reference" is what generate()
 # of transformers 5.23 does: in all layers, whatever the window. "gemma" is Gemma 4's rule, which
 # the weights were probably trained with: in sliding layers alone, within the window.
-PictureRule = Literal["reference", "gemma"]
+PictureRule = Literal["reference", "gemma", "causal"]
 
 RULES: tuple[PictureRule, ...] = get_args(PictureRule)
 
@@ -182,7 +182,8 @@ def picture_mask(of: Sequence[int], rule: PictureRule = "reference") -> EncoderM
         if len(new) != count:
             raise SettingError(f"a mask for {len(new)} tokens, and {count} are new")
         window = layer.window
-        if (rule == "gemma" and window is None) or not (new >= 0).any():
+        causal = rule == "causal" or (rule == "gemma" and window is None)
+        if causal or not (new >= 0).any():
             return layer.encoder_mask(count)
         key = mx.arange(layer.size + count)
         seen = key <= mx.array(layer.size + last)[:, None]

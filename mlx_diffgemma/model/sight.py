@@ -49,7 +49,9 @@ class SightConfig:
         if type(budget) is not int or budget not in BUDGETS:
             known = ", ".join(map(str, BUDGETS))
             raise ConfigError(f"vision_soft_tokens_per_image is {shown(budget)}, none of {known}")
-        rule = config.get("picture_mask", "reference")
+        # Without that, transformers reads pictures as it reads text.
+        mutual = config["text_config"].get("use_bidirectional_attention") == "vision"
+        rule = config.get("picture_mask", "reference" if mutual else "causal")
         if rule not in RULES:
             raise ConfigError(f"picture_mask is {shown(rule)}, none of {', '.join(RULES)}")
         return cls(vision, image, begin, end, budget, rule)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from paths import SEEING
@@ -10,6 +11,9 @@ from PIL import Image
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, load
 from mlx_diffgemma.convert import RECIPES, convert
+from mlx_diffgemma.model.cache import LayerCache
+from mlx_diffgemma.model.placeholders import picture_mask
+from mlx_diffgemma.model.sight import SightConfig
 
 SIDE = 64  # pixels of a stored picture
 
@@ -55,3 +59,15 @@ def test_without_the_right_picture_they_are_not(loaded: tuple[DiffusionGemma, To
         for case, number in others
     ]
     assert np.mean(right) < 0.5
+
+
+def test_a_config_that_reads_both_ways_nowhere_reads_pictures_as_text() -> None:
+    """They saw each other whatever the config said; transformers reads them causally then."""
+    values = json.loads((SEEING / "config.json").read_text())
+    text = {**values["text_config"], "use_bidirectional_attention": None}
+    assert SightConfig.from_dict(values).rule == "reference"
+    assert SightConfig.from_dict({**values, "text_config": text}).rule == "causal"
+    layer = LayerCache(4)
+    for new in ([-1, 0, 0, 0, -1], [0] * 9):
+        mask, plain = picture_mask(new, "causal")(layer, len(new)), layer.encoder_mask(len(new))
+        assert mask == "causal" if plain == "causal" else mx.array_equal(mask, plain)
