@@ -385,6 +385,13 @@ class Machine:
         """Tell whether the pattern allows exactly these tokens."""
         return bool(self.advance(frozenset([self.first]), tokens) & self.accepting)
 
+    def union(self, sets: Iterable[int], vocab_size: int) -> npt.NDArray[np.bool_]:
+        """(vocabulary,) which tokens one of the token sets has."""
+        mask = np.zeros(vocab_size, dtype=bool)
+        for each in sets:
+            mask[list(self.sets[each])] = True
+        return mask
+
     def sets_behind(self, states: frozenset[int], remaining: int) -> tuple[int, ...]:
         """The token sets of what comes next, where so many tokens may follow in all.
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
 
-from ..diffusion.automaton import Concat, Exactly, Machine, Pattern, compile_pattern
+from ..diffusion.automaton import Concat, Exactly, Pattern, compile_pattern
 from ..diffusion.causal import CausalReader, Doubts
 from ..diffusion.constraints import Listed
 from ..diffusion.decoding import Decoding, Rest
@@ -149,7 +148,8 @@ def refilled(
     states = machine.advance(frozenset([machine.first]), written)
     while True:
         yield from _reading(reader, [*line[:start], *written])
-        may = _one_of(machine, machine.sets_behind(states, most + 1 - len(written)), vocab_size)
+        sets = machine.sets_behind(states, most + 1 - len(written))
+        may = Listed(mx.array(machine.union(sets, vocab_size))[None], mx.array([0]))
         (choice,) = reader.following(may, start + len(written), 1).tokens
         states = machine.advance(states, [choice])
         if choice == line[end] and states & machine.accepting:
@@ -159,14 +159,6 @@ def refilled(
     after = reader.doubts(start)
     better = sum(after.log_probabilities) > sum(before.log_probabilities)
     return written if better else list(line[start:end])
-
-
-def _one_of(machine: Machine, sets: Sequence[int], vocab_size: int) -> Listed:
-    """A constraint: the next token is in one of these sets of a machine."""
-    table = np.zeros((1, vocab_size), dtype=bool)
-    for each in sets:
-        table[0, list(machine.sets[each])] = True
-    return Listed(mx.array(table), mx.array([0]))
 
 
 def _reading(reader: CausalReader, tokens: Sequence[int]) -> Decoding[Read, None]:

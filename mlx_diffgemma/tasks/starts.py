@@ -174,9 +174,7 @@ class DocumentPlaces:
         if sets not in self._masks:
             if len(self._masks) == MOST_MASKS:
                 self._masks.clear()
-            self._masks[sets] = mask = np.zeros(self._size, dtype=bool)
-            for each in sets:
-                mask[list(self._machine.sets[each])] = True
+            self._masks[sets] = self._machine.union(sets, self._size)
         return self._masks[sets]
 
 
