@@ -788,7 +788,7 @@ def test_the_prefix_of_another_request_is_not_read_again(sudoku: Server) -> None
 
 
 def test_hostile_requests_leave_it_healthy() -> None:
-    """Malformed, mistyped, oversized, badly encoded, cut off: 200 of them in random order."""
+    """Malformed, mistyped, oversized, badly encoded, cut off: 200 or more in random order."""
     with process("-m", str(SUDOKU), "--max-batch", "8") as server:
         _be_hostile(server)
 
@@ -850,19 +850,23 @@ def _be_hostile(sudoku: Process) -> None:
         return httpx.post(f"{sudoku.url}/v1/edit", content=content, headers=kind)
 
     assert sent(endless()).status_code == 413
-    some(50)  # buffers and caches find their size
-    memory, active = sudoku.memory(), sudoku.metric("memory_active_bytes")
-    some(150)
+    some(100)  # buffers and caches find their size
+    memory, active = [sudoku.memory()], sudoku.metric("memory_active_bytes")
+    # Where large bodies meet, a thread asks for memory of its own, once, and that may be late. What
+    # leaks goes on doing so.
+    while len(memory) < 3 or (memory[-1] > memory[-2] + 10e6 and len(memory) < 10):
+        some(50)
+        memory.append(sudoku.memory())
     assert httpx.get(f"{sudoku.url}/health").json() == {"status": "ok"}
     ends = time.monotonic() + 10
     while sudoku.metric("requests_running") and time.monotonic() < ends:
         time.sleep(0.05)
     answer = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
     assert answer[0]["message"] == wanted[0]["message"]
-    after, then = sudoku.memory(), sudoku.metric("memory_active_bytes")
-    print(f"resident {memory / 1e6:.1f} -> {after / 1e6:.1f} MB, ", end="")
+    then = sudoku.metric("memory_active_bytes")
+    print(f"resident {' -> '.join(f'{each / 1e6:.1f}' for each in memory)} MB, ", end="")
     print(f"MLX {active / 1e6:.2f} -> {then / 1e6:.2f} MB")
-    assert after < memory + 30e6
+    assert memory[-1] <= memory[-2] + 10e6
     assert then < active + 10e6
 
 
