@@ -58,17 +58,17 @@ EVERY_WAY: list[dict[str, Any]] = [
     {"mode": "speculative", "temperature": 0.9, "acceptance": "typical"},
 ]
 
-FIXED = "they were much in evidence during the fighting"
-
 # What the denoiser gets wrong now and then.
-SHUFFLED = "to, price, count, item: Anna gets 12 pears, 345 each"
-
-SHUFFLED_RECORD = '{"to":"Anna","price":345,"count":12,"item":"pears"}'
+RECORDS = (
+    "Record: Guinea-Bissau, continent and phone",
+    "Record: Sweden, phone and currency",
+    "Record: Adaline Ortega from Rwanda, born 2010-06-21",
+)
 
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[DiffusionGemma, Tokenizer]:
-    return load()
+    return load(FIRST / "tiny")
 
 
 def answered(
@@ -124,15 +124,18 @@ def test_a_schema_holds_in_every_mode(loaded: tuple[DiffusionGemma, Tokenizer]) 
 def test_what_is_verified_is_liked_no_less_and_right_more_often(
     loaded: tuple[DiffusionGemma, Tokenizer],
 ) -> None:
+    cases = map(json.loads, (FIRST / "heldout.jsonl").read_text().splitlines())
+    answers = {case["prompt"]: case["answer"] for case in cases if case["prompt"] in RECORDS}
     right = {False: 0, True: 0}
-    for question, answer in ((QUESTIONS[2], FIXED), (SHUFFLED, SHUFFLED_RECORD)):
-        for seed in range(3):
-            liked = []
-            for verify in (False, True):
-                done, text = answered(loaded, question, seed=seed, verify=verify, likelihood=True)
-                liked.append(done.mean_log_probability)
-                right[verify] += text == answer
-            assert liked[1] >= liked[0] - 1e-4
+    for question, answer in answers.items():
+        liked = []
+        for verify in (False, True):
+            done, text = answered(
+                loaded, question, seed=0, steps=16, verify=verify, likelihood=True
+            )
+            liked.append(done.mean_log_probability)
+            right[verify] += text == answer
+        assert liked[1] >= liked[0] - 1e-4
     assert right[True] > right[False] + 2
 
 
