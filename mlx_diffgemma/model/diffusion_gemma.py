@@ -195,7 +195,7 @@ class DiffusionGemma(nn.Module):
         """
         x = self.embed(tokens) if input_embeddings is None else input_embeddings
         first = cache[0].length
-        rotations = self._rotations(mx.array([[float(first + i) for i in range(x.shape[1])]]))
+        rotations = self.rotations(mx.array([[float(first + i) for i in range(x.shape[1])]]))
         scalars = self.model.encoder.language_model.layers
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             # Nothing is evaluated in the last layer: its output may not be wanted.
@@ -216,7 +216,7 @@ class DiffusionGemma(nn.Module):
         x = self.model.decoder.self_conditioning(
             self.embed(_in_a_row([each.canvas for each in passes])), self._expected(passes)
         )
-        rotations = self._rotations(_in_a_row([self._positions(each) for each in passes]))
+        rotations = self.rotations(_in_a_row([self._positions(each) for each in passes]))
         *_, last = self.model.decoder.layers
         for i, block in enumerate(self.model.decoder.layers):
             kept = wanted if block is last else None
@@ -253,7 +253,7 @@ class DiffusionGemma(nn.Module):
             return mx.array([[float(behind + i) for i in range(count)]] * rows)
         return (asked.positions + behind).astype(mx.float32)[None]
 
-    def _rotations(self, positions: mx.array) -> dict[LayerConfig, mx.array]:
+    def rotations(self, positions: mx.array) -> dict[LayerConfig, mx.array]:
         """Rotation at float32 positions (B or 1, T), for each kind of layer."""
         kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
         return {layer: attention.rotation(positions) for layer, attention in kinds.items()}
