@@ -6,6 +6,7 @@ is taken: the rest of the model is frozen, and may be packed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -92,6 +93,21 @@ class Trainer:
     def learning_rate(self) -> float:
         """That of the last update."""
         return float(self.optimizer.learning_rate.item())
+
+    def take(self, weights: Arrays, gradients: Arrays, optimizer: Arrays) -> None:
+        """Go on from other weights, sums of gradients and arrays of the optimizer."""
+        self.weights = weights
+        self.gradients = gradients or None
+        state: dict[str, Any] = {}
+        for name, array in optimizer.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner:
+                state.setdefault(owner, {})[leaf] = array
+            else:
+                state[name] = array
+        self.optimizer.state = state
+        put(self.model, weights)
+        mx.eval(weights, gradients, state)
 
     def batch(self, samples: Sequence[Sample], iteration: int) -> Noised:
         """What an iteration asks: its noise follows from the seed and its number."""
