@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from ..model.diffusion_gemma import TABLE_BYTES, DiffusionGemma
 
-# Bytes that one float32 array over a block may take; a block's gradient has about six such arrays.
-BLOCK_BYTES = 1 << 25
+# Bytes that one float32 array over a block may take. MLX runs ahead of the computation, so that up
+# to fourteen such arrays were measured at once (scripts/training_memory.py).
+BLOCK_BYTES = 1 << 24
 
 LEAST = -1e30  # below any logit
 
@@ -45,7 +46,7 @@ def cross_entropy(model: DiffusionGemma, hidden: mx.array, tokens: mx.array) -> 
         hidden, table = primals
         scale = cotangents[0][:, None]
         found = mx.zeros(hidden.shape, mx.float32)
-        of_rows = []
+        of_rows: list[mx.array] = []
         for first, rows in _blocks(model, len(hidden), table):
             (states,) = mx.depends([hidden], [found, *of_rows[-1:]])
             slope = _slope(states @ rows.T, cap, tokens[:, None] - first, outputs[1])
@@ -58,8 +59,8 @@ def cross_entropy(model: DiffusionGemma, hidden: mx.array, tokens: mx.array) -> 
     trained = "weight" in embed.trainable_parameters()
     # A packed table has no gradient; MLX asks for one of each argument, so none is given.
     table = embed.weight if trained else mx.zeros(())
-    result: mx.array = loss(hidden, table)[0]
-    return result
+    each: mx.array = loss(hidden, table)[0]  # type: ignore[index]
+    return each
 
 
 def expected_embedding(model: DiffusionGemma, hidden: mx.array) -> mx.array:

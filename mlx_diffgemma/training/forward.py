@@ -6,6 +6,7 @@ is what checkpointing its gradient means. Nothing is evaluated here.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +15,8 @@ from ..model.config import LayerConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import Block, View
 
-Layer = Callable[..., tuple[mx.array, mx.array]]
+# Arrays in, one or several arrays out.
+Layer = Callable[..., Any]
 
 
 def encode(
@@ -71,7 +73,7 @@ def decode(
     places = list(zip(rows, prefixes, strict=True))
     for block, known in zip(decoder.layers, kept, strict=True):
         layer = _denoising(block, places, length, rotations[block.self_attn.layer])
-        x, _ = _checkpointed(block, layer, checkpointed)(x, block.layer_scalar, known)
+        x = _checkpointed(block, layer, checkpointed)(x, block.layer_scalar, known)
     return decoder.norm(x).reshape(count, length, -1)
 
 
@@ -85,8 +87,8 @@ def _reading(block: Block, mask: Mask, rotation: mx.array) -> Layer:
             made.append(new)
             return new
 
-        out = block(x, [View(*x.shape[:2], mask, update)], rotation, scalar)
-        return out, made[0]
+        rows, count, _ = x.shape
+        return block(x, [View(rows, count, mask, update)], rotation, scalar), made[0]
 
     return layer
 
@@ -101,7 +103,7 @@ def _denoising(
     """
     kind: LayerConfig = block.self_attn.layer
 
-    def layer(x: mx.array, scalar: mx.array, known: mx.array) -> tuple[mx.array, mx.array]:
+    def layer(x: mx.array, scalar: mx.array, known: mx.array) -> mx.array:
         def view(row: int, prefix: int) -> View:
             first = 0 if kind.window is None else max(0, prefix - (kind.window - 1))
             past = known[row : row + 1, :, first:prefix]
@@ -112,7 +114,7 @@ def _denoising(
             return View(1, length, None, update)
 
         views = [view(*place) for place in places]
-        return block(x, views, rotation, scalar), scalar
+        return block(x, views, rotation, scalar)
 
     return layer
 
@@ -129,7 +131,7 @@ def _checkpointed(block: Block, layer: Layer, wanted: bool) -> Layer:
     begin = _random_state()
     calls = iter([False])
 
-    def layer_of(parameters: dict[str, object], *arguments: mx.array) -> tuple[mx.array, mx.array]:
+    def layer_of(parameters: dict[str, Any], *arguments: mx.array) -> Any:
         end = _random_state() if next(calls, True) else None
         if end is not None:
             mx.random.seed(begin)
@@ -147,5 +149,5 @@ def _checkpointed(block: Block, layer: Layer, wanted: bool) -> Layer:
 
 def _random_state() -> int:
     """Where MLX's generator stands, as the seed that brings it there."""
-    high, low = mx.random.state[0].tolist()
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]
     return int(high) << 32 | int(low)
