@@ -17,7 +17,7 @@ from ..training.settings import Settings
 MOST_CONFIG = 1_000_000
 
 # Numbers that PyYAML takes for text, as it knows them with a dot and a signed exponent alone.
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
 
 # Keys that change nothing here, and what is said of them.
 _NOTHING = {

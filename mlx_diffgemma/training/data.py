@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import shown
-from ..errors import Error
 from ..text.tokenizer import Tokenizer, TokenizerError, no_check
 from .lines import Conversation, DataError, Keys, Mistakes, PlainText, Record, read_records, written
 from .objective import Sample

@@ -1,4 +1,4 @@
-"""The folder of a run: adapters as mlx-lm writes them, what is needed to go on, a log of all events.
+"""The folder of a run: adapters as mlx-lm writes them, what it takes to go on, a log of events.
 
 One process at a time writes to it. Each file takes the place of an older one at once, so that a
 kill or a full disk leaves the older one.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
@@ -182,9 +182,7 @@ def _check(path: Path, mode: Mode) -> None:
 
 def files_of(path: Path) -> list[Path]:
     """What runs have written into a folder."""
-    return [path / name for name in _OWN if (path / name).exists()] + sorted(
-        path.glob(_CHECKPOINT)
-    )
+    return [path / name for name in _OWN if (path / name).exists()] + sorted(path.glob(_CHECKPOINT))
 
 
 def clear(path: Path) -> None:
@@ -203,14 +201,12 @@ def read_state(path: Path) -> Stored:
     if not file.exists():
         raise RunError(f"{path} has no {STATE_FILE} to go on from")
     try:
-        arrays, metadata = mx.load(str(file), return_metadata=True)
+        arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
         about = json.loads(metadata["run"])
         names = {each.name for each in fields(Progress)}
         if about["progress"].keys() != names or not isinstance(about["arguments"], dict):
             raise ValueError("it is of another version")
-        return Stored(
-            arrays, Progress(**about["progress"]), about["arguments"], str(about["data"])
-        )
+        return Stored(arrays, Progress(**about["progress"]), about["arguments"], str(about["data"]))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file} cannot be gone on from: {' '.join(str(error).split())}") from None
 

@@ -23,6 +23,7 @@ from .data import Example
 from .events import LEVELS, Measuring, Succeeded, Validated
 from .objective import Objective, Sample, losses, noised
 from .settings import Settings
+from .step import scalar
 
 # What an answer says: its text, and the calls of tools in it.
 Said = tuple[str, tuple[ToolCall, ...]]
@@ -61,8 +62,8 @@ def validate(
                 level=level,
             )
             found = losses(model, batch, objective)
-            denoising[i] += len(indices) * found.denoising.item()
-            reading += len(indices) * found.reading.item() / len(LEVELS)
+            denoising[i] += len(indices) * scalar(found.denoising)
+            reading += len(indices) * scalar(found.reading) / len(LEVELS)
         clear_cache(settings.clear_cache_threshold)
         yield Measuring("loss", number + 1, len(batches))
     count = sum(map(len, batches))

@@ -172,7 +172,7 @@ def load_weights(model: DiffusionGemma, file: Path) -> None:
     )
 
 
-def test(
+def run_test(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
     data: Data,
@@ -185,10 +185,6 @@ def test(
     if not data.test:
         raise SettingError("there are no test examples")
     end = model.generation.eos_token_ids[0]
-    yield from validate(
-        model, data.test, settings, end, Objective(), iteration, stopped, of="test"
-    )
+    yield from validate(model, data.test, settings, end, Objective(), iteration, stopped, of="test")
     if cases := answerable(data.test, settings.test_cases):
-        yield from answer_cases(
-            model, tokenizer, cases, settings, iteration, stopped, of="test"
-        )
+        yield from answer_cases(model, tokenizer, cases, settings, iteration, stopped, of="test")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
+import numpy as np
 from mlx.nn.utils import average_gradients
+from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_map, tree_unflatten
 
 from ..checkpoint.adapter import trained
@@ -69,6 +70,11 @@ def gradients_of(
 def averaged(gradients: Arrays) -> Arrays:
     """The mean over all machines that train together; alone, what was given."""
     return average_gradients(gradients)
+
+
+def scalar(value: mx.array) -> float:
+    """A scalar; waits until it is computed."""
+    return float(np.array(value))
 
 
 class Trainer:
@@ -142,9 +148,9 @@ class Trainer:
         else:
             norm = self._update(gradients, iteration)
         return Step(
-            found.total.item(),
-            found.denoising.item(),
-            found.reading.item(),
+            scalar(found.total),
+            scalar(found.denoising),
+            scalar(found.reading),
             sum(len(each.prompt) + len(each.response) for each in samples),
             norm,
         )
@@ -154,7 +160,7 @@ class Trainer:
         count = self.settings.grad_accumulation_steps
         if count > 1:
             gradients = {name: each / count for name, each in gradients.items()}
-        gradients, norm = optim.clip_grad_norm(
+        gradients, norm = clip_grad_norm(  # type: ignore[no-untyped-call]
             averaged(gradients), self.settings.max_grad_norm or float("inf")
         )
         _check(norm, "the gradient", iteration)
@@ -162,7 +168,7 @@ class Trainer:
         self.weights = self.optimizer.apply_gradients(gradients, self.weights)
         put(self.model, self.weights)
         mx.eval(self.weights, self.optimizer.state)
-        return float(norm.item())
+        return scalar(norm)
 
 
 def _check(value: mx.array, what: str, iteration: int) -> None:
