@@ -1,5 +1,6 @@
 """The command that fine-tunes: `lora`."""
 
+import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+MODEL = "MLX_DIFFGEMMA_MODEL"  # which a YAML file and the run that goes on come before
+
 FineTuneType = Literal["lora", "dora", "full"]
 
 OptimizerName = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
@@ -34,8 +37,8 @@ class Base:
         typer.Option(
             "--model",
             "-m",
-            envvar="MLX_DIFFGEMMA_MODEL",
-            help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
+            help="Checkpoint directory, or a name on the hub. [MLX_DIFFGEMMA_MODEL, else tiny, "
+            "which ships with us]",
         ),
     ] = None
     revision: Revision = None
@@ -183,7 +186,7 @@ def lora(
         fail("nothing is asked for: --train, --test or both", code=2)
     if asked.data is None:
         fail("--data names the folder with the examples", code=2)
-    load = LoadFaithful(**{**asdict(base), "model": asked.model})
+    load = LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
     if not quiet:
         load.introduce()
     _work(asked, load, keeping.mode, quiet=quiet)
@@ -217,6 +220,7 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     from ..training.data import read_data
     from ..training.folder import locked
     from ..training.optimizers import make_optimizer
+    from ..training.plots import NO_PLOTS, can_plot
     from ..training.run import encoder_of, load_weights
 
     assert asked.data is not None
@@ -230,6 +234,8 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         _test(asked, model, tokenizer, found, quiet=quiet)
         return
     make_optimizer(asked.settings)
+    if not (quiet or can_plot()):
+        say(f"note: {NO_PLOTS}")
     with locked(asked.adapter_path, mode):
         model, tokenizer = load()
         _train(asked, model, tokenizer, found, mode, quiet=quiet)

@@ -7,6 +7,7 @@ kill or a full disk leaves the older one.
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +20,7 @@ from ..checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, save_
 from ..errors import Error
 from ..files import replacing
 from .events import Logged, line_of
+from .plots import can_plot, plot
 
 STATE_FILE = "training_state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -27,6 +29,8 @@ PLOT_FILE = "progress.svg"
 # Names of what a run writes; checkpoints end as mlx-lm's do, behind the iteration.
 _OWN = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, LOG_FILE, PLOT_FILE)
 _CHECKPOINT = "[0-9]*_adapters.safetensors"
+
+BETWEEN_PLOTS = 60.0  # seconds; drawing takes about half of one
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -82,6 +86,7 @@ class Folder:
         self._config = config
         self._arguments = dict(arguments)
         self._data = data
+        self._drawn = time.monotonic()
 
     def log(self, event: Logged) -> None:
         """Add an event to the log.
@@ -118,6 +123,14 @@ class Folder:
             with replacing(path, suffix=".safetensors") as fresh:
                 mx.save_safetensors(str(fresh), arrays, {"run": json.dumps(about)})
             return path
+
+    def plot(self, *, last: bool) -> None:
+        """Draw the log, if the library for it is installed; before the last time not too often."""
+        due = last or time.monotonic() - self._drawn > BETWEEN_PLOTS
+        if due and can_plot() and (self.path / LOG_FILE).exists():
+            self._drawn = time.monotonic()
+            with _writing(self.path / PLOT_FILE) as path:
+                plot(path, read_log(self.path))
 
     def trim_log(self, iteration: int) -> None:
         """Forget what was logged behind the state that a run goes on from."""
