@@ -26,6 +26,7 @@ FILES = [
     "demo",
     "measure",
     "checkpoints",
+    "lora",
     "models",
 ]
 
