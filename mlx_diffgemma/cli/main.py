@@ -26,6 +26,7 @@ FILES = [
     "demo",
     "measure",
     "checkpoints",
+    "fuse",
     "models",
 ]
 
