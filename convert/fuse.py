@@ -5,13 +5,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.checkpoint import peft
 from mlx_diffgemma.checkpoint.adapter import Stored, find_adapter, put_adapter, read_adapter
-from mlx_diffgemma.checkpoint.files import FLOATS, Headers, Tensor, read_headers, resolve
+from mlx_diffgemma.checkpoint.files import FLOATS, Headers, read_headers, resolve
 from mlx_diffgemma.checkpoint.load import (
     build_model,
     check_tensors,
@@ -19,7 +20,12 @@ from mlx_diffgemma.checkpoint.load import (
     read_generation,
     read_tokenizer,
 )
-from mlx_diffgemma.checkpoint.quantization import quantization_of, quantization_settings
+from mlx_diffgemma.checkpoint.quantization import (
+    MODES,
+    Quantization,
+    quantization_of,
+    quantization_settings,
+)
 from mlx_diffgemma.checkpoint.weights import read_weights
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.adapters import LoRAExperts
@@ -28,7 +34,8 @@ from mlx_diffgemma.model.vision import is_vision
 
 from .card import model_card
 from .pipeline import check_free, copy_files
-from .plan import Job, packed_of, split, unpacking
+from .plan import Job, packed_of, packed_parts, split, unpacking
+from .recipes import EIGHT, fitting
 from .source import Source
 from .staging import ConvertError, check_vacant, staged, workspace_of, write_json
 from .write import Written, write_shards
@@ -83,6 +90,7 @@ def stream_fuse(
     destination: str | Path,
     *,
     dequantize: bool = False,
+    bits: int | None = None,
     revision: str | None = None,
 ) -> Generator[Written | Fused]:
     """Write a checkpoint with an adapter in its weights, reporting each slice, then the result.
@@ -96,6 +104,7 @@ def stream_fuse(
         adapter: directory or hub name, see `load`.
         destination: must not exist, or be an empty directory.
         dequantize: unpack all that is quantized, so that nothing is rounded to few bits again.
+        bits: pack the matrices that change in so many bits; None is the format that they had.
         revision: branch, tag or commit of a source on the hub.
 
     Raises:
@@ -106,12 +115,14 @@ def stream_fuse(
     started = time.perf_counter()
     target = Path(destination)
     check_vacant(target)
+    if bits is not None:
+        _check_bits(bits, dequantize)
     stored = read_adapter(find_adapter(str(adapter)))
     directory = resolve(str(source), revision=revision)
     if directory.resolve().is_relative_to(workspace_of(target).resolve()):
         raise ConvertError(f"{source} is where {target} is written")
     headers = read_headers(directory)
-    jobs = plan_fusion(headers, stored, dequantize)
+    jobs = plan_fusion(headers, stored, dequantize, bits)
     try:
         with staged(target) as stage:
             files = Source(jobs, None, stage.source)
@@ -124,7 +135,7 @@ def stream_fuse(
                 directory, str(source), target.name, f"fine-tuned with mlx-diffgemma: {stored.kind}"
             )
             (stage.fresh / "README.md").write_text(card, encoding="utf-8")
-            write_json(stage.fresh / "config.json", _config(headers, dequantize))
+            write_json(stage.fresh / "config.json", _config(headers, jobs))
     except OSError as error:
         raise ConvertError(f"writing {target} failed: {error.strerror or error}") from None
     yield Fused(
@@ -136,7 +147,17 @@ def stream_fuse(
     )
 
 
-def plan_fusion(headers: Headers, stored: Stored, dequantize: bool) -> list[Job]:
+def _check_bits(bits: int, dequantize: bool) -> None:
+    known = sorted(MODES["affine"][1])
+    if bits not in known:
+        raise ConvertError(f"bits is one of {', '.join(map(str, known))}, not {bits}")
+    if dequantize:
+        raise ConvertError("dequantize goes with no bits: nothing stays packed")
+
+
+def plan_fusion(
+    headers: Headers, stored: Stored, dequantize: bool = False, bits: int | None = None
+) -> list[Job]:
     """Plan every tensor that is written, once source and adapter are known to go together.
 
     Raises:
@@ -153,7 +174,12 @@ def plan_fusion(headers: Headers, stored: Stored, dequantize: bool) -> list[Job]
         module, _, leaf = name.rpartition(".")
         if f"{module}.scales" in headers.tensors and leaf in ("weight", "scales", "biases"):
             if leaf == "scales":  # the others are read with them
-                jobs.append(_packed_job(headers, module, changes, dequantize))
+                change = changes.get(module)
+                if dequantize:
+                    plain = unpacking(headers.tensors, headers.config, module, None)
+                    jobs.append(replace(plain, change=change))
+                else:
+                    jobs.append(_packed_job(headers, module, change, bits))
             continue
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{name} has the type {tensor.dtype}, which is not written")
@@ -166,18 +192,19 @@ def plan_fusion(headers: Headers, stored: Stored, dequantize: bool) -> list[Job]
     return jobs
 
 
-def _packed_job(
-    headers: Headers, module: str, changes: dict[str, LowRank], dequantize: bool
-) -> Job:
-    """Plan a quantized matrix: it stays so, or is unpacked."""
-    tensors, change = headers.tensors, changes.get(module)
-    if dequantize:
-        return replace(unpacking(tensors, headers.config, module, None), change=change)
+def _packed_job(headers: Headers, module: str, change: LowRank | None, bits: int | None) -> Job:
+    """Plan a quantized matrix that stays so, perhaps in other bits where it changes."""
     packed = quantization_of(headers.config, module)
-    sources: tuple[Tensor, ...]
-    sources, _ = packed_of(tensors, module, packed)
-    parts = tuple((each.name, each.dtype, each.shape) for each in sources)
-    return Job(sources, packed, packed, parts, change)
+    sources, shape = packed_of(headers.tensors, module, packed)
+    wanted = packed
+    if change is not None and bits is not None:
+        wanted = fitting(Quantization(EIGHT.group_size, bits), shape[-1]) or packed
+    if wanted == packed:
+        parts = tuple((each.name, each.dtype, each.shape) for each in sources)
+        return Job(sources, packed, packed, parts, change)
+    scales = headers.tensors[f"{module}.scales"].dtype
+    stored = "BF16" if scales == "U8" else scales
+    return Job(sources, packed, wanted, packed_parts(module, shape, wanted, stored), change)
 
 
 def _adapted(headers: Headers, stored: Stored) -> DiffusionGemma:
@@ -214,10 +241,21 @@ def _changes(model: DiffusionGemma) -> Iterator[tuple[str, LowRank]]:
             yield name, LowRank(module.lora_a.T[None], module.lora_b.T[None], module.scale, lengths)
 
 
-def _config(headers: Headers, dequantize: bool) -> dict[str, object]:
-    """The source's config.json, without its quantization where there is none any more."""
-    gone = ("quantization", "quantization_config") if dequantize else ()
-    return {key: value for key, value in headers.config.items() if key not in gone}
+def _config(headers: Headers, jobs: list[Job]) -> dict[str, Any]:
+    """The source's config.json, with what is packed in other bits, or without its quantization."""
+    names = ("quantization", "quantization_config")
+    if not any(job.wanted for job in jobs):
+        return {key: value for key, value in headers.config.items() if key not in names}
+    others = {
+        job.parts[0][0].removesuffix(".weight"): {
+            "group_size": job.wanted.group_size,
+            "bits": job.wanted.bits,  # without a mode it is affine
+        }
+        for job in jobs
+        if job.wanted is not None and job.wanted != job.packed
+    }
+    settings = {**quantization_settings(headers.config), **others}
+    return {**headers.config, **(dict.fromkeys(names, settings) if others else {})}
 
 
 # Text of the sample: its first part is the prompt, the rest begins the canvas.

@@ -82,14 +82,21 @@ def plan_jobs(
 
 def _packing(tensor: Tensor, path: str, wanted: Quantization, stored: str) -> Job:
     """Plan a matrix that becomes weights, scales and perhaps biases."""
-    *rows, columns = tensor.shape
+    return Job((tensor,), None, wanted, packed_parts(path, tensor.shape, wanted, stored))
+
+
+def packed_parts(
+    module: str, shape: tuple[int, ...], wanted: Quantization, stored: str
+) -> tuple[Entry, ...]:
+    """Tell the tensors of a packed matrix; `stored` is the type of affine scales and biases."""
+    *rows, columns = shape
     groups = (*rows, columns // wanted.group_size)
-    parts = [(f"{path}.weight", "U32", (*rows, columns * wanted.bits // 32))]
+    parts = [(f"{module}.weight", "U32", (*rows, columns * wanted.bits // 32))]
     if wanted.mode == "affine":
-        parts += [(f"{path}.scales", stored, groups), (f"{path}.biases", stored, groups)]
+        parts += [(f"{module}.scales", stored, groups), (f"{module}.biases", stored, groups)]
     else:
-        parts += [(f"{path}.scales", "U8", groups)]
-    return Job((tensor,), None, wanted, tuple(parts))
+        parts += [(f"{module}.scales", "U8", groups)]
+    return tuple(parts)
 
 
 def unpacking(

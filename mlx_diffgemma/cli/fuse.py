@@ -33,6 +33,9 @@ def fuse(
         bool,
         typer.Option("--dequantize", "-d", help="Unpack all weights, which are rounded no more."),
     ] = False,
+    q_bits: Annotated[
+        int | None, typer.Option(help="Bits of the quantized matrices that change. [as they were]")
+    ] = None,
     upload_repo: Annotated[
         str | None, typer.Option(help="Then upload to this hub repository.")
     ] = None,
@@ -49,7 +52,7 @@ def fuse(
 
     with progress(model) as show:
         for event in stream_fuse(
-            model, adapter, save_path, dequantize=dequantize, revision=revision
+            model, adapter, save_path, dequantize=dequantize, bits=q_bits, revision=revision
         ):
             if isinstance(event, Fused):
                 report = event
@@ -83,7 +86,7 @@ def _compare(model: str, adapter: str, revision: str | None, report: "Fused") ->
     except TooLarge as error:
         say(f"not compared with the model before: {error}")
         return
-    way = "; --dequantize loses less" if share > 0.05 else ""
+    way = "; --q-bits 8 or --dequantize loses less" if share > 0.05 else ""
     say(
         f"fused, it prefers another token than with the adapter beside it at {100 * share:.1f} % "
         f"of a sample's positions{way}"
