@@ -18,7 +18,6 @@ from mlx_diffgemma.checkpoint.load import (
     check_tensors,
     load,
     read_generation,
-    read_tokenizer,
 )
 from mlx_diffgemma.checkpoint.quantization import (
     MODES,
@@ -164,7 +163,6 @@ def plan_fusion(
         CheckpointError, ConvertError: as `stream_fuse`.
     """
     model = _adapted(headers, stored)
-    read_tokenizer(headers.directory)  # a damaged one is found out now
     changes = dict(_changes(model))
     whole = stored.tensors if stored.config.fine_tune_type == "full" else {}
     jobs = []
