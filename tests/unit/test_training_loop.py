@@ -255,8 +255,8 @@ def test_measuring_leaves_no_trace_in_what_is_learnt(tmp_path: Path) -> None:
     """Answers draw random numbers too, and put the model into another mode."""
     often, never = {"steps_per_eval": 1, "success_cases": 2}, {"steps_per_eval": 100}
     ends = []
-    for name, given in (("often", often), ("never", never)):
-        run(tmp_path / name, dropout=0.3, iters=4, save_every=4, **given)
+    for name, own in (("often", often), ("never", never)):
+        run(tmp_path / name, dropout=0.3, iters=4, save_every=4, **own)
         ends.append((tmp_path / name / "0000004_adapters.safetensors").read_bytes())
     assert ends[0] == ends[1]
     found = [each for each in read_log(tmp_path / "often") if each["event"] == "succeeded"]
@@ -266,7 +266,7 @@ def test_measuring_leaves_no_trace_in_what_is_learnt(tmp_path: Path) -> None:
 def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     run(tmp_path / "a", iters=3)
     before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
-    with pytest.raises(RunError, match="holds another run .*--resume goes on with it"):
+    with pytest.raises(RunError, match=r"holds another run .*--resume goes on with it"):
         run(tmp_path / "a", iters=3)
     for wrong, said in (
         ({"learning_rate": 1e-3}, "has learning_rate 0.00015, not 0.001"),
@@ -340,7 +340,7 @@ def test_a_disk_that_refuses_leaves_what_was_saved(
 
     monkeypatch.setattr(mx, "save_safetensors", save)
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(RunError, match="cannot be written: .*what was saved before is as it was"):
+    with pytest.raises(RunError, match=r"cannot be written: .*what was saved before is as it was"):
         run(tmp_path / "full", "resume")
     monkeypatch.undo()
     assert wanted
