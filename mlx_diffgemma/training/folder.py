@@ -148,6 +148,7 @@ def _writing(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, RuntimeError) as error:  # the second is MLX's, and says what the first does
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason.rstrip(".")
         raise RunError(
             f"{path} cannot be written: {reason}; what was saved before is as it was"
         ) from None
@@ -174,7 +175,7 @@ def locked(path: Path, mode: Mode) -> Iterator[None]:
             raise RunError(f"another process is training in {path}") from None
         except OSError as error:
             raise RunError(f"{path} cannot be locked: {error.strerror}") from None
-        _check(path, mode)
+        check_folder(path, mode)
         yield
     finally:
         os.close(directory)
@@ -182,7 +183,12 @@ def locked(path: Path, mode: Mode) -> Iterator[None]:
             path.rmdir()
 
 
-def _check(path: Path, mode: Mode) -> None:
+def check_folder(path: Path, mode: Mode) -> None:
+    """Whether a folder holds what a run needs of it.
+
+    Raises:
+        RunError: it does not, see `locked`.
+    """
     held = files_of(path)
     if mode == "resume" and path / STATE_FILE not in held:
         raise RunError(f"{path} has no {STATE_FILE} to go on from")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +383,7 @@ def test_every_example_once_an_epoch_among_its_likes(
     assert sorted(i for batch in packed for i in batch) == list(range(len(lengths)))
     assert sum(len(batch) < size for batch in packed) <= 1
     ends = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in packed)
-    assert all(one[1] <= other[0] for one, other in zip(ends, ends[1:], strict=False))
+    assert all(one[1] <= other[0] for one, other in pairwise(ends))
     measured = in_order(lengths, size, 2)
     assert sorted(i for b in measured for i in b) == list(range(min(len(lengths), 2 * size)))
 
