@@ -7,6 +7,7 @@ kill or a full disk leaves the older one.
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ PLOT_FILE = "progress.svg"
 # Names of what a run writes; checkpoints end as mlx-lm's do, behind the iteration.
 _OWN = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, LOG_FILE, PLOT_FILE)
 _CHECKPOINT = "[0-9]*_adapters.safetensors"
+
+# What a kill leaves of a file that was being written; see `files.replacing`.
+_HALF = re.compile(r"tmp[a-z0-9_]{8}(\.safetensors|\.svg)?")
 
 BETWEEN_PLOTS = 60.0  # seconds; drawing takes about half of one
 
@@ -176,11 +180,19 @@ def locked(path: Path, mode: Mode) -> Iterator[None]:
         except OSError as error:
             raise RunError(f"{path} cannot be locked: {error.strerror}") from None
         check_folder(path, mode)
+        if mode != "new":
+            _remove_halves(path)
         yield
     finally:
         os.close(directory)
         if made and not any(path.iterdir()):
             path.rmdir()
+
+
+def _remove_halves(path: Path) -> None:
+    for file in path.iterdir():
+        if _HALF.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def check_folder(path: Path, mode: Mode) -> None:

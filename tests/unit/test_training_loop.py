@@ -123,7 +123,9 @@ def test_what_was_logged_behind_the_state_is_forgotten(tmp_path: Path) -> None:
             break
     with (tmp_path / "killed" / "log.jsonl").open("a") as file:
         file.write('{"event": "trai')  # half a line
+    (tmp_path / "killed" / "tmpab12cd_4.safetensors").write_bytes(b"half")
     assert at(run(tmp_path / "killed", "resume")[0]) == 3
+    assert not (tmp_path / "killed" / "tmpab12cd_4.safetensors").exists()
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
 
 
