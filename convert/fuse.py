@@ -42,10 +42,12 @@ from .write import Written, write_shards
 
 @dataclass(frozen=True)
 class Fused:
-    """What was written: so many matrices, or whole parameters, are others than the source's."""
+    """What was written: so many matrices, or whole parameters, are others than the source's, and
+    so many of them were packed again."""
 
     directory: Path
     changed: int
+    packed: int
     bytes: int
     shards: int
     seconds: float
@@ -140,6 +142,7 @@ def stream_fuse(
     yield Fused(
         directory=target,
         changed=sum(job.change is not None or job.sources[0].file == stored.file for job in jobs),
+        packed=sum(job.change is not None and job.wanted is not None for job in jobs),
         bytes=sum(path.stat().st_size for path in target.glob("*.safetensors")),
         shards=len(split(jobs)),
         seconds=time.perf_counter() - started,

@@ -86,7 +86,7 @@ def _compare(model: str, adapter: str, revision: str | None, report: "Fused") ->
     except TooLarge as error:
         say(f"not compared with the model before: {error}")
         return
-    way = "; --q-bits 8 or --dequantize loses less" if share > 0.05 else ""
+    way = "; --q-bits 8 or --dequantize loses less" if share > 0.05 and report.packed else ""
     say(
         f"fused, it prefers another token than with the adapter beside it at {100 * share:.1f} % "
         f"of a sample's positions{way}"

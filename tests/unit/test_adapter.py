@@ -1,6 +1,7 @@
 """Adapters: mlx-lm reads ours, each kind beside each base; what is no adapter is one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from mlx_diffgemma import DiffusionGemma, PromptCache, generate, load
 from mlx_diffgemma.arguments import SettingError
 from mlx_diffgemma.checkpoint import adapter as adapters
 from mlx_diffgemma.checkpoint.adapter import (
+    KEYS,
     AdapterConfig,
     add_adapter,
     find_adapter,
@@ -150,9 +152,10 @@ def test_full_training_takes_all_or_the_last_blocks() -> None:
     assert all(name.startswith("model.decoder.layers.2.") for name in trained(model))
 
 
-def test_merged_products_do_without_adapted_maps(tmp_path: Path) -> None:
-    """A product of several maps once kept the weights of those that it was made of."""
-    config = AdapterConfig(keys=("self_attn.k_proj", "mlp.up_proj"))
+@pytest.mark.parametrize("keys", [("self_attn.k_proj", "mlp.up_proj"), KEYS])
+def test_merged_products_do_without_adapted_maps(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Whether some of what is merged is adapted or all, before or afterwards."""
+    config = AdapterConfig(keys=keys)
     expected = logits(written(tmp_path, config))
     late, early = random_model(), untrained(64, 8, windows=(8, None, 8), width=64)
     load_adapter(late, tmp_path)
@@ -290,12 +293,9 @@ def test_an_adapter_is_loaded_beside_a_model(tmp_path: Path) -> None:
 
 
 def test_what_another_adapter_has_read_is_not_resumed(tmp_path: Path) -> None:
-    names = [
-        beside_tiny(tmp_path / "a"),
-        beside_tiny(tmp_path / "b", seed=2),
-        beside_tiny(tmp_path / "c", scale=3.0),
-        None,
-    ]
+    names = [beside_tiny(tmp_path / "a"), beside_tiny(tmp_path / "b", seed=2), None]
+    names.append(Path(shutil.copytree(tmp_path / "a", tmp_path / "c")))
+    rewritten(tmp_path / "c", lora_parameters={**TERMS, "rank": 2, "scale": 3.0, "keys": [*KEYS]})
     models = [load(adapter=name)[0] for name in names]
     file = tmp_path / "context.safetensors"
     for mine in models:
