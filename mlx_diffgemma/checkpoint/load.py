@@ -13,6 +13,7 @@ from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma, is_text, parameter_name, sanitize
 from ..model.settings import GenerationConfig, Speed
 from ..text.tokenizer import Tokenizer, TokenizerError
+from .adapter import Stored, find_adapter, put_adapter, read_adapter, with_adapter
 from .files import (
     DEFAULT,
     SHIPPED,
@@ -39,6 +40,7 @@ def load(
     dtype: DType | None = None,
     max_memory: int | str | None = None,
     speed: Speed = "faithful",
+    adapter: str | Path | None = None,
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
@@ -56,6 +58,9 @@ def load(
         max_memory: bytes that the model may take, its context included, or a text such as "12GB";
             None is what is free. The longest context follows from it, see `DiffusionGemma.context`.
         speed: fewer denoising steps for some loss, see `GenerationConfig.with_speed`.
+        adapter: what fine-tuning has written, see docs/finetune.md: a directory with
+            `adapters.safetensors` and `adapter_config.json`, or a name on the hub. Its terms are
+            computed beside the weights, in the type that they are stored in.
 
     Raises:
         TooLarge: it would not fit, before anything is loaded.
@@ -68,14 +73,17 @@ def load(
             raise SettingError(f"{name} is one of {', '.join(get_args(known))}; not {shown(value)}")
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
+    stored = None if adapter is None else read_adapter(find_adapter(str(adapter)))
     directory = EMBEDDED
     if path_or_repo is not None:
         directory = resolve(str(path_or_repo), revision=revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
     found = info_of(headers, dtype)
+    if stored is not None:
+        found = with_adapter(found, stored)
     decided = fit(found, memory)
-    model = model_of(headers, dtype)
+    model = model_of(headers, dtype, stored)
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
     model.sight = sight_of(
@@ -151,7 +159,9 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
     return model_of(read_headers(directory), dtype)
 
 
-def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
+def model_of(
+    headers: Headers, dtype: DType | None, adapter: Stored | None = None
+) -> DiffusionGemma:
     """Load a model by its headers; arguments and errors as in `load_model`."""
     tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
     generation = read_generation(headers.directory, headers.config)
@@ -160,6 +170,8 @@ def model_of(headers: Headers, dtype: DType | None) -> DiffusionGemma:
     weights = sanitize(read_weights(tensors, dtype))
     model.load_weights(list(weights.items()))
     del weights
+    if adapter is not None:
+        put_adapter(model, adapter)
     model.merge()
     model.sight = sight_of(headers, dtype, lambda: model.context)
     mx.eval(model.parameters(), model.constants)

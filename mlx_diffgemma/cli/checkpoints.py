@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .options import DType, DTypeName, MaxMemory, Revision, size, with_options
+from .options import Adapter, DType, DTypeName, MaxMemory, Revision, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def info(
     revision: Revision = None,
     dtype: DType = None,
     max_memory: MaxMemory = None,
+    adapter: Adapter = None,
     recipes: Annotated[
         bool, typer.Option("--recipes", help="Say what each recipe would make of it, as on a Mac.")
     ] = False,
@@ -185,19 +186,25 @@ def info(
     """
     from dataclasses import asdict
 
+    from ..checkpoint.adapter import find_adapter, read_adapter, with_adapter
     from ..checkpoint.hub import headers_of
     from ..checkpoint.info import info_of
     from ..checkpoint.load import computed_in
 
     given = size(max_memory)
+    stored = None if adapter is None else read_adapter(find_adapter(adapter))
     headers = headers_of(model, revision=revision)
     if recipes:
         _tell_recipes(headers, dtype, as_json)
         return
     found = info_of(headers, computed_in(dtype))
+    if stored is not None:
+        found = with_adapter(found, stored)
     if as_json:
         print(json.dumps(asdict(found)))
         return
+    if stored is not None:
+        put(f"adapter: {stored}")
     _tell_sizes(found)
     _tell_fit(found, given)
 

@@ -26,6 +26,8 @@ FILES = [
     "demo",
     "measure",
     "checkpoints",
+    "lora",
+    "fuse",
     "models",
 ]
 

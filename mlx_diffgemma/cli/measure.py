@@ -73,7 +73,9 @@ def evaluate(
         load.introduce()
     answers: dict[str, list[Case]] = {}  # by checkpoint
     for case in cases:
-        answers.setdefault(load.model or SPECIALIST.get(case.task, "tiny"), []).append(case)
+        # An adapter is for one model: no other answers then.
+        best = "tiny" if load.adapter else SPECIALIST.get(case.task, "tiny")
+        answers.setdefault(load.model or best, []).append(case)
     if not as_json:
         heads = f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}"
         print(f"{heads}{'decoded':>9}{'tokens/pass':>13}  repair")
@@ -175,8 +177,8 @@ def bench(
 
     if not quiet:
         load.introduce()
-    sources = [(load.model or "the small model", load.model, load.revision)]
-    sources += [] if compare is None else [(compare, compare, None)]
+    sources = [(load.model or "the small model", load.model, load.revision, load.adapter)]
+    sources += [] if compare is None else [(compare, compare, None, None)]
     memory = size(load.max_memory)
     subjects = [
         measuring.Subject(*each, dtype=load.dtype, max_memory=memory, speed=load.speed)

@@ -50,6 +50,15 @@ MaxMemory = Annotated[
     typer.Option(help="Memory that the model may take with its context, e.g. 12GB. [what is free]"),
 ]
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        "--adapter-path",
+        help="Adapter that fine-tuning has written: a directory, or a name on the hub.",
+    ),
+]
+
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens to write. [checkpoint's setting]")
 ]
@@ -134,6 +143,7 @@ class LoadFaithful:
     revision: Revision = None
     dtype: DType = None
     max_memory: MaxMemory = None
+    adapter: Adapter = None
 
     def __post_init__(self) -> None:
         size(self.max_memory)  # a mistake in it should not have to wait
@@ -155,6 +165,7 @@ class LoadFaithful:
             dtype=self.dtype,
             max_memory=size(self.max_memory),
             speed=speed,
+            adapter=self.adapter,
         )
 
     def introduce(self) -> None:

@@ -262,13 +262,18 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def fingerprint(model: DiffusionGemma) -> str:
-    """Equal for equal weights: a hash of the config and of 64 numbers of each parameter."""
+    """Equal for equal weights: a hash of the config and of 64 numbers of each parameter.
+
+    An adapter's are among them; its factor is no parameter, and is said beside them.
+    """
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     heads = {name: array.reshape(-1)[:64].view(mx.uint8) for name, array in parameters.items()}
     mx.eval(heads)
     digest = hashlib.sha256(repr(model.config).encode())
     if model.sight is not None:
         digest.update(model.sight.rule.encode())
+    if model.adapter is not None:
+        digest.update(model.adapter.encode())
     for name in sorted(parameters):
         digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
         digest.update(np.array(heads[name]).tobytes())

@@ -65,6 +65,7 @@ class Subject:
         name: str,
         path: str | Path | None,
         revision: str | None,
+        adapter: str | None = None,
         *,
         dtype: DType | None,
         max_memory: int | None,
@@ -75,7 +76,12 @@ class Subject:
         mx.reset_peak_memory()
         started = time.perf_counter()
         self._model, self._tokenizer = load(
-            path, revision=revision, dtype=dtype, max_memory=max_memory, speed=speed
+            path,
+            revision=revision,
+            dtype=dtype,
+            max_memory=max_memory,
+            speed=speed,
+            adapter=adapter,
         )
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..arguments import SettingError
+from .adapters import Side
 from .cache import EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
@@ -127,7 +128,14 @@ class DiffusionGemma(nn.Module):
         self.model = Backbone(config)
         self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
         self.sight: Sight | None = None  # of a checkpoint that has a vision tower
+        self.side = Side()
+        self.adapter: str | None = None  # what an adapter that is in place says of itself
         self._table: mx.array | None = None
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, where mlx-lm's functions for adapters look for them."""
+        return self.model.decoder.layers
 
     def __repr__(self) -> str:
         # The tree of modules, which MLX prints, is thousands of characters: `model.model` has it.
@@ -193,9 +201,10 @@ class DiffusionGemma(nn.Module):
                 within the window of a sliding layer, by default.
             evaluate: called with parts of long prompts, so that their scores do not pile up.
         """
+        self.side.encodes = True
         x = self.embed(tokens) if input_embeddings is None else input_embeddings
         first = cache[0].length
-        rotations = self._rotations(mx.array([[float(first + i) for i in range(x.shape[1])]]))
+        rotations = self.rotations(mx.array([[float(first + i) for i in range(x.shape[1])]]))
         scalars = self.model.encoder.language_model.layers
         for block, layer, own in zip(self.model.decoder.layers, cache, scalars, strict=True):
             # Nothing is evaluated in the last layer: its output may not be wanted.
@@ -212,11 +221,12 @@ class DiffusionGemma(nn.Module):
         sliding layer the last `window - 1` tokens. Passes do not see each other. `evaluate` is
         called with each layer's output.
         """
+        self.side.encodes = False
         wanted = _wanted(passes)
         x = self.model.decoder.self_conditioning(
             self.embed(_in_a_row([each.canvas for each in passes])), self._expected(passes)
         )
-        rotations = self._rotations(_in_a_row([self._positions(each) for each in passes]))
+        rotations = self.rotations(_in_a_row([self._positions(each) for each in passes]))
         *_, last = self.model.decoder.layers
         for i, block in enumerate(self.model.decoder.layers):
             kept = wanted if block is last else None
@@ -253,7 +263,7 @@ class DiffusionGemma(nn.Module):
             return mx.array([[float(behind + i) for i in range(count)]] * rows)
         return (asked.positions + behind).astype(mx.float32)[None]
 
-    def _rotations(self, positions: mx.array) -> dict[LayerConfig, mx.array]:
+    def rotations(self, positions: mx.array) -> dict[LayerConfig, mx.array]:
         """Rotation at float32 positions (B or 1, T), for each kind of layer."""
         kinds = {block.self_attn.layer: block.self_attn for block in self.model.decoder.layers}
         return {layer: attention.rotation(positions) for layer, attention in kinds.items()}

@@ -13,6 +13,7 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapters import LoRAExperts, gathered
 from .cache import CacheUpdate, Evaluate, Mask
 from .config import Config, LayerConfig
 
@@ -58,7 +59,8 @@ class MergedLinear:
     def __init__(self, parts: Sequence[nn.Linear]):
         self._whole: nn.Linear | None = None
         kinds = [(type(p), vars(p), p.keys()) for p in parts]
-        if not parts or any(kind != kinds[0] for kind in kinds):
+        mergeable = all(type(p) in (nn.Linear, nn.QuantizedLinear) for p in parts)
+        if not parts or not mergeable or any(kind != kinds[0] for kind in kinds):
             return
         self._whole = copy(parts[0])
         for name in parts[0]:
@@ -353,6 +355,13 @@ class ExpertLinear(nn.Module):
             self.biases = biases[0]
         return self
 
+    def to_lora(self, r: int, scale: float, dropout: float) -> LoRAExperts:
+        """Stand beside low-rank terms (the hook that mlx-lm calls)."""
+        experts, outputs, inputs = self.weight.shape
+        if "scales" in self:
+            inputs = inputs * 32 // self._bits
+        return LoRAExperts(self, (experts, outputs, inputs), r, dropout, scale)
+
     def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
         """Row i of `x` (N, 1, in) times the matrix of expert `experts[i]` -> (N, 1, out)."""
         if "scales" in self:
@@ -368,15 +377,7 @@ class ExpertLinear(nn.Module):
                 mode=self._mode,
                 sorted_indices=in_order,
             )
-        # MLX's CPU backend gathers in float32 only.
-        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else x.dtype
-        product = mx.gather_mm(
-            x.astype(dtype),
-            self.weight.astype(dtype).swapaxes(-1, -2),
-            rhs_indices=experts,
-            sorted_indices=in_order,
-        )
-        return product.astype(x.dtype)
+        return gathered(x, self.weight, experts, in_order)
 
 
 class Experts(nn.Module):

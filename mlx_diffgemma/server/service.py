@@ -50,6 +50,7 @@ class Service:
             "thinking": tokenizer.knows_thinking,
             "tools": tokenizer.knows_tools,
             "images": sees(model),
+            "adapter": model.adapter,
         }
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:

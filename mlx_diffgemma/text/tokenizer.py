@@ -221,13 +221,19 @@ class Tokenizer:
         return {i: text for i, text in found.items() if text and "\ufffd" not in text}
 
     @cached_property
+    def framing(self) -> tuple[str, ...]:
+        """How tokens are written that only frame a turn: padding, begin, end, turn marks."""
+        kinds = ("pad_token", "bos_token", "eos_token")
+        names = ["<|turn>", "<turn|>", *(self._special[k] for k in kinds if k in self._special)]
+        return tuple(name for name in names if self.token_id(name) is not None)
+
+    def special_id(self, kind: str) -> int | None:
+        """Return the id of a token by what it is for, such as "bos_token", or None."""
+        return self.token_id(self._special[kind]) if kind in self._special else None
+
+    @cached_property
     def _framing(self) -> frozenset[int]:
-        names = ["<|turn>", "<turn|>"]
-        names += [
-            self._special[k] for k in ("pad_token", "bos_token", "eos_token") if k in self._special
-        ]
-        found = (self._backend.token_to_id(name) for name in names)
-        return frozenset(i for i in found if i is not None)
+        return frozenset(i for i in map(self.token_id, self.framing) if i is not None)
 
     def apply_chat_template(
         self,

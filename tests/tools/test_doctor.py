@@ -82,7 +82,7 @@ def another_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_offset_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DiffusionGemma._rotations
+    right = DiffusionGemma.rotations
 
     def wrong(model: DiffusionGemma, positions: mx.array) -> Any:
         length = model.config.canvas_length
@@ -91,7 +91,7 @@ def one_offset_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
             positions = mx.tile(positions[:, :length], (1, rows))
         return right(model, positions)
 
-    monkeypatch.setattr(DiffusionGemma, "_rotations", wrong)
+    monkeypatch.setattr(DiffusionGemma, "rotations", wrong)
 
 
 def some_tokens_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

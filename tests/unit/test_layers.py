@@ -14,7 +14,7 @@ ROWS = [
     ["diffusion"],
     ["text", "images"],
     ["checkpoint", "tasks"],
-    ["convert"],
+    ["convert", "training"],
     ["measure", "server"],
     ["cli"],
 ]

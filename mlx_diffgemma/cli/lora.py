@@ -1,0 +1,332 @@
+"""The command that fine-tunes: `lora`."""
+
+import os
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, with_options
+from .terminal import fail, put, say
+
+if TYPE_CHECKING:
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..text.tokenizer import Tokenizer
+    from ..training.data import Data
+    from ..training.events import Finished
+    from ..training.folder import Mode
+    from .lora_config import Asked
+
+app = typer.Typer()
+
+MODEL = "MLX_DIFFGEMMA_MODEL"  # which a YAML file and the run that goes on come before
+
+FineTuneType = Literal["lora", "dora", "full"]
+
+OptimizerName = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is fine-tuned."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Checkpoint directory, or a name on the hub. [MLX_DIFFGEMMA_MODEL, else tiny, "
+            "which ships with us]",
+        ),
+    ] = None
+    revision: Revision = None
+    dtype: DType = None
+    max_memory: MaxMemory = None
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """What is trained. None leaves it to the YAML file, or to the defaults, as all that follows."""
+
+    fine_tune_type: Annotated[
+        FineTuneType | None,
+        typer.Option(help="Low-rank terms, those with magnitudes, or all parameters. [lora]"),
+    ] = None
+    num_layers: Annotated[
+        int | None, typer.Option(help="Last layers that are adapted; -1 is all. [-1]")
+    ] = None
+    rank: Annotated[int | None, typer.Option(min=1, help="Of low-rank terms. [16]")] = None
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of low-rank terms, alpha / rank. [2.0]")
+    ] = None
+    dropout: Annotated[float | None, typer.Option(help="Of what goes into them. [0.0]")] = None
+    keys: Annotated[
+        str | None,
+        typer.Option(help="Maps of a layer, with commas. [attention's and the dense MLP's]"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How it is trained."""
+
+    iters: Annotated[int | None, typer.Option(min=1, help="Iterations. [1000]")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of an iteration. [4]")] = (
+        None
+    )
+    grad_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, help="Iterations of an update of the weights. [1]")
+    ] = None
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest: it rises, and falls to a tenth. [0.00015]")
+    ] = None
+    optimizer: Annotated[OptimizerName | None, typer.Option(help="[adamw]")] = None
+    max_seq_length: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of an example. [2048]")
+    ] = None
+    grad_checkpoint: Annotated[
+        bool | None,
+        typer.Option("--grad-checkpoint", help="Less memory, for a third more time."),
+    ] = None
+    mask_prompt: Annotated[
+        bool | None,
+        typer.Option("--mask-prompt", help="Denoise answers alone, which is always done."),
+    ] = None
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is measured on the way, and on test.jsonl."""
+
+    steps_per_report: Annotated[
+        int | None, typer.Option(min=1, help="Iterations between two reports. [10]")
+    ] = None
+    steps_per_eval: Annotated[
+        int | None, typer.Option(min=1, help="Iterations between two measurements. [200]")
+    ] = None
+    val_batches: Annotated[
+        int | None, typer.Option(help="Batches of the validation loss; -1 is all. [25]")
+    ] = None
+    success_cases: Annotated[
+        int | None, typer.Option(min=0, help="Validation examples that are answered. [16]")
+    ] = None
+    success_steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of answers. [checkpoint's setting]")
+    ] = None
+    test_batches: Annotated[
+        int | None, typer.Option(help="Batches of the test's loss; -1 is all. [500]")
+    ] = None
+    test_cases: Annotated[
+        int | None, typer.Option(min=0, help="Test examples that are answered. [100]")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a run is kept, and what it begins with."""
+
+    adapter_path: Annotated[
+        str | None, typer.Option(help="Folder of the run and its adapter. [adapters]")
+    ] = None
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Iterations between two checkpoints. [100]")
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in the folder has stopped.")
+    ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
+    ] = False
+    resume_adapter_file: Annotated[
+        str | None, typer.Option(help="Begin with the weights of this file.")
+    ] = None
+    clear_cache_threshold: Annotated[
+        str | None, typer.Option(help="Memory that MLX may keep for later, e.g. 2GB. [0]")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            fail("--resume and --overwrite exclude each other", code=2)
+        if self.resume and self.resume_adapter_file:
+            fail("--resume and --resume-adapter-file exclude each other", code=2)
+
+    @property
+    def mode(self) -> "Mode":
+        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
+
+
+@app.command()
+@with_options
+def lora(
+    *,
+    base: Base,
+    train: Annotated[bool | None, typer.Option("--train", help="Train.")] = None,
+    test: Annotated[bool | None, typer.Option("--test", help="Measure on test.jsonl.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train.jsonl, valid.jsonl, test.jsonl.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of mlx-lm's form.")
+    ] = None,
+    adapting: Adapting,
+    learning: Learning,
+    watching: Watching,
+    keeping: Keeping,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model to a task by examples: LoRA, DoRA or all its parameters."""
+    flags = {"model": base.model, "train": train, "test": test, "data": data}
+    for group in (adapting, learning, watching, keeping):
+        flags |= asdict(group)
+    asked = _asked(flags, config, keeping)
+    if not (asked.train or asked.test):
+        fail("nothing is asked for: --train, --test or both", code=2)
+    if asked.data is None:
+        fail("--data names the folder with the examples", code=2)
+    if asked.train and asked.adapter_path is None:
+        fail("--adapter-path names the folder of the run", code=2)
+    load = LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
+    if not quiet:
+        load.introduce()
+    _work(asked, load, keeping.mode, quiet=quiet)
+
+
+def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Asked":
+    """What is asked for, with what is said about settings that change nothing."""
+    from ..checkpoint.fit import read_size
+    from ..training.folder import read_state
+    from .lora_config import ADAPTER_PATH, asked_for, read_config
+
+    if flags["keys"] is not None:
+        flags["keys"] = flags["keys"].split(",")
+    if (threshold := flags["clear_cache_threshold"]) is not None:
+        flags["clear_cache_threshold"] = 0 if threshold == "0" else read_size(threshold)
+    values, told = read_config(config) if config else ({}, [])
+    before: dict[str, Any] = {}
+    if keeping.resume:
+        flags["train"] = True
+        given = (flags["adapter_path"], values.get("adapter_path"), ADAPTER_PATH)
+        path = next(each for each in given if each)
+        before = {**read_state(Path(str(path))).arguments, "adapter_path": str(path)}
+    for line in told:
+        say(f"note: {config}: {line}")
+    return asked_for(flags, values, before)
+
+
+def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> None:
+    """Read the examples, load the model, train and test."""
+    from ..checkpoint.adapter import WEIGHTS_FILE
+    from ..checkpoint.files import read_header, resolve
+    from ..training.data import read_data
+    from ..training.folder import check_folder, locked
+    from ..training.optimizers import make_optimizer
+    from ..training.plots import NO_PLOTS, can_plot
+    from ..training.run import encoder_of, load_weights
+
+    assert asked.data is not None
+    path = asked.adapter_path
+    if asked.train:
+        assert path is not None
+        make_optimizer(asked.settings)
+        check_folder(path, mode)
+        if asked.resume_adapter_file is not None:
+            read_header(asked.resume_adapter_file)
+    source = resolve(load.model or "tiny", revision=load.revision, weights=False)
+    encoder = encoder_of(source, asked.settings)
+    found = read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
+    if found.notices and not quiet:
+        say(*(f"note: {notice}" for notice in found.notices))
+    if not asked.train or path is None:
+        adapter = None if path is None else str(path)
+        model, tokenizer = replace(load, adapter=adapter)()
+        _test(asked, model, tokenizer, found, quiet=quiet)
+        return
+    if not (quiet or can_plot()):
+        say(f"note: {NO_PLOTS}")
+    with locked(path, mode):
+        model, tokenizer = load()
+        _train(asked, path, model, tokenizer, found, mode, quiet=quiet)
+        if asked.test:
+            load_weights(model, path / WEIGHTS_FILE)
+            _test(asked, model, tokenizer, found, quiet=quiet)
+
+
+def _train(
+    asked: "Asked",
+    path: Path,
+    model: "DiffusionGemma",
+    tokenizer: "Tokenizer",
+    data: "Data",
+    mode: "Mode",
+    *,
+    quiet: bool,
+) -> None:
+    """Train, and say what came of it."""
+    from ..training.events import Finished, Stopped
+    from ..training.run import train_in
+    from .training import displaying, interruptible
+
+    command = shlex.join(["mlx-diffgemma", "lora", "--resume", "--adapter-path", str(path)])
+    told = "ending with this step; Ctrl-C again ends at once, and keeps what was saved before"
+    with (
+        interruptible(told) as stopped,
+        displaying(path, asked.settings.iters, quiet=quiet) as show,
+    ):
+        events = train_in(
+            path,
+            model,
+            tokenizer,
+            data,
+            asked.settings,
+            asked.adapter,
+            mode=mode,
+            arguments=asked.values,
+            weights=asked.resume_adapter_file,
+            stopped=stopped,
+        )
+        for event in events:
+            show(event)
+    if isinstance(event, Stopped):
+        say(f"stopped after iteration {event.iteration}; it goes on with: {command}")
+        raise SystemExit(130)
+    assert isinstance(event, Finished)
+    _tell_end(path, event)
+
+
+def _tell_end(path: Path, event: "Finished") -> None:
+    """Which weights are kept, and what they are worth beside none."""
+    from ..checkpoint.adapter import WEIGHTS_FILE
+
+    line = f"{path / WEIGHTS_FILE}: iteration {event.kept} of {event.iteration}"
+    if event.success is not None:
+        line += f", which answers {event.success:.1%} of the validation cases exactly"
+    if event.untrained is not None:
+        line += f"; {event.untrained:.1%} before training"
+    put(line)
+
+
+def _test(
+    asked: "Asked",
+    model: "DiffusionGemma",
+    tokenizer: "Tokenizer",
+    data: "Data",
+    *,
+    quiet: bool,
+) -> None:
+    """Measure on the test examples, and print it."""
+    from ..training.events import Succeeded, Validated
+    from ..training.run import run_test
+    from .training import displaying, losses
+
+    with displaying(Path(), 0, quiet=quiet) as show:
+        for event in run_test(model, tokenizer, data, asked.settings):
+            match event:
+                case Validated():
+                    put(f"test {losses(event)}")
+                case Succeeded():
+                    put(f"test: {event.right} of {event.cases} answers are exactly right")
+                case _:
+                    show(event)

@@ -1,0 +1,1 @@
+"""Fine-tuning: objective, gradients through encoder and decoder, what a run needs of memory."""
