@@ -32,6 +32,7 @@ def make_app(
     worker: Worker,
     *,
     name: str,
+    aliases: Sequence[str] = (),
     api_key: str | None = None,
     cors: Sequence[str] = (),
     loopback: bool = True,
@@ -44,6 +45,7 @@ def make_app(
     Args:
         worker: started by whoever makes the application.
         name: the model's, as `/v1/models` lists it.
+        aliases: further names by which it is found there.
         api_key: what clients have to send, if anything.
         cors: origins whose pages may ask.
         loopback: only this machine can reach the server, so it answers only to `localhost` and
@@ -69,7 +71,7 @@ def make_app(
         )
     app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
     _handle_errors(app)
-    service = Service(worker, name)
+    service = Service(worker, name, aliases)
     app.include_router(openai_routes.router(service))
     app.include_router(native.router(service))
     app.include_router(_state(worker))

@@ -29,7 +29,7 @@ from .openai import (
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
 from .pictures import with_pictures
-from .refused import RESPONSES, Refused, stopping
+from .refused import RESPONSES, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
 from .worker import Patience
@@ -56,9 +56,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}", responses=RESPONSES)
     async def model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
-        return service.facts
+        return service.find(name)
 
     return routes
 

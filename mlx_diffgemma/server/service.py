@@ -26,12 +26,13 @@ class Service:
     Attributes:
         worker: answers what is prepared.
         name: the model's, as clients are told.
+        aliases: further names by which it is found.
         started: seconds since the epoch.
     """
 
-    def __init__(self, worker: Worker, name: str):
+    def __init__(self, worker: Worker, name: str, aliases: Sequence[str] = ()):
         self.worker = worker
-        self.name = name
+        self.name, self.aliases = name, tuple(aliases)
         self.started = int(time.time())
         self._places = Places()
 
@@ -44,6 +45,7 @@ class Service:
             "object": "model",
             "created": self.started,
             "owned_by": "local",
+            "aliases": self.aliases,
             "context_length": model.context,
             "canvas_length": model.config.canvas_length,
             "denoising_steps": model.generation.max_denoising_steps,
@@ -51,6 +53,16 @@ class Service:
             "tools": tokenizer.knows_tools,
             "images": sees(model),
         }
+
+    def find(self, name: str) -> dict[str, Any]:
+        """Describe the model of this name or alias.
+
+        Raises:
+            Refused: there is none.
+        """
+        if name not in (self.name, *self.aliases):
+            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
+        return self.facts
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
         """Prepare a task, and tell the patience that is left for it.

@@ -119,10 +119,14 @@ def test_the_openai_client_chats(small: Server) -> None:
 @pytest.mark.parametrize("name", ["tiny", "google/diffusiongemma", "ein Größe?#%2F"])
 def test_a_model_is_found_by_its_name(name: str) -> None:
     """`models.retrieve` of the official client was answered with 404."""
-    with working(tiny) as worker, listening(make_app(worker, name=name)) as running:
+    with (
+        working(tiny) as worker,
+        listening(make_app(worker, name=name, aliases=["other/name"])) as running,
+    ):
         client = Server(address(running)).client()
         (listed,) = client.models.list().data
         assert listed.id == name
+        assert client.models.retrieve("other/name") == listed
         found: Any = client.models.retrieve(name)
         assert found == listed
         assert (found.context_length, found.canvas_length) == (240, 24)
