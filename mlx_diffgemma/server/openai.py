@@ -11,7 +11,7 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
-from ..tasks.request import Prepared, encode_text
+from ..tasks.request import MOST_TOP, Prepared, encode_text
 from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
@@ -112,6 +112,7 @@ class ChatBody(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Budget = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: list[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
@@ -271,6 +272,8 @@ def chat_request(body: ChatBody) -> Request:
         tools = []
     elif body.tool_choice not in (None, "auto"):
         opening = "<|tool_call>call:" + _named_tool(body.tool_choice, tools)
+    if body.top_logprobs and not body.logprobs:
+        raise Refused(400, "top_logprobs goes with logprobs", param="top_logprobs")
     schema = _schema(body)
     if schema is not None and opening:
         raise Refused(400, "response_format goes with neither an opening nor a forced tool call")
@@ -291,6 +294,7 @@ def chat_request(body: ChatBody) -> Request:
         verify=body.verify or False,
         temperature=body.drawn,
         acceptance=body.acceptance,
+        top=body.top_logprobs or 0,
     )
 
 
