@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import Request as Http
 
+from ..tasks.generate import Answer, Request
 from ..tasks.request import Prepared, Task
+from ..text.tokenizer import Message
 from .body import Body, ignored
-from .pictures import sees
+from .pictures import sees, with_pictures
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
 from .stream import Stream, unless_gone
@@ -45,6 +49,9 @@ class Service:
             "object": "model",
             "created": self.started,
             "owned_by": "local",
+            "type": "model",  # this and the next two for Anthropic's client
+            "display_name": self.name,
+            "created_at": datetime.fromtimestamp(self.started, UTC).isoformat(),
             "aliases": self.aliases,
             "context_length": model.context,
             "canvas_length": model.config.canvas_length,
@@ -72,6 +79,21 @@ class Service:
             Refused: the client has gone, or the time is over.
         """
         return await self.make(http, lambda patience: self.worker.prepare(task, patience))
+
+    async def chat(
+        self, http: Http, make: Callable[[], Request], *, slow: bool
+    ) -> tuple[Answer, Patience]:
+        """Prepare the chat that `make` gives, whose pictures nobody has read yet; see `make`."""
+
+        def work(patience: Patience) -> Answer:
+            request = make()
+            messages = cast("Sequence[Message]", request.prompt)
+            seen = with_pictures(messages, self.worker.model, patience.check)
+            found = self.worker.prepare(replace(request, prompt=seen), patience)
+            assert isinstance(found, Answer)
+            return found
+
+        return await self.make(http, work, slow=slow)
 
     async def make(
         self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False

@@ -511,6 +511,7 @@ class _Teller:
             least_log_probability=min(chances) if chances else None,
             encoder_passes=self._reads,
             positions_encoded=self._read,
+            stop_string=self._stopper.hit,
         )
 
 

@@ -278,7 +278,7 @@ class Done:
     None where it has not read them. The encoder reads answers too, in `encoder_passes` over
     `positions_encoded` tokens: canvases behind which another follows, and those that it verifies.
     Where it decides, in another mode than "denoise" or with `verify`, `tokens_per_forward` and
-    `positions_per_token` count that as well.
+    `positions_per_token` count that as well. `stop_string` is the one before which the text ends.
     """
 
     finish_reason: FinishReason
@@ -298,6 +298,7 @@ class Done:
     least_log_probability: float | None = None
     encoder_passes: int = 0
     positions_encoded: int = 0
+    stop_string: str | None = None
 
 
 Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
@@ -396,7 +397,7 @@ def encode_prompt(
         return ids
     if len(messages) < len(parts):
         raise SettingError("a prompt is either messages or token ids, not both")
-    if any(each.get("tool_calls") or each.get("role") == "tool" for each in messages):
+    if any(each.get("tool_calls") for each in messages):
         _check_known(tokenizer, tools=True)
     messages = shown_messages(messages, sight, most, check)
     return encode_messages(
@@ -405,7 +406,7 @@ def encode_prompt(
 
 
 def _check_known(tokenizer: Tokenizer, *, tools: bool = False, thinking: bool = False) -> None:
-    """Refuse what the chat template would leave out: tools, their calls and results, thoughts."""
+    """Refuse what the chat template would leave out: tools and their calls, thoughts."""
     if tools and not tokenizer.knows_tools:
         raise SettingError("this model's chat template knows no tools")
     if thinking and not tokenizer.knows_thinking:

@@ -153,7 +153,6 @@ NO_THINKING = "this model's chat template knows no thinking"
             },
             NO_TOOLS,
         ),
-        ({"messages": [*HELLO, {"role": "tool", "content": "3 C"}]}, NO_TOOLS),
         ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALLED]}]}, NO_TOOLS),
         ({"enable_thinking": True}, NO_THINKING),
         ({"reasoning_effort": "low"}, NO_THINKING),
