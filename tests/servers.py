@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import uvicorn
@@ -40,6 +41,9 @@ class Server:
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=60, **settings
         )
+
+    def anthropic(self, key: str = "x") -> anthropic.Anthropic:
+        return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0, timeout=60)
 
     def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
         # As json= does, but halves of surrogate pairs can be sent, too.
@@ -164,15 +168,22 @@ def tiny(kind: type[DiffusionGemma] = DiffusionGemma) -> tuple[Any, Tokenizer]:
     return untrained(tokenizer.vocab_size, 24, context=240, kind=kind), tokenizer
 
 
-def writing(*script: str) -> Load:
+def writing(*script: str, context: int = 4096) -> Load:
     """A model that writes these answers in turn, the last for ever, and whose template knows tools
-    and thoughts."""
+    and thoughts. An answer that is longer than a canvas takes several."""
 
     def made() -> tuple[DiffusionGemma, Tokenizer]:
         tokenizer = gemma_tokenizer()
         model = scripted()
         answers = [*script, *script[-1:] * 99]
-        model.begin(*([*tokenizer.encode(answer), 6][:64] for answer in answers))
+        model.context = context
+        model.begin(
+            *(
+                ids[i : i + 64]
+                for ids in ([*tokenizer.encode(answer), 6] for answer in answers)
+                for i in range(0, len(ids), 64)
+            )
+        )
         return model, tokenizer
 
     return made

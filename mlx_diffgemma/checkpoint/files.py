@@ -59,6 +59,9 @@ SHIPPED = {
 
 DEFAULT = "tiny"
 
+# A repository's folder in the hub's cache; two levels below it are its files, by commit.
+_CACHED = re.compile(r"models--([\w.-]+)")
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -86,6 +89,24 @@ def name_of(path_or_repo: str | None) -> str:
     except (OSError, RuntimeError):  # ~nobody: `resolve` says so
         name = path_or_repo
     return os.fsencode(name or path_or_repo).decode("utf-8", "replace")
+
+
+def aliases_of(path_or_repo: str | None) -> tuple[str, ...]:
+    """Give further names of a model: of a hub name what stands behind its owner, of a directory in
+    the hub's cache the hub name, and of a model that ships its name, wherever it lies.
+    """
+    name, found = name_of(path_or_repo), list[str]()
+    try:
+        directory = Path(path_or_repo or DEFAULT).expanduser().absolute().resolve()
+        found += [shipped for shipped, where in SHIPPED.items() if directory == where.resolve()]
+        if cached := _CACHED.fullmatch(directory.parent.parent.name):
+            found.append(cached[1].replace("--", "/"))
+        is_there = directory.is_dir()
+    except (OSError, RuntimeError):  # as in `name_of`
+        is_there = False
+    if not is_there or found:
+        found += [each.partition("/")[2] for each in (name, *found) if each.count("/") == 1]
+    return tuple(dict.fromkeys(each for each in found if each and each != name))
 
 
 def resolve(

@@ -69,7 +69,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         from ..server.connections import Connection
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
-    from ..checkpoint.files import name_of
+    from ..checkpoint.files import aliases_of, name_of
     from ..server.worker import Worker
 
     _check_port(reach.host, reach.port)
@@ -87,6 +87,7 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
     served = make_app(
         worker,
         name=name_of(load.model),
+        aliases=aliases_of(load.model),
         api_key=reach.api_key,
         cors=reach.cors or (),
         loopback=reach.loopback,

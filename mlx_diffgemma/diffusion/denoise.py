@@ -15,10 +15,10 @@ from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig
 from . import sampler as rules
-from .constraints import ANYTHING, Constraint
+from .constraints import ANYTHING, NEVER, Constraint
 from .decoding import Decoding
 from .draws import Draws, SeededDraws
-from .head import Readout, read_out
+from .head import Readout, likeliest, read_out
 from .undecided import Known, Undecided, updated
 
 
@@ -38,6 +38,9 @@ class DenoisingState:
         decoded: positions of a row that all steps so far have decoded; a step over all counts L,
             or less where some are pinned and only keys and values of them are wanted, see `Pass`.
         first_step: where the schedule was entered.
+        top: of a canvas's last state, where it is asked for: the likeliest ids, the best first, and
+            their log-probabilities under that distribution, (B, L, K) each; NEVER where fewer may
+            stand there.
     """
 
     step: int
@@ -50,6 +53,7 @@ class DenoisingState:
     settled: mx.array
     decoded: int
     first_step: int = 1
+    top: tuple[mx.array, mx.array] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,12 @@ def denoise(
     config: GenerationConfig,
     draws: Draws,
     start: Start | None = None,
+    top: int = 0,
 ) -> Decoding[DenoisingState, DenoisingState]:
     """Refine canvases that follow the cached context: a state a step, the last one as the result.
 
-    The cache is only read; a context of one row serves all canvases. The last state has
+    The cache is only read; a context of one row serves all canvases. With `top` the last state
+    tells so many of the likeliest tokens of each place. It has
     `converged` set in all rows, or its step is `config.max_denoising_steps`.
 
     Raises:
@@ -161,8 +167,11 @@ def denoise(
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)
         undecided.turn(last.argmax, last.entropy)
+        over = step == steps or np.array(last.converged).all()
+        if top and over:
+            last = replace(last, top=_top(model, known, constraint, top, was_fixed, last.argmax))
         yield last
-        if np.array(last.converged).all():
+        if over:
             break
     assert last is not None  # first_step is not behind the last
     return last
@@ -182,6 +191,25 @@ def _read(
         model, hidden, temperature, constraint, draws, asked.read_off, self_conditioning=more
     )
     return Known(hidden, temperature, seen)
+
+
+def _top(
+    model: DiffusionGemma,
+    known: Known,
+    constraint: Constraint,
+    count: int,
+    fixed: mx.array | None,
+    argmax: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """The likeliest tokens and their log-probabilities (B, L, count); what is fixed is certain."""
+    seen, count = known.seen, min(count, model.config.vocab_size)
+    ids, levels = likeliest(model, known.hidden, known.temperature, seen, count, constraint)
+    if fixed is not None:
+        alone = mx.where(mx.arange(count) == 0, 0.0, NEVER)
+        ids = mx.where(fixed[..., None], argmax[..., None], ids)
+        levels = mx.where(fixed[..., None], alone, levels)
+    mx.eval(ids, levels)
+    return ids, levels
 
 
 def _checked(

@@ -246,23 +246,50 @@ def read_causally(
     More than the best token, `top` > 1, takes the head's product once more.
     """
     seen = read_out(model, hidden, 1.0)
-    best = seen.choices.tokens if top == 1 else _likeliest(model, hidden, top)
-    chances = [log_probability(model, hidden, best[..., i], 1.0, seen) for i in range(top)]
-    levels = mx.stack(chances, axis=-1)
-    order = mx.argsort(-levels, axis=-1)  # the product was rounded to the model's type
+    if top == 1:
+        best = seen.choices.tokens
+        levels = log_probability(model, hidden, best[..., 0], 1.0, seen)[..., None]
+    else:
+        best, levels = likeliest(model, hidden, 1.0, seen, top)
     return CausalReadout(
         log_probability=log_probability(model, hidden, tokens, 1.0, seen),
-        top=mx.take_along_axis(best, order, axis=-1),
-        top_log_probability=mx.take_along_axis(levels, order, axis=-1),
+        top=best,
+        top_log_probability=levels,
     )
 
 
-def _likeliest(model: DiffusionGemma, hidden: mx.array, count: int) -> mx.array:
-    """The ids with the `count` highest logits, (B, T, count) in no order."""
+def likeliest(
+    model: DiffusionGemma,
+    hidden: mx.array,
+    temperature: float | mx.array,
+    seen: Readout,
+    count: int,
+    constraint: Constraint = ANYTHING,
+) -> tuple[mx.array, mx.array]:
+    """The likeliest tokens of hidden states (B, L, hidden) that were read off, the best first, with
+    their log-probabilities; both are (B, L, count). Where fewer are allowed, the rest are NEVER.
+
+    The temperature is as in `log_probability`. It takes the head's product once more.
+    """
+    scores, ids = _highest_logits(model, hidden, count, constraint)
+    chances = [log_probability(model, hidden, ids[..., i], temperature, seen) for i in range(count)]
+    levels = mx.where(scores > NEVER / 2, mx.stack(chances, axis=-1), NEVER)
+    order = mx.argsort(-levels, axis=-1)  # the product was rounded to the model's type
+    return mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(levels, order, axis=-1)
+
+
+def _highest_logits(
+    model: DiffusionGemma, hidden: mx.array, count: int, constraint: Constraint
+) -> tuple[mx.array, mx.array]:
+    """The `count` highest logits that are allowed and their ids, (B, L, count) in no order."""
+    positions = mx.arange(hidden.shape[1])
     scores: mx.array | None = None
     ids: mx.array | None = None
     for first, table in model.vocabulary(_tokens_at_once(model, hidden.shape[0] * hidden.shape[1])):
         raw = hidden @ table.T
+        allowed = constraint.allowed(first, table.shape[0], positions)
+        if allowed is not None:
+            raw = mx.where(allowed, raw, NEVER)
         some = mx.broadcast_to(mx.arange(first, first + raw.shape[-1]), raw.shape)
         if scores is not None and ids is not None:
             raw, some = mx.concatenate([scores, raw], -1), mx.concatenate([ids, some], -1)
@@ -270,5 +297,6 @@ def _likeliest(model: DiffusionGemma, hidden: mx.array, count: int) -> mx.array:
         scores, ids = mx.take_along_axis(raw, at, -1), mx.take_along_axis(some, at, -1)
         # As in `read_out`, blocks must not pile up.
         mx.async_eval(scores, ids)  # type: ignore[no-untyped-call]
+    assert scores is not None
     assert ids is not None
-    return ids
+    return scores, ids

@@ -32,7 +32,13 @@ SMALL_BODY = 64 << 10
 MOST_READ = 2
 
 # Routes whose bodies may have pictures beside their text.
-PICTURE_ROUTES = ("/v1/chat/completions", "/v1/fill", "/v1/choose")
+PICTURE_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/fill",
+    "/v1/choose",
+)
 
 # Bytes of all bodies together that are larger than any text may be, until they are answered.
 MOST_HELD = 256_000_000
@@ -80,11 +86,11 @@ class Gate:
             if not self._is_ours(headers.get(b"host", b"")):
                 # A page elsewhere may point its own name at this machine and ask as its own.
                 told = "this server does not answer to this name (--allowed-host)"
-                await refusal(Refused(403, told))(scope, receive, send)
+                await refusal(Refused(403, told), scope["path"])(scope, receive, send)
                 return
             if self._is_foreign(scope["method"], headers):
                 told = "pages of other origins may not ask this server (--cors)"
-                await refusal(Refused(403, told))(scope, receive, send)
+                await refusal(Refused(403, told), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -171,7 +177,7 @@ class Limits:
             if scope["method"] == "POST":
                 await self._check_json(body)
         except Refused as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
             return
         if scope["method"] == "HEAD":  # whoever sends the answer leaves its body out
             scope = {**scope, "method": "GET"}

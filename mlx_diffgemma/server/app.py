@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
-from . import native, openai_routes
+from . import anthropic_routes, native, openai_routes
 from .access import Gate, Limits
 from .invalid import mistake
 from .page import add_page
 from .pictures import sees
-from .refused import Refused, error_body, refusal
+from .refused import Refused, refusal
 from .service import Service
 from .worker import Worker
 
@@ -32,6 +32,7 @@ def make_app(
     worker: Worker,
     *,
     name: str,
+    aliases: Sequence[str] = (),
     api_key: str | None = None,
     cors: Sequence[str] = (),
     loopback: bool = True,
@@ -44,6 +45,7 @@ def make_app(
     Args:
         worker: started by whoever makes the application.
         name: the model's, as `/v1/models` lists it.
+        aliases: further names by which it is found there.
         api_key: what clients have to send, if anything.
         cors: origins whose pages may ask.
         loopback: only this machine can reach the server, so it answers only to `localhost` and
@@ -69,8 +71,9 @@ def make_app(
         )
     app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
     _handle_errors(app)
-    service = Service(worker, name)
+    service = Service(worker, name, aliases)
     app.include_router(openai_routes.router(service))
+    app.include_router(anthropic_routes.router(service))
     app.include_router(native.router(service))
     app.include_router(_state(worker))
     add_page(app)
@@ -78,31 +81,37 @@ def make_app(
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Tell whatever goes wrong in OpenAI's form."""
+    """Tell whatever goes wrong in the form of the route's clients."""
+
+    def answer(http: Http, error: Refused) -> Response:
+        return refusal(error, http.url.path)
 
     @app.exception_handler(Refused)
     async def refused(http: Http, error: Refused) -> Response:
-        return refusal(error)
+        return answer(http, error)
 
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return JSONResponse(error_body(400, str(error), code), 400)
+        return answer(http, Refused(400, str(error), code))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException) -> Response:
-        body = error_body(error.status_code, str(error.detail))
-        return JSONResponse(body, error.status_code, error.headers)
+        response = answer(http, Refused(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:
         said, field = mistake(error.errors(), error.body)
-        return JSONResponse(error_body(400, said, param=field), 400)
+        return answer(http, Refused(400, said, param=field))
 
     @app.exception_handler(Exception)
     async def defect(http: Http, error: Exception) -> Response:
         # The connection ends with it: say so, or the client's next request is lost.
-        return JSONResponse(error_body(500, "a defect of the server"), 500, {"Connection": "close"})
+        response = answer(http, Refused(500, "a defect of the server"))
+        response.headers["Connection"] = "close"
+        return response
 
 
 def _state(worker: Worker) -> APIRouter:

@@ -26,11 +26,12 @@ def _place(error: Any, body: object) -> list[str | int]:
     """Find where an error is, without the names of kinds that pydantic puts between."""
     place: list[str | int] = []
     value: Any = body
-    for part in error["loc"][1:]:
+    parts = error["loc"][1:]
+    for i, part in enumerate(parts, 1):
         named = isinstance(value, dict) and part in value
         if named or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             value = value[part]
-        elif error["type"] != "missing":
+        elif error["type"] != "missing" or i < len(parts):
             continue
         place.append(part)
     return place

@@ -11,12 +11,13 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
-from ..tasks.request import Prepared, encode_text
+from ..tasks.request import MOST_TOP, Prepared, encode_text
 from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
 from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .forced import forced_call
 from .json_body import JsonError, read_json
 from .pictures import ImageUrl, Sent, has_picture
 from .refused import Refused, shortened
@@ -112,6 +113,7 @@ class ChatBody(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Budget = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: list[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
@@ -270,7 +272,9 @@ def chat_request(body: ChatBody) -> Request:
     if body.tool_choice == "none":
         tools = []
     elif body.tool_choice not in (None, "auto"):
-        opening = "<|tool_call>call:" + _named_tool(body.tool_choice, tools)
+        opening = _forced(body.tool_choice, tools)
+    if body.top_logprobs and not body.logprobs:
+        raise Refused(400, "top_logprobs goes with logprobs", param="top_logprobs")
     schema = _schema(body)
     if schema is not None and opening:
         raise Refused(400, "response_format goes with neither an opening nor a forced tool call")
@@ -291,25 +295,16 @@ def chat_request(body: ChatBody) -> Request:
         verify=body.verify or False,
         temperature=body.drawn,
         acceptance=body.acceptance,
+        top=body.top_logprobs or 0,
     )
 
 
-def _named_tool(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
-    """Write the beginning of a call that has to be made.
-
-    Raises:
-        Refused: there is no such tool.
-    """
-    names = [tool["function"]["name"] for tool in tools]
-    if not names:
-        raise Refused(400, "tool_choice asks for a call, and there are no tools")
-    if choice == "required":
-        return names[0] + "{" if len(names) == 1 else ""
-    function = choice.get("function") if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if name not in names:
-        raise Refused(400, f"tool_choice asks for {name}, which is not among the tools")
-    return f"{name}{{"
+def _forced(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
+    """Write the beginning of a call that has to be made; errors as in `forced_call`."""
+    if not isinstance(choice, dict):
+        return forced_call(tools)
+    function = choice.get("function")
+    return forced_call(tools, str(function.get("name") if isinstance(function, dict) else None))
 
 
 def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer]:
@@ -319,15 +314,15 @@ def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer
     return [replace(work, seed=each) for each in seeds]
 
 
-def stops(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Give stop strings as a tuple.
+def stops(given: str | Sequence[str] | None, name: str = "stop") -> tuple[str, ...]:
+    """Give stop strings as a tuple; `name` is the field's.
 
     Raises:
         Refused: one is too long.
     """
     found = (given,) if isinstance(given, str) else tuple(given or ())
     if any(len(each) > MOST_STOP for each in found):
-        raise Refused(400, f"stop: a string may have {MOST_STOP} characters")
+        raise Refused(400, f"{name}: a string may have {MOST_STOP} characters", param=name)
     return found
 
 

@@ -85,8 +85,10 @@ class Choice:
                 break
             length += len(piece)
             logprob = math.log(max(draft.probabilities[i], 1e-30))
-            facts = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
-            self.logprobs.append({**facts, "top_logprobs": []})
+            best = () if draft.top is None else draft.top[i]
+            others = self._pieces([token for token, _ in best])
+            top = [_weight(other, level) for other, (_, level) in zip(others, best, strict=True)]
+            self.logprobs.append({**_weight(piece, logprob), "top_logprobs": top})
 
     @property
     def reason(self) -> str:
@@ -116,6 +118,11 @@ class Choice:
             "mean_log_probability": self.done.mean_log_probability,
             "least_log_probability": self.done.least_log_probability,
         }
+
+
+def _weight(piece: str, logprob: float) -> dict[str, Any]:
+    """Write how likely a token is, as OpenAI tells it."""
+    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
 
 
 def usage_of(choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:

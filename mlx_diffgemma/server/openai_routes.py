@@ -1,7 +1,6 @@
 """Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,15 +20,13 @@ from .openai import (
     chat_request,
     continuations,
     infill,
-    messages_of,
     prompts_of,
     several,
     wants_usage,
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
-from .pictures import with_pictures
-from .refused import RESPONSES, Refused, stopping
+from .refused import RESPONSES, stopping
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
 from .worker import Patience
@@ -52,31 +49,22 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.facts]}
+        # Anthropic's client asks here, too, and wants to know of further pages.
+        pages = {"has_more": False, "first_id": service.name, "last_id": service.name}
+        return {"object": "list", "data": [service.facts], **pages}
 
     @routes.get("/v1/models/{name:path}", responses=RESPONSES)
     async def model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
-        return service.facts
+        return service.find(name)
 
     return routes
 
 
 async def _chat(service: Service, http: Http, body: ChatBody) -> Response:
-    worker = service.worker
-
-    def make(patience: Patience) -> Prepared[object]:
-        request = chat_request(body)
-        if body.has_pictures:
-            messages = with_pictures(messages_of(body), worker.model, patience.check)
-            request = replace(request, prompt=messages)
-        return worker.prepare(request, patience)
-
     slow = body.response_format is not None or body.has_pictures
-    one, patience = await service.make(http, make, slow=slow)
+    one, patience = await service.chat(http, lambda: chat_request(body), slow=slow)
     works = several(one, body.n or 1, body.seed)
-    reply = ChatReply(body, service.name, len(works), worker.tokenizer)
+    reply = ChatReply(body, service.name, len(works), service.worker.tokenizer)
     return await _answered(service, http, body, service.stream(works, patience), reply)
 
 

@@ -89,12 +89,17 @@ def sees(model: DiffusionGemma) -> bool:
 
 
 def bytes_of_pictures(value: Any) -> int:
-    """Count characters of a body's texts that are data: URLs; `read_json` has bounded the value."""
+    """Count characters of a body's texts that are data: URLs, or base64 as Anthropic has it;
+    `read_json` has bounded the value."""
     count, waiting = 0, [value]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
-            waiting += each.values()
+            data = each.get("data")
+            if each.get("type") == "base64" and isinstance(data, str):
+                count += len(data)
+            else:
+                waiting += each.values()
         elif isinstance(each, list):
             waiting += each
         elif isinstance(each, str) and each[:5].lower() == "data:":

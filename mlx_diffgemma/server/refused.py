@@ -1,4 +1,4 @@
-"""Tells errors in OpenAI's form, which the clients of every route can read."""
+"""Tells errors in the form that a route's clients can read; OpenAI's, unless it is another's."""
 
 from typing import Any
 
@@ -55,9 +55,31 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refusal(error: Refused) -> Response:
-    """Answer with a refusal; one for a full queue says when to come again."""
-    body = error_body(error.status, error.message, error.code, error.param)
+# What Anthropic calls errors of a status; of others, over 500 its own and below the request's.
+_ANTHROPICS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def told(path: str, error: Refused) -> dict[str, Any]:
+    """Write an error as the clients of a route expect it, by the route's path."""
+    message = shortened(error.message, MOST_MESSAGE)
+    if path.startswith("/v1/messages"):
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+        facts = {"type": _ANTHROPICS.get(error.status, kind), "message": message}
+        return {"type": "error", "error": facts}
+    return error_body(error.status, message, error.code, error.param)
+
+
+def refusal(error: Refused, path: str) -> Response:
+    """Answer a route with a refusal; one for a full queue says when to come again."""
+    body = told(path, error)
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
     return JSONResponse(body, error.status, headers)
 

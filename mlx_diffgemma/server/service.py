@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import Request as Http
 
+from ..tasks.generate import Answer, Request
 from ..tasks.request import Prepared, Task
+from ..text.tokenizer import Message
 from .body import Body, ignored
-from .pictures import sees
+from .pictures import sees, with_pictures
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
 from .stream import Stream, unless_gone
@@ -26,12 +30,13 @@ class Service:
     Attributes:
         worker: answers what is prepared.
         name: the model's, as clients are told.
+        aliases: further names by which it is found.
         started: seconds since the epoch.
     """
 
-    def __init__(self, worker: Worker, name: str):
+    def __init__(self, worker: Worker, name: str, aliases: Sequence[str] = ()):
         self.worker = worker
-        self.name = name
+        self.name, self.aliases = name, tuple(aliases)
         self.started = int(time.time())
         self._places = Places()
 
@@ -44,6 +49,10 @@ class Service:
             "object": "model",
             "created": self.started,
             "owned_by": "local",
+            "type": "model",  # this and the next two for Anthropic's client
+            "display_name": self.name,
+            "created_at": datetime.fromtimestamp(self.started, UTC).isoformat(),
+            "aliases": self.aliases,
             "context_length": model.context,
             "canvas_length": model.config.canvas_length,
             "denoising_steps": model.generation.max_denoising_steps,
@@ -53,6 +62,16 @@ class Service:
             "adapter": model.adapter,
         }
 
+    def find(self, name: str) -> dict[str, Any]:
+        """Describe the model of this name or alias.
+
+        Raises:
+            Refused: there is none.
+        """
+        if name not in (self.name, *self.aliases):
+            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
+        return self.facts
+
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
         """Prepare a task, and tell the patience that is left for it.
 
@@ -61,6 +80,21 @@ class Service:
             Refused: the client has gone, or the time is over.
         """
         return await self.make(http, lambda patience: self.worker.prepare(task, patience))
+
+    async def chat(
+        self, http: Http, make: Callable[[], Request], *, slow: bool
+    ) -> tuple[Answer, Patience]:
+        """Prepare the chat that `make` gives, whose pictures nobody has read yet; see `make`."""
+
+        def work(patience: Patience) -> Answer:
+            request = make()
+            messages = cast("Sequence[Message]", request.prompt)
+            seen = with_pictures(messages, self.worker.model, patience.check)
+            found = self.worker.prepare(replace(request, prompt=seen), patience)
+            assert isinstance(found, Answer)
+            return found
+
+        return await self.make(http, work, slow=slow)
 
     async def make(
         self, http: Http, make: Callable[[Patience], Result], *, slow: bool = False

@@ -171,20 +171,44 @@ async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]
     return every()
 
 
-class Lines(StreamingResponse):
-    """Sends events and their end; an error is one more of them."""
+def sse(value: object, kind: str | None = None) -> str:
+    """Write a value as a server-sent event, of a kind of its own or of none."""
+    head = "" if kind is None else f"event: {kind}\n"
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
-    def __init__(self, lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]):
+
+def failed_event(error: Refused) -> str:
+    """Write an error as an event of OpenAI's stream."""
+    return sse(error_body(error.status, error.message, error.code))
+
+
+class Lines(StreamingResponse):
+    """Sends events and their end; an error is one more of them.
+
+    `end` and `failed` are how OpenAI's streams have them, unless they are given.
+    """
+
+    def __init__(
+        self,
+        lines: AsyncIterator[str],
+        stream: Stream,
+        headers: dict[str, str],
+        *,
+        end: str = "data: [DONE]\n\n",
+        failed: Callable[[Refused], str] = failed_event,
+        media_type: str = "text/event-stream",
+    ):
         async def every() -> AsyncIterator[str]:
             try:
                 async for line in lines:
                     yield line
-                yield "data: [DONE]\n\n"
+                if end:
+                    yield end
             except Refused as error:
-                yield sse(error_body(error.status, error.message, error.code))
+                yield failed(error)
 
         headers = {"Cache-Control": "no-store", **headers}
-        super().__init__(every(), media_type="text/event-stream", headers=headers)
+        super().__init__(every(), media_type=media_type, headers=headers)
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +231,7 @@ def draft_event(index: int, draft: Draft, tokenizer: Tokenizer) -> str:
         "tokens": shown_tokens(draft, tokenizer),
         "positions": "".join(map(_sign, draft.accepted, draft.probabilities)),
     }
-    return f"event: draft\ndata: {json.dumps(facts, ensure_ascii=False)}\n\n"
+    return sse(facts, "draft")
 
 
 def shown_tokens(draft: Draft, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -234,8 +258,3 @@ def shown_tokens(draft: Draft, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 def _sign(accepted: bool, probability: float) -> str:
     """Write a position of a canvas as `#`, or its probability as a digit."""
     return "#" if accepted else str(int(9 * probability))
-
-
-def sse(value: object) -> str:
-    """Write a value as a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -37,6 +37,7 @@ from ..text.turns import StopStrings, Text, TurnReader
 from ..text.vocabulary import Vocabulary
 from .modes import DENOISE, Mode, Way, attempt
 from .request import (
+    MOST_TOP,
     Done,
     Event,
     Notice,
@@ -124,6 +125,7 @@ def decode_tokens(
     ended: Callable[[], bool] = lambda: False,
     likelihood: bool = False,
     way: Way = DENOISE,
+    top: int = 0,
 ) -> Decoding[Told, None]:
     """Canvas after canvas: a state a step, then what is committed.
 
@@ -146,7 +148,7 @@ def decode_tokens(
         reader = CausalReader(model, prompt_cache, hidden, prefill_chunk, sampling)
     yield Encoded(new)
     canvas_draws = draws if sampling is None else sampling.draws.others
-    writer = Writer(model, prompt_cache.cache, config, canvas_draws, start, start.places())
+    writer = Writer(model, prompt_cache.cache, config, canvas_draws, start, start.places(), top)
     drafter = Drafter(config.speculation, way.acceptance or "exact")
     write = partial(attempt, writer, reader, drafter, way)
     generated: list[int] = []
@@ -251,6 +253,7 @@ class Request:
     verify: bool = False
     temperature: float | None = None
     acceptance: Acceptance | None = None
+    top: int = 0
 
     def prepare(
         self,
@@ -302,6 +305,7 @@ class Request:
             draws=self.draws,
             prefill_chunk=self.prefill_chunk,
             likelihood=self.likelihood,
+            top=self.top,
             way=self._way(),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )
@@ -310,6 +314,7 @@ class Request:
         """Refuse what is out of range or makes no sense together."""
         whole_number("prefill_chunk", self.prefill_chunk, 1)
         checked_seed(self.seed)
+        whole_number("top", self.top, 0, MOST_TOP)
         self._way().check()
         check_kind("guards", self.guards, Guards, "Guards")
         check_kind("opening", self.opening, (str, Sequence), "text or token ids")
@@ -325,11 +330,12 @@ class Request:
             "shrink": self.shrink,
             "guards": self.guards != OFF,
             "mode": self.mode != "denoise",
+            "top": self.top > 0,
         }
         for one, others in (
             ("schema", ("start", "opening", "shrink", "guards")),
             ("start", ("opening", "shrink")),
-            ("mode", ("start", "shrink")),
+            ("mode", ("start", "shrink", "top")),
         ):
             if found := [other for other in others if given[one] and given[other]]:
                 named = f"mode {self.mode}" if one == "mode" else f"a {one}"
@@ -386,6 +392,7 @@ class Answer:
     stop: tuple[str, ...]
     likelihood: bool = False
     way: Way = DENOISE
+    top: int = 0
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Event, None]:
         """A `Draft` a denoising step, then what a canvas adds, at last a `Done`."""
@@ -403,6 +410,7 @@ class Answer:
             lambda: teller.reason is not None,
             self.likelihood,
             self.way,
+            self.top,
         )
         yield from relay(tokens, teller.tell, teller.clock)
         yield from teller.end()
@@ -503,6 +511,7 @@ class _Teller:
             least_log_probability=min(chances) if chances else None,
             encoder_passes=self._reads,
             positions_encoded=self._read,
+            stop_string=self._stopper.hit,
         )
 
 

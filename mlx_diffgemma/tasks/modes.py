@@ -155,7 +155,8 @@ def denoised(
 ) -> Decoding[DenoisingState, DenoisingState]:
     """A canvas, as the reference makes it."""
     begun = writer.begin(generated, forbidden)
-    return (yield from denoise(writer.model, writer.cache, writer.config, writer.draws, begun))
+    model, cache, config, draws = writer.model, writer.cache, writer.config, writer.draws
+    return (yield from denoise(model, cache, config, draws, begun, writer.top))
 
 
 def verified(
@@ -173,7 +174,9 @@ def verified(
     begun = writer.begin(generated, forbidden) or writer.noise()
     start, best, liked, kept = begun, None, -math.inf, 0
     for more in reversed(range(ROUNDS + 1)):
-        state = yield from denoise(writer.model, writer.cache, writer.config, writer.draws, start)
+        state = yield from denoise(
+            writer.model, writer.cache, writer.config, writer.draws, start, writer.top
+        )
         tokens: list[int] = np.array(state.argmax)[0].tolist()
         tokens = tokens[: min(writer.ends(tokens) or len(tokens), room)]
         yield Read(reader.read(tokens))

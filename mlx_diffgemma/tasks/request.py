@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import SHOWN, SettingError, check_kind, shown, token_ids, whole_number
+from ..diffusion.constraints import NEVER
 from ..diffusion.decoding import Decoding, drive
 from ..diffusion.denoise import DenoisingState, Start
 from ..diffusion.draws import MOST_SEED, Draws, SeededDraws
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 
 Item = TypeVar("Item")
+
+# Likeliest tokens that are told of a position.
+MOST_TOP = 20
 
 Given = TypeVar("Given", covariant=True)
 
@@ -183,6 +187,8 @@ class Options(Settings, total=False):
             as ids; not together with `start`.
         likelihood: have the encoder read the answer, too, so that `Done` says how likely it is:
             one more pass over its tokens.
+        top: tell so many of the likeliest tokens of each place, at most 20, in the last `Draft` of
+            a canvas; in mode "denoise" alone.
     """
 
     seed: int | None
@@ -194,6 +200,7 @@ class Options(Settings, total=False):
     stop: Sequence[str]
     opening: str | Sequence[int]
     likelihood: bool
+    top: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,7 +212,8 @@ class Draft:
     these. `decoded` positions have been, over all steps of the canvas, of which `first_step` was
     the first. The answer ends before token `end`. `visible` are the tokens for the user, not those
     of thoughts, tool calls and markers; `text` is their text. `tokenizer` can tell the text of each
-    token.
+    token. In the last step of a canvas, where it is asked for, `top` has the likeliest ids of
+    each position with their log-probabilities, the best first.
     """
 
     canvas: int
@@ -222,6 +230,7 @@ class Draft:
     text: str
     tokenizer: Tokenizer | None = field(default=None, compare=False)
     first_step: int = 1
+    top: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __repr__(self) -> str:
         # Hundreds of numbers say nothing to whoever prints events.
@@ -269,7 +278,7 @@ class Done:
     None where it has not read them. The encoder reads answers too, in `encoder_passes` over
     `positions_encoded` tokens: canvases behind which another follows, and those that it verifies.
     Where it decides, in another mode than "denoise" or with `verify`, `tokens_per_forward` and
-    `positions_per_token` count that as well.
+    `positions_per_token` count that as well. `stop_string` is the one before which the text ends.
     """
 
     finish_reason: FinishReason
@@ -289,6 +298,7 @@ class Done:
     least_log_probability: float | None = None
     encoder_passes: int = 0
     positions_encoded: int = 0
+    stop_string: str | None = None
 
 
 Event = Reading | Draft | Text | Thought | ToolCall | BadToolCall | Notice | Done
@@ -321,6 +331,15 @@ def draft_of(
         text=tokenizer.decode([tokens[i] for i in range(end) if visible[i]]),
         tokenizer=tokenizer,
         first_step=state.first_step,
+        top=None if state.top is None else _likeliest(*state.top),
+    )
+
+
+def _likeliest(ids: mx.array, levels: mx.array) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The first row of likeliest ids and their log-probabilities, without those that are none."""
+    rows = zip(np.array(ids)[0].tolist(), np.array(levels)[0].tolist(), strict=True)
+    return tuple(
+        tuple(pair for pair in zip(*row, strict=True) if pair[1] > NEVER / 2) for row in rows
     )
 
 
@@ -363,10 +382,7 @@ def encode_prompt(
         PictureError: a picture cannot be read.
         TooLarge: there is no memory to see one.
     """
-    if tools and not tokenizer.knows_tools:
-        raise SettingError("this model's chat template knows no tools")
-    if enable_thinking and not tokenizer.knows_thinking:
-        raise SettingError("this model's chat template knows no thinking")
+    _check_known(tokenizer, tools=len(tools) > 0, thinking=enable_thinking)
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ContextError("the prompt is empty")
@@ -381,10 +397,20 @@ def encode_prompt(
         return ids
     if len(messages) < len(parts):
         raise SettingError("a prompt is either messages or token ids, not both")
+    if any(each.get("tool_calls") for each in messages):
+        _check_known(tokenizer, tools=True)
     messages = shown_messages(messages, sight, most, check)
     return encode_messages(
         tokenizer, messages, sight, most, enable_thinking=enable_thinking, tools=tools, check=check
     )
+
+
+def _check_known(tokenizer: Tokenizer, *, tools: bool = False, thinking: bool = False) -> None:
+    """Refuse what the chat template would leave out: tools and their calls, thoughts."""
+    if tools and not tokenizer.knows_tools:
+        raise SettingError("this model's chat template knows no tools")
+    if thinking and not tokenizer.knows_thinking:
+        raise SettingError("this model's chat template knows no thinking")
 
 
 def encode_messages(

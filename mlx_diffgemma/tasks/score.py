@@ -19,10 +19,7 @@ from ..diffusion.prompt_cache import PREFILL_CHUNK, ContextError, PromptCache, R
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Tokenizer, TooLong, no_check
 from ..text.vocabulary import Vocabulary
-from .request import Prompt, encode_prompt, stream
-
-# Likeliest tokens that are told of a position.
-MOST_TOP = 20
+from .request import MOST_TOP, Prompt, encode_prompt, stream
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ Written = Decoding[DenoisingState | Read, DenoisingState]
 class Writer:
     """Holds what all attempts at all canvases of an answer have in common.
 
-    `draws` are those of canvases; `places` knows what each token of the answer may be.
+    `draws` are those of canvases; `places` knows what each token of the answer may be; `top` of the
+    likeliest tokens of each place are told.
     """
 
     model: DiffusionGemma
@@ -37,6 +38,7 @@ class Writer:
     draws: Draws
     start: CanvasStart
     places: Places
+    top: int = 0
 
     def begin(self, generated: Sequence[int], forbidden: Constraint | None) -> Start | None:
         """Where the next canvas starts; None is noise."""

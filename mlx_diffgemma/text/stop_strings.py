@@ -9,14 +9,13 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]):
         self._stop = [text for text in stop if text]
         self._held = ""
-        self.hit = False
+        self.hit: str | None = None  # the one that was found
 
     def feed(self, text: str) -> str:
         """Take in more text and return what can be shown of all."""
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        self.hit = bool(found)
-        end = len(self._held) if not found else min(found)
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        end, self.hit = min(found, default=(len(self._held), None))
         if not found:
             held = (
                 n

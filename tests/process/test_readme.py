@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from servers import serving
 
 import mlx_diffgemma
 from mlx_diffgemma.checkpoint import load as loading
@@ -38,6 +39,9 @@ FENCE = re.compile(
     r"(?P<comments>(?:\n*^<!-- [^\n]*? -->$)*)",
     re.DOTALL | re.MULTILINE,
 )
+
+# Where examples of clients find a server.
+SERVED = "http://127.0.0.1:8080"
 
 
 @dataclass(frozen=True)
@@ -148,16 +152,28 @@ def ask() -> Iterator[Callable[[str], str]]:
         yield answer
 
 
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Where a server answers."""
+    with serving(lambda: shipped(None)) as server:
+        yield server.url
+
+
 def without_steps(told: str) -> str:
     """Output without counts of steps, which depend on how a device rounds."""
     return re.sub(r'"denoising_steps":\d+', "", told).strip()
 
 
 @pytest.mark.parametrize("example", [each for each in ALL if not each.values[0].not_run])
-def test_examples(example: Example, ask: Callable[[str], str]) -> None:
+def test_examples(
+    example: Example, ask: Callable[[str], str], request: pytest.FixtureRequest
+) -> None:
     """Lines of README were judged only by "stdout not empty", so wrong answers stood there."""
     assert example.output is not None or example.prints, "it says nowhere what it prints"
-    told = {"bash": run_bash, "python": run_python, "http": ask}[example.kind](example.code)
+    code = example.code
+    if example.kind == "python" and SERVED in code:
+        code = code.replace(SERVED, request.getfixturevalue("url"))
+    told = {"bash": run_bash, "python": run_python, "http": ask}[example.kind](code)
     if example.output is not None:
         assert without_steps(told) == without_steps(example.output)
     for part in example.prints:

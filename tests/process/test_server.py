@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 import re
 import socket
@@ -119,10 +120,14 @@ def test_the_openai_client_chats(small: Server) -> None:
 @pytest.mark.parametrize("name", ["tiny", "google/diffusiongemma", "ein Größe?#%2F"])
 def test_a_model_is_found_by_its_name(name: str) -> None:
     """`models.retrieve` of the official client was answered with 404."""
-    with working(tiny) as worker, listening(make_app(worker, name=name)) as running:
+    with (
+        working(tiny) as worker,
+        listening(make_app(worker, name=name, aliases=["other/name"])) as running,
+    ):
         client = Server(address(running)).client()
         (listed,) = client.models.list().data
         assert listed.id == name
+        assert client.models.retrieve("other/name") == listed
         found: Any = client.models.retrieve(name)
         assert found == listed
         assert (found.context_length, found.canvas_length) == (240, 24)
@@ -133,6 +138,7 @@ def test_a_model_is_found_by_its_name(name: str) -> None:
 
 
 NO_TOOLS = "this model's chat template knows no tools"
+CALLED = {"function": {"name": "now"}}
 NO_THINKING = "this model's chat template knows no thinking"
 
 
@@ -147,6 +153,7 @@ NO_THINKING = "this model's chat template knows no thinking"
             },
             NO_TOOLS,
         ),
+        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALLED]}]}, NO_TOOLS),
         ({"enable_thinking": True}, NO_THINKING),
         ({"reasoning_effort": "low"}, NO_THINKING),
     ],
@@ -155,7 +162,11 @@ def test_what_a_model_does_not_know_is_refused(small: Server, more: Any, said: s
     """It was left out in silence, and a call that had to be made was nonsense with 200."""
     reply = small.post("/v1/chat/completions", {"messages": HELLO, **more})
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, said)
-    options: Any = {"tools": more["tools"]} if "tools" in more else {"enable_thinking": True}
+    options: Any = {"enable_thinking": True}
+    if "messages" in more:
+        return
+    if "tools" in more:
+        options = {"tools": more["tools"]}
     with pytest.raises(SettingError, match=said):
         stream_generate(*load(), "hello", **options)
     with pytest.raises(SettingError, match=said):
@@ -238,11 +249,11 @@ def test_settings_of_a_chat(small: Server) -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
     same = small.post("/v1/chat/completions", {**ask, "messages": [parts]}).json()
     assert same["choices"][0]["message"]["content"] == full
-    sent = {"top_p": 0.5, "frequency_penalty": 1, "presence_penalty": 0, "top_logprobs": 3}
+    sent = {"top_p": 0.5, "frequency_penalty": 1, "presence_penalty": 0, "top_k": 3}
     tool = {"type": "function", "function": {"name": "f", "strict": True}}
     tools = {"tools": [tool], "tool_choice": "none"}
     reply = small.post("/v1/chat/completions", {**ask, **sent, **tools})
-    told = "frequency_penalty,tools.function.strict,top_logprobs,top_p"
+    told = "frequency_penalty,tools.function.strict,top_k,top_p"
     assert reply.headers["x-ignored-parameters"] == told
     streamed = {"template": "a {{x:1}}", "steps": 1, "stream_drafts": True, "temperature": 0.2}
     assert small.post("/v1/fill", streamed).headers["x-ignored-parameters"] == "temperature"
@@ -260,6 +271,31 @@ def test_logprobs_are_of_the_tokens_of_the_text(small: Server) -> None:
     stream = small.client().chat.completions.create(**ask, logprobs=True, stop=".", stream=True)
     parts = [c.choices[0].logprobs for c in stream if c.choices and c.choices[0].logprobs]
     assert [e for part in parts for e in part.content or []] == known.content
+
+
+def test_the_likeliest_tokens_of_each_place(small: Server) -> None:
+    """`top_logprobs` were empty lists, and named as ignored."""
+    ask: Any = {"model": "x", "messages": HELLO, "seed": 0, "logprobs": True, "max_tokens": 9}
+    plain = small.client().chat.completions.create(**ask).choices[0]
+    done = small.client().chat.completions.create(**ask, top_logprobs=20).choices[0]
+    assert done.message == plain.message
+    assert plain.logprobs
+    assert done.logprobs
+    for alone, each in zip(plain.logprobs.content or [], done.logprobs.content or [], strict=True):
+        told = [other.logprob for other in each.top_logprobs]
+        assert (len(told), alone.top_logprobs) == (20, [])
+        assert told == sorted(told, reverse=True)
+        assert sum(map(math.exp, told)) <= 1 + 1e-5
+        assert each.top_logprobs[0].token == each.token == alone.token
+        assert told[0] == pytest.approx(each.logprob, abs=1e-5)
+    path = "/v1/chat/completions"
+    begun = small.post(path, {**ask, "opening": "So ", "top_logprobs": 2}).json()["choices"][0]
+    first = begun["logprobs"]["content"][0]  # what is given is certain
+    assert [each["logprob"] for each in first["top_logprobs"]] == [0]
+    for more in ({"logprobs": False}, {"top_logprobs": 21}, {"mode": "causal"}):
+        refused = small.post(path, {**ask, "top_logprobs": 2, **more})
+        assert refused.status_code == 400
+        assert "top" in refused.json()["error"]["message"]
 
 
 def test_an_answer_with_a_given_opening(small: Server) -> None:

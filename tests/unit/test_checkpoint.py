@@ -21,6 +21,7 @@ from mlx_diffgemma import CheckpointError, generate, load
 from mlx_diffgemma.checkpoint import files
 from mlx_diffgemma.checkpoint.files import (
     SHIPPED,
+    aliases_of,
     name_of,
     read_header,
     read_json,
@@ -55,6 +56,32 @@ def test_a_model_is_called_as_it_was_asked_for(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub" / "model").mkdir(parents=True)
     assert name_of(given) == name
+
+
+@pytest.mark.parametrize(
+    ("given", "aliases"),
+    [
+        (None, ()),
+        ("tiny", ()),
+        (str(SHIPPED["tiny"]), ()),
+        ("tiny_copy", ("tiny",)),
+        ("org/name", ("name",)),
+        ("model", ()),
+        ("models--org--a-b/snapshots/0123abc", ("org/a-b", "a-b")),
+        ("a/b/c", ()),
+        ("~nobody-here/x", ("x",)),
+        ("/", ()),
+    ],
+)
+def test_a_model_has_further_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, aliases: tuple[str, ...]
+) -> None:
+    """A snapshot in the hub's cache was found by its commit alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "models--org--a-b" / "snapshots" / "0123abc").mkdir(parents=True)
+    (tmp_path / "tiny_copy").symlink_to(SHIPPED["tiny"])
+    assert aliases_of(given) == aliases
 
 
 @pytest.fixture

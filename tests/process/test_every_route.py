@@ -1,0 +1,77 @@
+"""What holds on all routes of the application: those that there are, and those that will be."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from servers import Server, serving, writing
+
+from mlx_diffgemma.server.app import make_app
+
+NO_MODEL: Any = SimpleNamespace(model=SimpleNamespace(sight=None))
+
+DOCUMENT = make_app(NO_MODEL, name="tiny").openapi()
+
+ROUTES = [
+    (method.upper(), path.replace("{name}", "tiny"))
+    for path, methods in DOCUMENT["paths"].items()
+    for method in methods
+] + [("GET", "/"), ("GET", "/page/app.js"), ("GET", "/openapi.json")]
+
+OPEN = ("/", "/health", "/page/app.js")  # without a key
+
+JSON = {"Content-Type": "application/json"}
+
+CLIENT = httpx.Client(timeout=60)
+
+KEY = {"Authorization": "Bearer s3cret"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(writing("Fine."), api_key="s3cret", most_bytes=1000) as running:
+        yield running
+
+
+def ask(server: Server, method: str, path: str, **given: Any) -> httpx.Response:
+    headers = {**JSON, **KEY, **given.pop("headers", {})}
+    content = given.pop("content", b"{}" if method == "POST" else None)
+    return CLIENT.request(method, server.url + path, headers=headers, content=content)
+
+
+def refused(reply: httpx.Response, status: int) -> None:
+    """It is an error in the form that the route's clients know, and nothing of the answer."""
+    assert reply.status_code == status, reply.text[:300]
+    error = reply.json()["error"]
+    told = error if isinstance(error, str) else error["message"]
+    assert told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_checks_that_every_route_has(server: Server, method: str, path: str) -> None:
+    """Host, origin, site, key; of bodies their kind, size and JSON."""
+    refused(ask(server, method, path, headers={"Host": "evil.example"}), 403)
+    refused(ask(server, method, path, headers={"Origin": "https://evil.example"}), 403)
+    for site in ("cross-site", "same-site"):
+        foreign = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+        refused(ask(server, method, path, headers=foreign), 403)
+    keyless = ask(server, method, path, headers={"Authorization": "Bearer s3cre"})
+    if path in OPEN:
+        assert keyless.status_code == 200
+    else:
+        refused(keyless, 401)
+    own = {"Authorization": "", "x-api-key": "s3cret", "Origin": server.url}
+    assert ask(server, method, path, headers=own).status_code in (200, 400, 404)
+    refused(ask(server, "DELETE" if method == "GET" else "PUT", path), 405)
+    if method != "POST":
+        return
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        refused(ask(server, method, path, headers={"Content-Type": kind}), 415)
+    refused(ask(server, method, path, content=b'{"x": "%s"}' % (b"x" * 1000)), 413)
+    refused(ask(server, method, path, content=iter([b"x" * 600] * 2)), 413)
+    for body in (b"", b"[", b"\xff", b'{"a": 1, "a": 1}', b"[]", b"3", b'"x"', b"null", b"[" * 900):
+        refused(ask(server, method, path, content=body), 400)
+    refused(ask(server, method, path, content=b'{"model": 5, "messages": 5, "prompt": {}}'), 400)
