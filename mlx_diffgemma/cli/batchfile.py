@@ -4,7 +4,8 @@ import fcntl
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -41,23 +42,44 @@ class Prompts:
     ids: dict[int, str] = field(default_factory=dict)
 
 
+def read_prompts(path: Path) -> bytes:
+    """A file of prompts, as bytes.
+
+    Raises:
+        BatchError: it cannot be read, or is no text of lines at all.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
+    if b"\0" in content:  # UTF-16 too
+        raise BatchError(f"{path} is not UTF-8 text")
+    return content
+
+
 def read_requests(path: Path, template: Request, system: str | None) -> Prompts:
-    """The requests of a file; empty lines do not count.
+    """The requests of a file, see `requests_of`.
+
+    Raises:
+        BatchError: the file cannot be read, or is no text of lines at all.
+    """
+    return requests_of(read_prompts(path), path.parent, template, system)
+
+
+def requests_of(content: bytes, place: Path, template: Request, system: str | None) -> Prompts:
+    """The requests of a file that lies in `place`; empty lines do not count.
 
     A line is `{"prompt": "..."}`, perhaps with `"images": ["FILE", ...]`, or `{"messages": [...]}`,
     before which `system` is put; a part of a content may be `{"type": "image", "image": "FILE"}`.
     Names of files are read from where the batch file lies. What else
     a request has is that of `template`, but for a line's own `max_tokens`, `steps`, `seed` and
     `schema`. The template's seed counts up from line to line: equal noise for all would make luck
-    common to all.
-
-    Raises:
-        BatchError: the file cannot be read, or is no text of lines at all. A line that is not of
-            this form is an error in its request's place: the others go on.
+    common to all. A line that is not of this form is an error in its request's place: the others
+    go on.
     """
     found = Prompts()
     lines_of_ids: dict[str, int] = {}
-    for number, line in _numbered(path):
+    for number, line in _numbered(content):
         index = len(found.requests)
         try:
             given = _object(line)
@@ -67,20 +89,14 @@ def read_requests(path: Path, template: Request, system: str | None) -> Prompts:
                     raise BatchError(f"the id {shown(name)} is that of line {lines_of_ids[name]}")
                 lines_of_ids[name] = number
                 found.ids[index] = name
-            found.requests.append(_request(given, template, system, index, path.parent))
+            found.requests.append(_request(given, template, system, index, place))
         except BatchError as error:
             found.requests.append(BatchError(f"line {number}: {error}"))
     return found
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of a file that are not empty, with their numbers."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
-    if b"\0" in content:  # UTF-16 too
-        raise BatchError(f"{path} is not UTF-8 text")
+def _numbered(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not empty, with their numbers."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
@@ -200,11 +216,39 @@ class Answers:
                 return self.failure(index, event)
         return None
 
+    def count(self, line: str) -> int:
+        """Count the line of another rank's answer as one of these, and tell whose it is."""
+        found = json.loads(line)
+        self.failed += "error" in found
+        self.unsettled += found.get("finish_reason") == "not_converged"
+        return int(found["index"])
+
     def failure(self, index: int, error: Error) -> str:
         """The line of a request that has failed, or could not be read."""
         self.failed += 1
         named = {"id": self._ids[index]} if index in self._ids else {}
         return json.dumps({"index": index, **named, "error": str(error)}, ensure_ascii=False)
+
+
+class InOrder:
+    """Holds lines of answers back until those before them are written; `left` says the order."""
+
+    def __init__(self, left: Iterable[int], write: Callable[[str], None]):
+        self._awaited = deque(left)
+        self._write = write
+        self._held: dict[int, str] = {}
+
+    def take(self, index: int, line: str) -> None:
+        """The line of a request."""
+        self._held[index] = line
+        while self._awaited and self._awaited[0] in self._held:
+            self._write(self._held.pop(self._awaited.popleft()))
+
+    def close(self) -> None:
+        """Write what is held: what it waits for will not come."""
+        for index in self._awaited:
+            if index in self._held:
+                self._write(self._held.pop(index))
 
 
 class Output:

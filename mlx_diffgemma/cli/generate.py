@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..distributed.launch import place
 from .images import Pictures, path_of
 from .inputs import optional_text, text_of
 from .options import (
@@ -20,6 +21,7 @@ from .options import (
     prompt_of,
     with_options,
 )
+from .ranks import apart
 from .strict import Strict
 from .terminal import fail
 
@@ -80,6 +82,8 @@ def generate(
     prompt = prompt_of(prompt, asked)
     system = optional_text(system, "the system message")
     if many.batch is None:
+        if place().size > 1:
+            fail("under mlx.launch, generate goes with --batch", code=2)
         if many.output is not None:
             fail("--output goes with --batch; one answer goes to stdout", code=2)
         parts = [*pictures.parts(prompt), *_frames(video or ())]
@@ -106,9 +110,18 @@ def generate(
     if many.batch is not None:
         from .batch import answer_many
 
-        answer_many(
-            many.batch, many.output, many.max_batch, load, quiet, request, system, strict=strict
-        )
+        with apart() as link:
+            answer_many(
+                many.batch,
+                many.output,
+                many.max_batch,
+                load,
+                quiet,
+                request,
+                system,
+                strict=strict,
+                link=link,
+            )
         return
     from .answer import answer_one
 

@@ -14,6 +14,7 @@ import typer
 
 from ..errors import Error
 from .habits import said_to
+from .ranks import check_shared, enter, tell_defect
 from .terminal import fail, write
 
 # In the order in which --help lists their commands.
@@ -57,17 +58,20 @@ def _tell_version(wanted: bool) -> None:
 
 @app.callback()
 def about(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version."),
     ] = False,
 ) -> None:
     """Run DiffusionGemma on Apple silicon."""
+    check_shared(context.invoked_subcommand)
 
 
 def main() -> None:
     """Entry point of the console command."""
     try:
+        enter()
         raise SystemExit(app(standalone_mode=False))
     except UsageError as error:
         foreign = said_to(error.option_name) if isinstance(error, NoSuchOption) else None
@@ -87,3 +91,6 @@ def main() -> None:
         # The reader of our stdout has left; Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception:
+        tell_defect()
+        raise

@@ -12,6 +12,7 @@ import typer
 
 from ..files import replacing
 from .options import Encoder, Load, MaxTokens, Quiet, Steps, size, with_options
+from .ranks import apart
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def evaluate(
         read_cases,
     )
     from .counting import counting
+    from .dealing import Shared
 
     cases = read_cases(tasks or HELD_OUT)
     if pinned:
@@ -80,12 +82,13 @@ def evaluate(
         heads = f"{'recipe':<11}{'task':<17}{'steps':>5}{'success':>16}{'steps/canvas':>14}"
         print(f"{heads}{'decoded':>9}{'tokens/pass':>13}  repair")
     total = len(cases) * seeds * len(budgets) * len(ways) * len(wanted or [""])
-    with counting("runs", total, quiet=quiet) as counted:
+    with apart() as link, counting("runs", total, quiet=quiet) as counted:
+        spread = None if link is None else Shared(link, counted.advance)
         for name, source in product(wanted or ["as it is"], answers):
             with _converted(name if wanted else None, replace(load, model=source)) as checkpoint:
                 model, tokenizer = checkpoint()
                 found = evaluate(
-                    model, tokenizer, answers[source], budgets, seeds, counted.advance, ways
+                    model, tokenizer, answers[source], budgets, seeds, counted.advance, ways, spread
                 )
                 for score in found:
                     with counted.hidden():

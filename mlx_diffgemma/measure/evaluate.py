@@ -348,6 +348,13 @@ def _differences(clean: str, other: str) -> Iterator[tuple[int, int]]:
     return ((a, b) for tag, a, b, _, _ in matcher.get_opcodes() if tag != "equal")
 
 
+# Runs jobs, a case and a seed each: their outcomes in order, or None in a rank that leaves the
+# scores to another.
+Spread = Callable[
+    [Sequence[tuple[Case, int]], Callable[[tuple[Case, int]], Outcome]], list[Outcome] | None
+]
+
+
 def evaluate(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
@@ -356,9 +363,10 @@ def evaluate(
     seeds: int,
     ran: Callable[[], None] = lambda: None,
     ways: Sequence[Way] = (DENOISE,),
+    spread: Spread | None = None,
 ) -> Iterator[Score]:
     """Yield a score per step budget, task and way, as soon as it is known; `ran` is called after a
-    run.
+    run. With `spread`, several ranks share the runs.
 
     Each run has a seed of its own: with one seed for all cases, all would start from one noise.
     """
@@ -367,13 +375,20 @@ def evaluate(
         groups[case.task].append(case)
     for budget in steps:
         for (task, members), way in product(groups.items(), ways):
-            runs: list[tuple[Case, Outcome]] = []
-            for number, seed in product(range(len(members)), range(seeds)):
-                case = members[number]
-                outcome = run_case(model, tokenizer, case, budget, seeds * number + seed, way)
-                runs.append((case, outcome))
+
+            def run(job: tuple[Case, int], budget: int | None = budget, way: Way = way) -> Outcome:
+                outcome = run_case(model, tokenizer, job[0], budget, job[1], way)
                 ran()
-            yield replace(score(task, budget, runs, seeds), mode=way.name)
+                return outcome
+
+            jobs = [
+                (members[number], seeds * number + seed)
+                for number, seed in product(range(len(members)), range(seeds))
+            ]
+            outcomes = [run(job) for job in jobs] if spread is None else spread(jobs, run)
+            if outcomes is not None:
+                runs = [(case, each) for (case, _), each in zip(jobs, outcomes, strict=True)]
+                yield replace(score(task, budget, runs, seeds), mode=way.name)
 
 
 def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: int) -> Score:

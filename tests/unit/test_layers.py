@@ -10,6 +10,7 @@ ROOT = Path(mlx_diffgemma.__file__).parent
 # Each room may import from those before it, and of a row none from another; `.` is the package.
 ROWS = [
     ["errors", "files", "arguments"],
+    ["distributed"],
     ["model"],
     ["diffusion"],
     ["text", "images"],
