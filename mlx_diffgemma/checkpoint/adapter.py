@@ -193,18 +193,21 @@ def _places(model: DiffusionGemma, config: AdapterConfig) -> dict[str, nn.Module
     first = 0 if config.num_layers == -1 else count - config.num_layers
     found: dict[str, nn.Module] = {}
     met: set[str] = set()
-    for number, block in list(enumerate(model.layers))[first:]:
+    for number, block in enumerate(model.layers):
         for key, module in block.named_modules():
             fits = _is_linear(module) if config.keys is None else key in config.keys
             if fits:
+                met.add(key)  # full layers have no v_proj, and may be the only ones adapted
+            if fits and number >= first:
                 found[f"model.decoder.layers.{number}.{key}"] = module
-                met.add(key)
     for name, module in model.named_modules():
         if config.keys is not None and name and name in config.keys:
             found[name] = module
             met.add(name)
     if unknown := sorted(set(config.keys or ()) - met):
         raise SettingError(f"keys: the layers have no {shown(unknown[0])}")
+    if not found:
+        raise SettingError(f"keys: none of them is in the last {config.num_layers} layers")
     for name, module in found.items():
         if not _is_linear(module):
             raise SettingError(f"keys: {name} is a {type(module).__name__}, no linear map")
