@@ -296,6 +296,7 @@ def beside_tiny(directory: Path, seed: int = 1, **settings: Any) -> Path:
 def test_an_adapter_is_loaded_beside_a_model(tmp_path: Path) -> None:
     model, tokenizer = load(adapter=beside_tiny(tmp_path / "a", scale=20.0))
     assert model.adapter == "LoRA of rank 2, scale 20, all layers"
+    assert repr(model).endswith(f"context {model.context:,}, {model.adapter})")
     # In another thread: what is lazy then belongs to the one that loaded it, and fails.
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(generate, model, tokenizer, "Hello", seed=1, steps=2, max_tokens=8)
