@@ -175,6 +175,19 @@ def test_merged_products_do_without_adapted_maps(tmp_path: Path, keys: tuple[str
     assert distance(logits(early), expected) < 1e-5
 
 
+@pytest.mark.parametrize("config", [AdapterConfig(keys=None), AdapterConfig("dora")], ids=str)
+def test_float32_terms_leave_a_bfloat16_model_so(tmp_path: Path, config: AdapterConfig) -> None:
+    """They would make everything behind them float32, twice the memory and time."""
+    written(tmp_path, config)
+    model = random_model()
+    model.set_dtype(mx.bfloat16)
+    load_adapter(model, tmp_path)
+    cache = model.make_cache()
+    assert model.encode(mx.array([[3, 4, 5]]), cache).dtype == mx.bfloat16
+    assert {layer.state.dtype for layer in cache if layer.state is not None} == {mx.bfloat16}
+    assert {array.dtype for array in trained(model).values()} == {mx.float32}
+
+
 # What is asked of a config, and of the model; what is said then.
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, "rank must be from 1 to 4096, not 0"),
