@@ -193,18 +193,21 @@ def _places(model: DiffusionGemma, config: AdapterConfig) -> dict[str, nn.Module
     first = 0 if config.num_layers == -1 else count - config.num_layers
     found: dict[str, nn.Module] = {}
     met: set[str] = set()
-    for number, block in list(enumerate(model.layers))[first:]:
+    for number, block in enumerate(model.layers):
         for key, module in block.named_modules():
             fits = _is_linear(module) if config.keys is None else key in config.keys
             if fits:
+                met.add(key)  # full layers have no v_proj, and may be the only ones adapted
+            if fits and number >= first:
                 found[f"model.decoder.layers.{number}.{key}"] = module
-                met.add(key)
     for name, module in model.named_modules():
         if config.keys is not None and name and name in config.keys:
             found[name] = module
             met.add(name)
     if unknown := sorted(set(config.keys or ()) - met):
         raise SettingError(f"keys: the layers have no {shown(unknown[0])}")
+    if not found:
+        raise SettingError(f"keys: none of them is in the last {config.num_layers} layers")
     for name, module in found.items():
         if not _is_linear(module):
             raise SettingError(f"keys: {name} is a {type(module).__name__}, no linear map")
@@ -307,13 +310,12 @@ def _fetched(repo: str) -> Path:
     """Fetch an adapter from the hub; arguments and errors as in `find_adapter`."""
     from huggingface_hub import snapshot_download
 
-    commit = None
+    offline = False
     try:
         repository = look_up(repo, None)
     except Unreachable:  # the cache may have it
-        pass
+        offline = True
     else:
-        commit = repository.commit
         size = sum(file.size for name, file in repository.files.items() if name in FILES)
         if size > FETCHED_LIMIT:
             raise CheckpointError(
@@ -321,11 +323,8 @@ def _fetched(repo: str) -> Path:
                 "are fetched at most"
             )
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=commit, allow_patterns=list(FILES), local_files_only=commit is None
-            )
-        )
+        # By no commit: the cache would not know it for the newest where there is no network.
+        return Path(snapshot_download(repo, allow_patterns=list(FILES), local_files_only=offline))
     except Exception as error:  # whatever the HTTP library of the day raises
         raise hub_failure(repo, None, error) from error
 
