@@ -85,10 +85,9 @@ class Trainer:
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
-        objective: Objective | None = None,
     ):
         self.model, self.settings = model, settings
-        self.objective = objective or Objective()
+        self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
         self.weights = trained(model)
@@ -152,7 +151,7 @@ class Trainer:
             scalar(found.total),
             scalar(found.denoising),
             scalar(found.reading),
-            sum(len(each.prompt) + len(each.response) for each in samples),
+            sum(each.length for each in samples),
             norm,
         )
 

@@ -30,7 +30,7 @@ from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, T
 from mlx_diffgemma.training.folder import RunError, read_log
 from mlx_diffgemma.training.objective import Objective, Sample, noised
 from mlx_diffgemma.training.optimizers import make_optimizer, make_schedule
-from mlx_diffgemma.training.run import train
+from mlx_diffgemma.training.run import train_in
 from mlx_diffgemma.training.settings import Settings
 from mlx_diffgemma.training.step import Diverged, Trainer
 
@@ -67,6 +67,22 @@ DATA = Data(examples(5), examples(2, first=9))
 QUICK = {"steps_per_eval": 4, "steps_per_report": 2, "save_every": 3, "success_cases": 0}
 
 
+def train(
+    model: DiffusionGemma,
+    data: Data,
+    path: Path,
+    settings: Settings,
+    adapter: AdapterConfig,
+    mode: Any = "new",
+    stopped: Any = lambda: False,
+) -> Iterator[Event]:
+    """As `mlx_diffgemma.train`, of a model that no checkpoint holds."""
+    with folders.locked(path, mode):
+        yield from train_in(
+            path, model, TOKENIZER, data, settings, adapter, mode=mode, stopped=stopped
+        )
+
+
 def run(path: Path, mode: Any = "new", stop_at: int | None = None, **given: Any) -> list[Event]:
     """A run on the small model, asked to stop behind an iteration."""
     dropout, kind = given.pop("dropout", 0.0), given.pop("fine_tune_type", "lora")
@@ -74,7 +90,6 @@ def run(path: Path, mode: Any = "new", stop_at: int | None = None, **given: Any)
     seen: list[Event] = []
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         path,
         settings=settings,
@@ -116,7 +131,7 @@ def test_a_run_that_goes_on_comes_to_the_same_numbers(tmp_path: Path, optimizer:
 def test_what_was_logged_behind_the_state_is_forgotten(tmp_path: Path) -> None:
     """After a kill, the iterations behind the last state used to stand in the log twice."""
     run(tmp_path / "whole")
-    seen = train(small(), TOKENIZER, DATA, tmp_path / "killed", settings=settings_of(), adapter=TWO)
+    seen = train(small(), DATA, tmp_path / "killed", settings=settings_of(), adapter=TWO)
     for event in seen:
         if isinstance(event, Trained) and event.iteration == 4:
             seen.close()  # type: ignore[attr-defined]
@@ -141,7 +156,7 @@ def test_frozen_weights_stay_as_they_are(tmp_path: Path, kind: str) -> None:
     model = small()
     before = dict(tree_flatten(model.parameters()))
     config = AdapterConfig(fine_tune_type=kind, rank=2)  # type: ignore[arg-type]
-    for _ in train(model, TOKENIZER, DATA, tmp_path, settings=settings_of(iters=3), adapter=config):
+    for _ in train(model, DATA, tmp_path, settings=settings_of(iters=3), adapter=config):
         pass
     learnt = trained(model)
     assert any(mx.any(value != 0).item() for n, value in learnt.items() if n.endswith("lora_b"))
@@ -214,7 +229,6 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_saved(tmp_path: Pa
     """All files hold finite numbers, and the run can go on with nothing changed."""
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         tmp_path,
         settings=settings_of(
@@ -241,7 +255,7 @@ def test_the_weights_that_answer_best_are_kept(
         yield Succeeded(given[4], right[given[4]], 10, 0.0)
 
     def losses(*given: Any) -> Iterator[Validated]:
-        yield Validated(given[5], (loss[given[5]],) * 4, 0.0, 0.0)
+        yield Validated(given[4], (loss[given[4]],) * 4, 0.0, 0.0)
 
     monkeypatch.setattr(loop, "answer_cases", answers)
     monkeypatch.setattr(loop, "validate", losses)
@@ -293,7 +307,6 @@ def test_other_examples_are_another_run(tmp_path: Path) -> None:
     run(tmp_path, iters=3)
     events = train(
         small(),
-        TOKENIZER,
         Data(DATA.train[1:], DATA.valid),
         tmp_path,
         settings=settings_of(),
@@ -365,7 +378,6 @@ def test_a_state_of_another_adapter_is_refused(tmp_path: Path) -> None:
     run(tmp_path, iters=3)
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         tmp_path,
         settings=settings_of(iters=3),
