@@ -173,9 +173,9 @@ def load_weights(model: DiffusionGemma, file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is no adapted parameter of this run")
     if not found:
         raise CheckpointError(f"{file} holds nothing")
-    model.load_weights(
-        [(name, array.astype(own[name].dtype)) for name, array in found.items()], strict=False
-    )
+    weights = [(name, array.astype(own[name].dtype)) for name, array in found.items()]
+    mx.eval([array for _, array in weights])  # the file may be about to be replaced
+    model.load_weights(weights, strict=False)
 
 
 def run_test(

@@ -174,6 +174,6 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; the weights before it are "
-            "kept as they were saved: a lower --learning-rate or a longer warm-up may help"
+            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
+            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
         )

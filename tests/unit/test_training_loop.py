@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from random_model import untrained
+from random_model import scripted, untrained
 
-from mlx_diffgemma import DiffusionGemma, SettingError
+from mlx_diffgemma import CheckpointError, DiffusionGemma, SettingError
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.checkpoint.files import SHIPPED
 from mlx_diffgemma.checkpoint.load import read_tokenizer
@@ -28,6 +29,7 @@ from mlx_diffgemma.training.batches import Batches, in_order
 from mlx_diffgemma.training.data import Data, Example
 from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, Trained, Validated
 from mlx_diffgemma.training.folder import RunError, read_log
+from mlx_diffgemma.training.measuring import answer_cases, answerable
 from mlx_diffgemma.training.objective import Objective, Sample, noised
 from mlx_diffgemma.training.optimizers import make_optimizer, make_schedule
 from mlx_diffgemma.training.run import train_in
@@ -278,6 +280,65 @@ def test_measuring_leaves_no_trace_in_what_is_learnt(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
     found = [each for each in read_log(tmp_path / "often") if each["event"] == "succeeded"]
     assert [each["cases"] for each in found] == [2] * 5
+
+
+def test_other_weights_to_begin_with(tmp_path: Path) -> None:
+    """A run may replace the one whose weights it takes; of another adapter they are refused."""
+    run(tmp_path)
+    before = log(tmp_path)[-1]
+    file = tmp_path / "adapters.safetensors"
+
+    def again(rank: int) -> list[Event]:
+        with folders.locked(tmp_path, "overwrite"):
+            return list(
+                train_in(
+                    tmp_path,
+                    small(),
+                    TOKENIZER,
+                    DATA,
+                    settings_of(iters=1),
+                    AdapterConfig(rank=rank),
+                    mode="overwrite",
+                    weights=file,
+                )
+            )
+
+    with pytest.raises(CheckpointError, match="is no adapted parameter of this run"):
+        again(3)
+    assert log(tmp_path)[-1] == before  # nothing is lost
+    again(2)
+    first = log(tmp_path)[0]
+    assert (first["iteration"], first["denoising"]) == (0, before["denoising"])
+    (tmp_path / "wrong.safetensors").write_bytes(b"12345678")
+    file = tmp_path / "wrong.safetensors"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        again(2)
+
+
+def test_an_answer_is_right_where_it_says_what_the_example_says() -> None:
+    """Over canvases, whatever fills the last; one that goes on behind it is wrong."""
+    model = scripted()
+    right, end, fill = TOKENIZER.encode("yes, " * 40)[:100], 6, 1
+    case = Example(1, Sample((2, 50, 51), (*right, end)))
+    short = Example(2, Sample((2, 50, 51), (*TOKENIZER.encode("no"), end)))
+    canvases = [right[:64], [*right[64:], end, *[fill] * 64][:64]]
+    for script, cases, wanted in (
+        (canvases, [case], 1),
+        ([[*TOKENIZER.encode("no"), end, *[fill] * 64][:64]], [short], 1),
+        ([[*TOKENIZER.encode("no!"), end, *[fill] * 64][:64]], [short], 0),
+        ([[*TOKENIZER.encode("no"), *[50] * 64][:64]], [short], 0),
+    ):
+        model.begin(*script)
+        settings = Settings(batch_size=1, success_steps=4)
+        *_, told = answer_cases(model, TOKENIZER, cases, settings, 7, lambda: False)
+        assert isinstance(told, Succeeded)
+        assert (told.right, told.cases, told.iteration) == (wanted, 1, 7)
+
+
+def test_what_cannot_be_answered_is_not_asked() -> None:
+    whole = Example(1, Sample((2,), (5, 6)))
+    text, cut = replace(whole, asks=False), replace(whole, sample=Sample((2,), (5,), True))
+    assert answerable([text, cut, whole, whole], 1) == [whole]
 
 
 def test_a_folder_is_one_runs(tmp_path: Path) -> None:
