@@ -2,7 +2,7 @@
 
 Files are laid out as mlx-lm's: `adapters.safetensors` and `adapter_config.json`. Linear layers are
 adapted by mlx-lm's modules, which are imported where an adapter is put in place and not before:
-that takes seconds.
+that takes seconds. Those of PEFT are read too, see `peft`.
 """
 
 import json
@@ -20,8 +20,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..arguments import SettingError, is_number, shown, whole_number
 from ..errors import CheckpointError
 from ..files import replacing
+from ..model.config import LAYERS_LIMIT
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import ExpertLinear
+from . import peft
 from .files import (
     FLOATS,
     NAME_LIMIT,
@@ -34,6 +36,7 @@ from .files import (
 )
 from .hub import Unreachable, look_up
 from .info import Info
+from .peft import RANK_LIMIT, SCALE_LIMIT, Sided
 from .weights import read_weights, sentence
 
 Kind = Literal["lora", "dora", "full"]
@@ -53,17 +56,11 @@ KEYS = (
     "mlp.down_proj",
 )
 
-# A rank above the width of a model is no low rank; the widest there is has 4096.
-RANK_LIMIT = 4096
-
 KEYS_LIMIT = 1000  # names in a config; a model has some ten kinds of maps
-
-# Largest factor, and the smallest, that a config may put before a low-rank term.
-SCALE_LIMIT = 1e6
 
 # What is fetched of an adapter on the hub, and most bytes of it. Of the model that ships, terms of
 # rank 16 beside all dense maps take 75 MB, of rank 8 beside all experts 1 GB.
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, peft.WEIGHTS_FILE)
 FETCHED_LIMIT = 8_000_000_000
 
 
@@ -94,7 +91,7 @@ class AdapterConfig:
             raise SettingError(
                 f"fine_tune_type is one of {', '.join(get_args(Kind))}; not {shown(kind)}"
             )
-        if whole_number("num_layers", self.num_layers, -1) == 0:
+        if whole_number("num_layers", self.num_layers, -1, LAYERS_LIMIT) == 0:
             raise SettingError("num_layers is 0: no layer would be adapted")
         whole_number("rank", self.rank, 1, RANK_LIMIT)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -124,10 +121,23 @@ class Stored:
     config: AdapterConfig
     tensors: dict[str, Tensor]
     trained_on: str | None = None  # the model that it says it was trained on
+    sided: Sided | None = None  # of one that PEFT has written
 
     def __str__(self) -> str:
         count = sum(prod(tensor.shape) for tensor in self.tensors.values())
-        return f"{self.config}, {count / 1e6:,.2f} M parameters{_trained_on(self)}"
+        return f"{self.kind}, {count / 1e6:,.2f} M parameters{_trained_on(self)}"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a few words."""
+        if self.sided is None:
+            return str(self.config)
+        return f"PEFT's LoRA of rank {self.sided.rank}, scale {self.sided.scale:g}"
+
+    @property
+    def file(self) -> Path:
+        """The file of its tensors."""
+        return self.directory / (WEIGHTS_FILE if self.sided is None else peft.WEIGHTS_FILE)
 
     @property
     def loaded_bytes(self) -> int:
@@ -183,18 +193,21 @@ def _places(model: DiffusionGemma, config: AdapterConfig) -> dict[str, nn.Module
     first = 0 if config.num_layers == -1 else count - config.num_layers
     found: dict[str, nn.Module] = {}
     met: set[str] = set()
-    for number, block in list(enumerate(model.layers))[first:]:
+    for number, block in enumerate(model.layers):
         for key, module in block.named_modules():
             fits = _is_linear(module) if config.keys is None else key in config.keys
             if fits:
+                met.add(key)  # full layers have no v_proj, and may be the only ones adapted
+            if fits and number >= first:
                 found[f"model.decoder.layers.{number}.{key}"] = module
-                met.add(key)
     for name, module in model.named_modules():
         if config.keys is not None and name and name in config.keys:
             found[name] = module
             met.add(name)
     if unknown := sorted(set(config.keys or ()) - met):
         raise SettingError(f"keys: the layers have no {shown(unknown[0])}")
+    if not found:
+        raise SettingError(f"keys: none of them is in the last {config.num_layers} layers")
     for name, module in found.items():
         if not _is_linear(module):
             raise SettingError(f"keys: {name} is a {type(module).__name__}, no linear map")
@@ -338,6 +351,8 @@ def read_adapter(directory: Path) -> Stored:
     if not directory.is_dir():
         raise CheckpointError(f"there is no directory {directory} with an adapter")
     values = read_json(directory, CONFIG_FILE)
+    if peft.CONFIG_KEY in values:
+        return _read_peft(directory, values)
     try:
         config = _config_of(values)
     except SettingError as error:
@@ -347,6 +362,26 @@ def read_adapter(directory: Path) -> Stored:
         check_type(tensor, FLOATS)
     model = values.get("model")
     return Stored(directory, config, tensors, model if isinstance(model, str) else None)
+
+
+def _read_peft(directory: Path, values: dict[str, Any]) -> Stored:
+    """Read the same of an adapter that PEFT has written."""
+    if not (directory / peft.WEIGHTS_FILE).exists() and (directory / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{directory} has its adapter as a pickle, which is not read: save it as safetensors"
+        )
+    tensors = read_header(directory / peft.WEIGHTS_FILE)
+    for tensor in tensors.values():
+        check_type(tensor, FLOATS)
+    try:
+        found = peft.sided(tensors, values)
+    except SettingError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / peft.WEIGHTS_FILE}: {error}") from None
+    model = values.get("base_model_name_or_path")
+    model = model if isinstance(model, str) and model else None
+    return Stored(directory, AdapterConfig(), tensors, model, found)
 
 
 def _config_of(values: dict[str, Any]) -> AdapterConfig:
@@ -386,6 +421,9 @@ def with_adapter(found: Info, stored: Stored) -> Info:
 
 def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
     """Put an adapter whose files were read in place; arguments and errors as in `load_adapter`."""
+    if stored.sided is not None:
+        _put_peft(model, stored, stored.sided)
+        return
     try:
         add_adapter(model, stored.config)
     except SettingError as error:
@@ -400,9 +438,22 @@ def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
     model.eval()  # dropout is for training
 
 
+def _put_peft(model: DiffusionGemma, stored: Stored, found: Sided) -> None:
+    """Put an adapter that PEFT has written in place."""
+    weights = read_weights(stored.tensors, None)
+    _check_finite(stored, weights)
+    model.freeze()
+    try:
+        peft.put_sided(model, found, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.file}: {error}{_trained_on(stored)}") from None
+    model.adapter = stored.kind
+    model.eval()
+
+
 def _check(stored: Stored, expected: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes of a file with those that the model has places for."""
-    file, found = stored.directory / WEIGHTS_FILE, stored.tensors
+    file, found = stored.file, stored.tensors
     if extra := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             f"{file}: {extra[0]} is no adapted parameter of this model{_trained_on(stored)}"
@@ -430,10 +481,6 @@ def _check_finite(stored: Stored, weights: dict[str, mx.array]) -> None:
     try:
         mx.eval(finite)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{stored.directory / WEIGHTS_FILE} cannot be loaded: {sentence(error)}"
-        ) from None
+        raise CheckpointError(f"{stored.file} cannot be loaded: {sentence(error)}") from None
     if wrong := sorted(name for name, each in finite.items() if not each.item()):
-        raise CheckpointError(
-            f"{stored.directory / WEIGHTS_FILE}: {wrong[0]} has numbers that are not finite"
-        )
+        raise CheckpointError(f"{stored.file}: {wrong[0]} has numbers that are not finite")

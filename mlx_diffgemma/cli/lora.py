@@ -1,5 +1,6 @@
 """The command that fine-tunes: `lora`."""
 
+import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, with_options
+from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from ..training.data import Data
     from ..training.events import Finished
     from ..training.folder import Mode
+    from ..training.plan import Plan
     from .lora_config import Asked
 
 app = typer.Typer()
+
+DEFAULT = "tiny"  # the model where none is named
+
+MODEL = "MLX_DIFFGEMMA_MODEL"  # which a YAML file and the run that goes on come before
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -34,8 +40,8 @@ class Base:
         typer.Option(
             "--model",
             "-m",
-            envvar="MLX_DIFFGEMMA_MODEL",
-            help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
+            help="Checkpoint directory, or a name on the hub. [MLX_DIFFGEMMA_MODEL, else tiny, "
+            "which ships with us]",
         ),
     ] = None
     revision: Revision = None
@@ -91,6 +97,10 @@ class Learning:
         bool | None,
         typer.Option("--mask-prompt", help="Denoise answers alone, which is always done."),
     ] = None
+    encoder_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the encoder's loss beside the denoiser's; 0 is none of it. [1.0]"),
+    ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
 
 
@@ -105,7 +115,7 @@ class Watching:
         int | None, typer.Option(min=1, help="Iterations between two measurements. [200]")
     ] = None
     val_batches: Annotated[
-        int | None, typer.Option(help="Batches of the validation loss; -1 is all. [25]")
+        int | None, typer.Option(help="Batches of the validation loss; -1 is all. [8]")
     ] = None
     success_cases: Annotated[
         int | None, typer.Option(min=0, help="Validation examples that are answered. [16]")
@@ -162,6 +172,9 @@ def lora(
     base: Base,
     train: Annotated[bool | None, typer.Option("--train", help="Train.")] = None,
     test: Annotated[bool | None, typer.Option("--test", help="Measure on test.jsonl.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the memory that training needs, and end.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option(help="Folder with train.jsonl, valid.jsonl, test.jsonl.")
     ] = None,
@@ -179,14 +192,24 @@ def lora(
     for group in (adapting, learning, watching, keeping):
         flags |= asdict(group)
     asked = _asked(flags, config, keeping)
+    if plan:
+        _plan(asked, _loading(base, asked))
+        return
     if not (asked.train or asked.test):
         fail("nothing is asked for: --train, --test or both", code=2)
     if asked.data is None:
         fail("--data names the folder with the examples", code=2)
-    load = LoadFaithful(**{**asdict(base), "model": asked.model})
+    if asked.train and asked.adapter_path is None:
+        fail("--adapter-path names the folder of the run", code=2)
+    load = _loading(base, asked)
     if not quiet:
         load.introduce()
     _work(asked, load, keeping.mode, quiet=quiet)
+
+
+def _loading(base: Base, asked: "Asked") -> LoadFaithful:
+    """Loads the model that is asked for, once it is called."""
+    return LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
 
 
 def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Asked":
@@ -203,8 +226,9 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
     before: dict[str, Any] = {}
     if keeping.resume:
         flags["train"] = True
-        path = flags["adapter_path"] or values.get("adapter_path") or ADAPTER_PATH
-        before = read_state(Path(str(path))).arguments
+        given = (flags["adapter_path"], values.get("adapter_path"), ADAPTER_PATH)
+        path = next(each for each in given if each)
+        before = {**read_state(Path(str(path))).arguments, "adapter_path": str(path)}
     for line in told:
         say(f"note: {config}: {line}")
     return asked_for(flags, values, before)
@@ -213,33 +237,92 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
 def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> None:
     """Read the examples, load the model, train and test."""
     from ..checkpoint.adapter import WEIGHTS_FILE
-    from ..checkpoint.files import resolve
-    from ..training.data import read_data
-    from ..training.folder import locked
+    from ..checkpoint.files import read_header
+    from ..training.folder import check_folder, locked
     from ..training.optimizers import make_optimizer
-    from ..training.run import encoder_of, load_weights
+    from ..training.plots import NO_PLOTS, can_plot
+    from ..training.run import load_weights
 
-    assert asked.data is not None
-    source = resolve(load.model or "tiny", revision=load.revision, weights=False)
-    encoder = encoder_of(source, asked.settings)
-    found = read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
+    path = asked.adapter_path
+    if asked.train:
+        assert path is not None
+        make_optimizer(asked.settings)
+        check_folder(path, mode)
+        if asked.resume_adapter_file is not None:
+            read_header(asked.resume_adapter_file)
+    found = _examples(asked, load)
     if found.notices and not quiet:
         say(*(f"note: {notice}" for notice in found.notices))
-    if not asked.train:
-        model, tokenizer = replace(load, adapter=str(asked.adapter_path) or None)()
+    if not asked.train or path is None:
+        adapter = None if path is None else str(path)
+        model, tokenizer = replace(load, adapter=adapter)()
         _test(asked, model, tokenizer, found, quiet=quiet)
         return
-    make_optimizer(asked.settings)
-    with locked(asked.adapter_path, mode):
+    if not (quiet or can_plot()):
+        say(f"note: {NO_PLOTS}")
+    _planned(asked, load, found, fit=True)
+    with locked(path, mode):
         model, tokenizer = load()
-        _train(asked, model, tokenizer, found, mode, quiet=quiet)
+        _train(asked, path, model, tokenizer, found, mode, quiet=quiet)
         if asked.test:
-            load_weights(model, asked.adapter_path / WEIGHTS_FILE)
+            load_weights(model, path / WEIGHTS_FILE)
             _test(asked, model, tokenizer, found, quiet=quiet)
+
+
+def _examples(asked: "Asked", load: LoadFaithful) -> "Data":
+    """The examples, encoded for the model that is asked for."""
+    from ..checkpoint.files import resolve
+    from ..training.data import read_data
+    from ..training.run import encoder_of
+
+    assert asked.data is not None
+    source = resolve(load.model or DEFAULT, revision=load.revision, weights=False)
+    encoder = encoder_of(source, asked.settings)
+    return read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
+
+
+def _planned(
+    asked: "Asked", load: LoadFaithful, data: "Data | None", *, fit: bool = False
+) -> "Plan":
+    """What training will need of memory; with `fit`, of what is free."""
+    from ..checkpoint.fit import free_memory
+    from ..checkpoint.hub import headers_of
+    from ..checkpoint.load import computed_in
+    from ..training.plan import fitting, plan
+
+    headers = headers_of(load.model or DEFAULT, revision=load.revision)
+    tokens = data.longest if data else asked.settings.max_seq_length
+    dtype = computed_in(load.dtype)
+    if not fit:
+        return plan(headers, asked.settings, asked.adapter, tokens=tokens, dtype=dtype)
+    memory = size(load.max_memory)
+    memory = free_memory() if memory is None else memory
+    return fitting(
+        headers, asked.settings, asked.adapter, tokens=tokens, memory=memory, dtype=dtype
+    )
+
+
+def _plan(asked: "Asked", load: LoadFaithful) -> None:
+    """Print what training would need, part by part, and on which Macs there is so much."""
+    from rich.filesize import decimal
+
+    data = None
+    if asked.data is not None:
+        data = _examples(replace(asked, train=True, test=False), load)
+    made = _planned(asked, load, data)
+    for part in made.parts:
+        put(f"{part.name:<42}{decimal(part.bytes):>10}")
+    put(f"{'in all':<42}{decimal(made.total):>10}")
+    macs = f"Macs of {made.macs[0]} GB and more" if made.macs else "no Mac"
+    put(
+        f"{made.trained:,} parameters are trained, with batches of {made.batch} x {made.tokens:,} "
+        f"tokens: this fits {macs}"
+    )
 
 
 def _train(
     asked: "Asked",
+    path: Path,
     model: "DiffusionGemma",
     tokenizer: "Tokenizer",
     data: "Data",
@@ -252,15 +335,14 @@ def _train(
     from ..training.run import train_in
     from .training import displaying, interruptible
 
-    path = str(asked.adapter_path)
-    command = shlex.join(["mlx-diffgemma", "lora", "--resume", "--adapter-path", path])
+    command = shlex.join(["mlx-diffgemma", "lora", "--resume", "--adapter-path", str(path)])
     told = "ending with this step; Ctrl-C again ends at once, and keeps what was saved before"
     with (
         interruptible(told) as stopped,
-        displaying(asked.adapter_path, asked.settings.iters, quiet=quiet) as show,
+        displaying(path, asked.settings.iters, quiet=quiet) as show,
     ):
         events = train_in(
-            asked.adapter_path,
+            path,
             model,
             tokenizer,
             data,
@@ -277,15 +359,14 @@ def _train(
         say(f"stopped after iteration {event.iteration}; it goes on with: {command}")
         raise SystemExit(130)
     assert isinstance(event, Finished)
-    _tell_end(asked, event)
+    _tell_end(path, event)
 
 
-def _tell_end(asked: "Asked", event: "Finished") -> None:
+def _tell_end(path: Path, event: "Finished") -> None:
     """Which weights are kept, and what they are worth beside none."""
     from ..checkpoint.adapter import WEIGHTS_FILE
 
-    file = asked.adapter_path / WEIGHTS_FILE
-    line = f"{file}: iteration {event.kept} of {event.iteration}"
+    line = f"{path / WEIGHTS_FILE}: iteration {event.kept} of {event.iteration}"
     if event.success is not None:
         line += f", which answers {event.success:.1%} of the validation cases exactly"
     if event.untrained is not None:
@@ -306,7 +387,7 @@ def _test(
     from ..training.run import run_test
     from .training import displaying, losses
 
-    with displaying(asked.adapter_path, 0, quiet=quiet) as show:
+    with displaying(Path(), 0, quiet=quiet) as show:
         for event in run_test(model, tokenizer, data, asked.settings):
             match event:
                 case Validated():

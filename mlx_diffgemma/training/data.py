@@ -37,6 +37,11 @@ class Data:
     test: tuple[Example, ...] = ()
     notices: tuple[str, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, prompt and response."""
+        return max(each.sample.length for each in (*self.train, *self.valid, *self.test))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -89,15 +94,22 @@ class Encoder:
                 "the prompt that generation would be given is no prefix of the whole conversation "
                 "as the chat template writes it, so that what is the answer cannot be told"
             )
-        return prompt, self._closed(ids[len(prompt) :])
+        return prompt, self._closed(ids[len(prompt) :], calls=bool(messages[-1].get("tool_calls")))
 
-    def _closed(self, response: list[int]) -> list[int]:
-        """The response up to the token that ends it; behind it templates write white space."""
+    def _closed(self, response: list[int], *, calls: bool) -> list[int]:
+        """The response up to the token that ends it; behind it templates write white space.
+
+        Behind calls of tools a model ends with the mark of their results, which a template may
+        write with the results alone.
+        """
         last = max((i for i, token in enumerate(response) if token in self.ends), default=-1)
         behind = self.tokenizer.decode(response[last + 1 :])
         if last < 0 or behind.strip():
             if len(response) > self.most:  # cut before its end
                 return response
+            answered = self.tokenizer.token_id("<|tool_response>")
+            if calls and last < 0 and answered in self.ends:
+                return [*response, answered]
             raise DataError("the chat template does not end the answer with an end token")
         if last == 0 and len(response) <= 2:
             raise DataError("the answer is empty")

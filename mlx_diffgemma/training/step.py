@@ -85,10 +85,9 @@ class Trainer:
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
-        objective: Objective | None = None,
     ):
         self.model, self.settings = model, settings
-        self.objective = objective or Objective()
+        self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
         self.weights = trained(model)
@@ -102,8 +101,9 @@ class Trainer:
 
     def take(self, weights: Arrays, gradients: Arrays, optimizer: Arrays) -> None:
         """Go on from other weights, sums of gradients and arrays of the optimizer."""
-        self.weights = weights
-        self.gradients = gradients or None
+        # In the order that they had: the length of a gradient is a sum over all of them.
+        self.weights = weights = {name: weights[name] for name in self.weights}
+        self.gradients = {name: gradients[name] for name in weights} if gradients else None
         state: dict[str, Any] = {}
         for name, array in optimizer.items():
             owner, _, leaf = name.rpartition(".")
@@ -151,7 +151,7 @@ class Trainer:
             scalar(found.total),
             scalar(found.denoising),
             scalar(found.reading),
-            sum(len(each.prompt) + len(each.response) for each in samples),
+            sum(each.length for each in samples),
             norm,
         )
 
@@ -174,6 +174,6 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; the weights before it are "
-            "kept as they were saved: a lower --learning-rate or a longer warm-up may help"
+            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
+            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
         )
