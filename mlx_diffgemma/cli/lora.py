@@ -101,6 +101,10 @@ class Learning:
         float | None,
         typer.Option(help="Of the encoder's loss beside the denoiser's; 0 is none of it. [1.0]"),
     ] = None
+    distill: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Learn to answer in so few steps as in all."),
+    ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
 
 
@@ -121,7 +125,8 @@ class Watching:
         int | None, typer.Option(min=0, help="Validation examples that are answered. [16]")
     ] = None
     success_steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps of answers. [checkpoint's setting]")
+        int | None,
+        typer.Option(min=1, help="Steps of answers. [--distill, else checkpoint's setting]"),
     ] = None
     test_batches: Annotated[
         int | None, typer.Option(help="Batches of the test's loss; -1 is all. [500]")
@@ -246,7 +251,6 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     path = asked.adapter_path
     if asked.train:
         assert path is not None
-        make_optimizer(asked.settings)
         check_folder(path, mode)
         if asked.resume_adapter_file is not None:
             read_header(asked.resume_adapter_file)
@@ -260,6 +264,7 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         return
     if not (quiet or can_plot()):
         say(f"note: {NO_PLOTS}")
+    make_optimizer(asked.settings)
     _planned(asked, load, found, fit=True)
     with locked(path, mode):
         model, tokenizer = load()

@@ -21,7 +21,7 @@ from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.checkpoint.files import SHIPPED
 from mlx_diffgemma.checkpoint.load import read_tokenizer
 from mlx_diffgemma.training import folder as folders
-from mlx_diffgemma.training import loop
+from mlx_diffgemma.training import loop, teaching
 from mlx_diffgemma.training.data import Data, Example
 from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, Trained, Validated
 from mlx_diffgemma.training.folder import RunError, read_log
@@ -123,6 +123,30 @@ def test_a_run_that_goes_on_comes_to_the_same_numbers(tmp_path: Path, optimizer:
     for name in ("adapters.safetensors", "0000006_adapters.safetensors"):
         whole, parts = ((tmp_path / each / name).read_bytes() for each in ("whole", "parts"))
         assert whole == parts, name
+
+
+def test_distillation_goes_on_with_the_answers_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is asked once: what it says to the last example is kept in the folder."""
+
+    def taught(*given: Any, **more: Any) -> Iterator[tuple[int, Sample]]:
+        yield from enumerate(replace(each.sample, response=(50, 6)) for each in DATA.train)
+
+    monkeypatch.setattr(teaching, "taught", taught)
+    stopped = run(tmp_path / "early", stop_at=-1, distill=3)
+    assert stopped[-1] == Stopped(0)
+    assert not (tmp_path / "early").exists()
+    run(tmp_path / "whole", distill=3)
+    run(tmp_path / "parts", stop_at=4, distill=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(folders, "can_plot", lambda: False)
+    started = next(e for e in run(tmp_path / "parts", "resume", distill=3) if at(e))
+    assert at(started) == 4
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+    (tmp_path / "parts" / "taught.jsonl").write_text('{"prompt": [2], "response": [99999]}\n')
+    with pytest.raises(RunError, match=r"taught\.jsonl cannot be gone on from"):
+        run(tmp_path / "parts", "resume", distill=3)
 
 
 def test_what_was_logged_behind_the_state_is_forgotten(tmp_path: Path) -> None:
