@@ -21,12 +21,12 @@ from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.checkpoint.files import SHIPPED
 from mlx_diffgemma.checkpoint.load import read_tokenizer
 from mlx_diffgemma.training import folder as folders
-from mlx_diffgemma.training import loop, teaching
+from mlx_diffgemma.training import loop, step, teaching
 from mlx_diffgemma.training.data import Data, Example
 from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, Trained, Validated
 from mlx_diffgemma.training.folder import RunError, read_log
 from mlx_diffgemma.training.measuring import answer_cases, answerable
-from mlx_diffgemma.training.objective import Objective, Sample, noised
+from mlx_diffgemma.training.objective import Losses, Objective, Sample, noised
 from mlx_diffgemma.training.run import train_in
 from mlx_diffgemma.training.settings import Settings
 from mlx_diffgemma.training.step import Diverged, Trainer
@@ -237,12 +237,12 @@ def test_a_gradient_is_shortened_to_its_limit() -> None:
         mx.random.seed(1)
         add_adapter(model, TWO)
         trainer = Trainer(model, settings_of(optimizer="sgd", max_grad_norm=limit), 1)
-        step = trainer.step([DATA.train[0].sample], 1)
-        assert step.norm is not None
+        told = trainer.step([DATA.train[0].sample], 1)
+        assert told.norm is not None
         rate = trainer.learning_rate
         square = sum((v**2).sum().item() for n, v in trainer.weights.items() if "lora_b" in n)
         moved.append(math.sqrt(square) / rate)
-    assert moved[0] == pytest.approx(step.norm, rel=1e-3)
+    assert moved[0] == pytest.approx(told.norm, rel=1e-3)
     assert moved[1] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -263,6 +263,25 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_saved(tmp_path: Pa
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         assert all(mx.isfinite(each).all().item() for each in arrays.values()), file
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_either_may_not_be_finite_alone(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The weights and the sums of gradients are then what they were."""
+    model = small()
+    add_adapter(model, TWO)
+    trainer = Trainer(model, settings_of(), 1)
+    one = mx.array(1.0)
+    loss = mx.array(math.inf) if what == "loss" else one
+    gradients = {n: mx.full(a.shape, math.nan) for n, a in trainer.weights.items()}
+    if what == "loss":
+        gradients = {name: mx.ones_like(array) for name, array in trainer.weights.items()}
+    monkeypatch.setattr(step, "gradients_of", lambda *_, **__: (Losses(one, one, loss), gradients))
+    before = dict(trainer.weights)
+    with pytest.raises(Diverged, match=f"the {what} of iteration 1 is not a finite number"):
+        trainer.step([DATA.train[0].sample], 1)
+    assert trainer.weights == before
+    assert trainer.gradients is None
 
 
 def test_the_weights_that_answer_best_are_kept(
