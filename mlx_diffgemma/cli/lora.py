@@ -247,6 +247,7 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     from ..training.optimizers import make_optimizer
     from ..training.plots import NO_PLOTS, can_plot
     from ..training.run import load_weights
+    from .training import waiting
 
     path = asked.adapter_path
     if asked.train:
@@ -254,7 +255,8 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         check_folder(path, mode)
         if asked.resume_adapter_file is not None:
             read_header(asked.resume_adapter_file)
-    found = _examples(asked, load)
+    with waiting("reading the examples", quiet=quiet):
+        found = _examples(asked, load)
     if found.notices and not quiet:
         say(*(f"note: {notice}" for notice in found.notices))
     if not asked.train or path is None:
