@@ -12,6 +12,7 @@ from typing import Any
 import command
 import pytest
 from command import at_a_terminal, run
+from hub import asked_here
 from paths import SUDOKU
 
 import mlx_diffgemma
@@ -150,6 +151,20 @@ def test_the_plan_says_what_is_needed(data: Path) -> None:
     assert told[0].startswith("weights  ")
     assert told[-2].startswith("in all  ")
     assert re.match(r"[\d,]+ parameters are trained, with batches of 2 x \d+ tokens: ", told[-1])
+
+
+def test_of_a_model_on_the_hub_no_weights_are_fetched_to_refuse(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to find a mistake in the examples, nor to say what training needs."""
+    with asked_here(SUDOKU, tmp_path / "cache", monkeypatch) as hub:
+        planned = run("lora", "-m", "org/model", "--plan", "--data", data)
+        assert "in all" in planned.stdout, planned.stderr
+        arguments = ["--train", "-m", "org/model", "--data", data, "--max-memory", "2MB"]
+        refused = run("lora", *arguments, cwd=tmp_path)
+        assert "and 2.0 MB are free" in refused.stderr
+        assert hub.sent["tokenizer.json"] > 0
+        assert hub.sent.get("model.safetensors", 0) < 1_000_000  # of 3; its header
 
 
 def test_from_python(tmp_path: Path, data: Path) -> None:
