@@ -1,6 +1,7 @@
 """From a folder of examples and a model to a folder with an adapter, and what tests say of it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,25 @@ import mlx.core as mx
 
 from ..arguments import SettingError
 from ..checkpoint.adapter import AdapterConfig, add_adapter
-from ..checkpoint.files import read_json
-from ..checkpoint.load import read_generation, read_tokenizer
+from ..checkpoint.files import DEFAULT, read_json, resolve
+from ..checkpoint.fit import free_memory
+from ..checkpoint.hub import headers_of
+from ..checkpoint.load import computed_in, load, read_generation, read_tokenizer
 from ..errors import CheckpointError
 from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Tokenizer
-from .data import Data, Encoder
-from .events import Event, Measuring, Succeeded, Validated
+from .data import Data, Encoder, read_data
+from .events import Event, Measuring, Stopped, Succeeded, Validated
 from .folder import Folder, Mode, RunError, Stored, clear, locked, read_state
+from .lines import Keys
 from .loop import Run, digest, resume
 from .measuring import Stop, answer_cases, answerable, validate
-from .objective import Objective
+from .objective import Sample
+from .plan import fitting
 from .settings import Settings
 from .step import Trainer
+from .teaching import as_examples, read_taught, teach, write_taught
 
 
 def never() -> bool:
@@ -47,9 +53,8 @@ def encoder_of(directory: Path, settings: Settings) -> Encoder:
 
 
 def train(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    data: Data,
+    path_or_repo: str | Path | None,
+    data: str | Path,
     adapter_path: str | Path,
     *,
     settings: Settings | None = None,
@@ -57,13 +62,14 @@ def train(
     mode: Mode = "new",
     stopped: Stop = never,
 ) -> Iterator[Event]:
-    """Fine-tune a model; its events come as they happen, and the folder holds what becomes of it.
+    """Fine-tune a checkpoint by a folder of examples, as the command `lora` does.
+
+    Its events (`training.events`) come as they happen; the folder holds what becomes of it.
 
     Args:
-        model: as `load` gives it. Adapters are put in place of its linear maps.
-        tokenizer: the same checkpoint's.
-        data: what `read_data` has read, with the model's `encoder_of`.
-        adapter_path: the folder, which is made if need be.
+        path_or_repo: as of `load`.
+        data: a folder with train.jsonl, and valid.jsonl if something is to be measured.
+        adapter_path: the run's folder, which is made if need be.
         settings: numbers of the run; None are the defaults.
         adapter: what is trained; None are the defaults.
         mode: "new" refuses a folder that holds a run, "resume" goes on with it, "overwrite"
@@ -71,21 +77,24 @@ def train(
         stopped: asked between steps; once it is true, the run is saved and ends.
 
     Raises:
+        DataError: an example cannot be used.
+        CheckpointError: the checkpoint cannot be found, fetched or read.
+        TooLarge: training would not fit; all of these before anything is loaded.
         RunError: the folder is used by another process, or is not what `mode` needs.
         SettingError: the model has no such parts, or the settings are of another run.
         Diverged: the loss is no finite number any more.
     """
+    settings, adapter = settings or Settings(), adapter or AdapterConfig()
+    name = DEFAULT if path_or_repo is None else str(path_or_repo)
+    encoder = encoder_of(resolve(name, weights=False), settings)
+    examples = read_data(Path(data), encoder, Keys(), train=True, test=False)
+    tokens, memory, dtype = examples.longest, free_memory(), computed_in(None)
+    fitting(headers_of(name), settings, adapter, tokens=tokens, memory=memory, dtype=dtype)
     path = Path(adapter_path)
     with locked(path, mode):
+        model, tokenizer = load(name)
         yield from train_in(
-            path,
-            model,
-            tokenizer,
-            data,
-            settings or Settings(),
-            adapter or AdapterConfig(),
-            mode=mode,
-            stopped=stopped,
+            path, model, tokenizer, examples, settings, adapter, mode=mode, stopped=stopped
         )
 
 
@@ -102,7 +111,7 @@ def train_in(
     weights: Path | None = None,
     stopped: Stop = never,
 ) -> Iterator[Event]:
-    """Train as `train` does, in a folder that is locked already.
+    """Train a model as `train` does, in a folder that is locked already.
 
     `arguments` are kept beside the adapter; `weights` is a file that its first values come from.
     """
@@ -110,6 +119,20 @@ def train_in(
     known = digest([*data.train, *data.valid])
     if stored is not None:
         check_same(path, stored, settings, known)
+    if settings.distill is not None:
+        samples: list[Sample] = []
+        if stored is not None:
+            samples = read_taught(path, model.config.vocab_size)
+        else:
+            for event in teach(model, data.train, settings.seed, stopped):
+                if isinstance(event, Sample):
+                    samples.append(event)
+                else:
+                    yield event
+            if stopped():
+                yield Stopped(0)
+                return
+        data = replace(data, train=as_examples(samples))
     mx.random.seed(settings.seed)  # which the first values of an adapter are drawn from
     add_adapter(model, adapter)
     if weights is not None:
@@ -118,6 +141,8 @@ def train_in(
     progress = None if stored is None else resume(trainer, stored)
     if mode == "overwrite":
         clear(path)
+    if settings.distill is not None and stored is None:
+        write_taught(path, samples)
     folder = Folder(path, adapter, {**vars(settings), **(arguments or {})}, known)
     if progress is not None:
         folder.trim_log(progress.iteration)
@@ -167,9 +192,9 @@ def load_weights(model: DiffusionGemma, file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is no adapted parameter of this run")
     if not found:
         raise CheckpointError(f"{file} holds nothing")
-    model.load_weights(
-        [(name, array.astype(own[name].dtype)) for name, array in found.items()], strict=False
-    )
+    weights = [(name, array.astype(own[name].dtype)) for name, array in found.items()]
+    mx.eval([array for _, array in weights])  # the file may be about to be replaced
+    model.load_weights(weights, strict=False)
 
 
 def run_test(
@@ -185,6 +210,6 @@ def run_test(
     if not data.test:
         raise SettingError("there are no test examples")
     end = model.generation.eos_token_ids[0]
-    yield from validate(model, data.test, settings, end, Objective(), iteration, stopped, of="test")
+    yield from validate(model, data.test, settings, end, iteration, stopped, of="test")
     if cases := answerable(data.test, settings.test_cases):
         yield from answer_cases(model, tokenizer, cases, settings, iteration, stopped, of="test")

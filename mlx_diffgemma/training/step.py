@@ -18,6 +18,7 @@ from ..checkpoint.adapter import trained
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from .batches import NOISE, draws
+from .distill import along_schedule
 from .objective import Losses, Noised, Objective, Sample, losses, noised
 from .optimizers import make_optimizer
 from .settings import Settings
@@ -85,10 +86,9 @@ class Trainer:
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
-        objective: Objective | None = None,
     ):
         self.model, self.settings = model, settings
-        self.objective = objective or Objective()
+        self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
         self.weights = trained(model)
@@ -119,7 +119,11 @@ class Trainer:
     def batch(self, samples: Sequence[Sample], iteration: int) -> Noised:
         """What an iteration asks: its noise follows from the seed and its number."""
         rng = draws(self.settings.seed, NOISE, iteration)
-        return noised(samples, rng, self.model.config, self.end_token, self.objective)
+        batch = noised(samples, rng, self.model.config, self.end_token, self.objective)
+        if self.settings.distill is None:
+            return batch
+        self.model.eval()
+        return along_schedule(self.model, batch, rng, self.settings.distill)
 
     def step(self, samples: Sequence[Sample], iteration: int) -> Step:
         """Learn from a batch; the weights change where enough gradients are summed.
@@ -130,8 +134,8 @@ class Trainer:
         settings = self.settings
         # Dropout draws from MLX's own generator, which others use between two steps.
         mx.random.seed(settings.seed + (iteration << 32) & (1 << 64) - 1)
-        self.model.train()
         batch = self.batch(samples, iteration)
+        self.model.train()
         found, gradients = gradients_of(
             self.model,
             self.weights,
@@ -152,7 +156,7 @@ class Trainer:
             scalar(found.total),
             scalar(found.denoising),
             scalar(found.reading),
-            sum(len(each.prompt) + len(each.response) for each in samples),
+            sum(each.length for each in samples),
             norm,
         )
 
@@ -175,6 +179,6 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; the weights before it are "
-            "kept as they were saved: a lower --learning-rate or a longer warm-up may help"
+            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
+            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
         )
