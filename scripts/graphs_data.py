@@ -1,0 +1,184 @@
+"""Make examples of graphs in three colours to fine-tune on, and count what `fill` gets right.
+
+    python scripts/graphs_data.py make DIR
+    python scripts/graphs_data.py score DIR --model MODEL --adapter A
+
+The prompt has the edges of a connected graph, each from both ends, in any order: `12 21 13 31`. The
+canvas has each node with its colour: `1R2G3B`. A graph is on the side of its class: graphs that
+differ in the numbers of their nodes alone are on one side. DIR/cases.jsonl has test graphs with
+some colours pinned; a case is right where `fill` keeps them and no edge joins equal colours.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations, islice, permutations, product
+from pathlib import Path
+
+from splits import Example, example, side, write
+
+COLOURS = "RGB"
+
+Edges = tuple[tuple[int, int], ...]  # of nodes from 1 on, the lower number first
+
+
+@cache
+def classes(nodes: int) -> dict[Edges, Edges]:
+    """Connected graphs that three colours suffice for, and the first graph of each one's class."""
+    pairs = list(combinations(range(1, nodes + 1), 2))
+    renamings = [dict(enumerate(order, 1)) for order in permutations(range(1, nodes + 1))]
+    moved = [[pairs.index(_pair(names[a], names[b])) for a, b in pairs] for names in renamings]
+    first: dict[int, int] = {}
+    for bits in range(1 << len(pairs)):
+        if bits in first:
+            continue
+        own = [i for i in range(len(pairs)) if bits >> i & 1]
+        for place in moved:
+            first.setdefault(sum(1 << place[i] for i in own), bits)
+
+    def edges(bits: int) -> Edges:
+        return tuple(pair for i, pair in enumerate(pairs) if bits >> i & 1)
+
+    kept = {bits for bits in set(first.values()) if _fits(edges(bits), nodes)}
+    return {edges(bits): edges(kind) for bits, kind in first.items() if kind in kept}
+
+
+def _pair(a: int, b: int) -> tuple[int, int]:
+    return min(a, b), max(a, b)
+
+
+def _fits(edges: Edges, nodes: int) -> bool:
+    """Whether a graph is connected and has a colouring."""
+    reached = {1}
+    for _ in range(nodes):
+        reached |= {b for pair in edges for b in pair if reached & set(pair)}
+    return len(reached) == nodes and bool(colourings(edges, nodes))
+
+
+@cache
+def colourings(edges: Edges, nodes: int) -> list[str]:
+    """All proper colourings, a letter a node."""
+    return [
+        "".join(letters)
+        for letters in product(COLOURS, repeat=nodes)
+        if all(letters[a - 1] != letters[b - 1] for a, b in edges)
+    ]
+
+
+def proper(edges: Edges, colours: str) -> bool:
+    """Whether no edge joins equal colours."""
+    return all(colours[a - 1] != colours[b - 1] for a, b in edges)
+
+
+def graphs(rng: random.Random, wanted: str, nodes: int) -> Iterator[Edges]:
+    """Graphs of one side, their classes equally often."""
+    by_class: dict[Edges, list[Edges]] = {}
+    for edges, kind in classes(nodes).items():
+        if side(str(kind)) == wanted:
+            by_class.setdefault(kind, []).append(edges)
+    kinds = sorted(by_class)
+    while True:
+        yield rng.choice(by_class[rng.choice(kinds)])
+
+
+def prompt_of(rng: random.Random, edges: Edges) -> str:
+    """The edges from both ends, in any order."""
+    ends = [f"{a}{b}" for pair in edges for a, b in (pair, pair[::-1])]
+    return " ".join(rng.sample(ends, len(ends)))
+
+
+def canvas_of(colours: str) -> str:
+    """Each node with its colour."""
+    return "".join(f"{node}{colour}" for node, colour in enumerate(colours, 1))
+
+
+def examples(rng: random.Random, wanted: str, nodes: int) -> Iterator[Example]:
+    """Graphs of one side with one of their colourings."""
+    for edges in graphs(rng, wanted, nodes):
+        colours = rng.choice(colourings(edges, nodes))
+        yield example(prompt_of(rng, edges), canvas_of(colours))
+
+
+def cases(rng: random.Random, wanted: str, nodes: int, pinned: int) -> Iterator[dict[str, object]]:
+    """Graphs of one side as templates: the colours of some nodes are given, from a colouring."""
+    choice = "|".join(COLOURS)
+    for edges in graphs(rng, wanted, nodes):
+        colours = rng.choice(colourings(edges, nodes))
+        given = rng.sample(range(nodes), pinned)
+        cells = [c if i in given else f"{{{{:{choice}}}}}" for i, c in enumerate(colours)]
+        template = "".join(f"{node}{cell}" for node, cell in enumerate(cells, 1))
+        pins = "".join(c if i in given else "." for i, c in enumerate(colours))
+        yield {
+            "prompt": prompt_of(rng, edges),
+            "template": template,
+            "edges": edges,
+            "pins": pins,
+        }
+
+
+def is_right(case: dict[str, object], text: str) -> bool:
+    """Whether a canvas has a proper colouring that keeps the pins."""
+    pins, edges = str(case["pins"]), case["edges"]
+    colours = text[1::2]
+    kept = len(colours) == len(pins) and canvas_of(colours) == text
+    return (
+        kept
+        and set(colours) <= set(COLOURS)
+        and all(pin in (".", colour) for pin, colour in zip(pins, colours, strict=True))
+        and proper(edges, colours)  # type: ignore[arg-type]
+    )
+
+
+def score(given: argparse.Namespace) -> None:
+    """Fill the cases of a file, and count."""
+    from mlx_diffgemma import fill, load
+
+    model, tokenizer = load(given.model, adapter=given.adapter)
+    lines = (given.directory / f"{given.cases}.jsonl").read_text().splitlines()[: given.limit]
+    right = steps = 0
+    for number, line in enumerate(lines, 1):
+        case = json.loads(line)
+        done = fill(model, tokenizer, case["template"], prompt=case["prompt"], seed=number)
+        right += is_right(case, done.text)
+        steps += done.steps
+    print(
+        f"{right} of {len(lines)} are right ({100 * right / len(lines):.1f} %), "
+        f"{steps / len(lines):.1f} steps each"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["make", "score"])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--nodes", type=int, default=6)
+    parser.add_argument("--pinned", type=int, default=2, help="colours that a case gives")
+    parser.add_argument("--train", type=int, default=8000, help="examples to train on")
+    parser.add_argument("--test", type=int, default=200, help="examples, and cases, of other sides")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="that is asked")
+    parser.add_argument("--adapter", help="of the model that is asked")
+    parser.add_argument("--cases", default="cases", choices=["cases", "valid-cases"])
+    parser.add_argument("--limit", type=int, help="most cases that are asked")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    if given.what == "score":
+        score(given)
+        return
+    rng, nodes = random.Random(given.seed), given.nodes
+    counts = {"train": given.train, "valid": given.test, "test": given.test}
+    files = {name: [*islice(examples(rng, name, nodes), n)] for name, n in counts.items()}
+    pinned = {
+        "cases": [*islice(cases(rng, "test", nodes, given.pinned), given.test)],
+        "valid-cases": [*islice(cases(rng, "valid", nodes, given.pinned), given.test)],
+    }
+    write(given.directory, {**files, **pinned})
+
+
+if __name__ == "__main__":
+    main()
