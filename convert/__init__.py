@@ -4,6 +4,7 @@ This folder is installed as `mlx_diffgemma.convert`.
 """
 
 from .estimate import Estimate, estimates
+from .fuse import Fused, changed_argmax, stream_fuse
 from .pipeline import Summary, convert, stream_convert, upload
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, uniform
 from .source import Fetched
@@ -16,12 +17,15 @@ __all__ = [
     "ConvertError",
     "Estimate",
     "Fetched",
+    "Fused",
     "Recipe",
     "Summary",
     "Written",
+    "changed_argmax",
     "convert",
     "estimates",
     "stream_convert",
+    "stream_fuse",
     "uniform",
     "upload",
     "workspace_of",

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from .recipes import Recipe
 
-
-def model_card(directory: Path, source: str, name: str, recipe: Recipe) -> str:
-    """Write README.md: where it comes from, how it is quantized, how to run it."""
+def model_card(directory: Path, source: str, name: str, what: str) -> str:
+    """Write README.md: where it comes from, what was done with it, how to run it."""
     from huggingface_hub import ModelCardData, metadata_load
 
     readme = directory / "README.md"
@@ -24,7 +22,6 @@ def model_card(directory: Path, source: str, name: str, recipe: Recipe) -> str:
     )
     return (
         f"---\n{card.to_yaml()}\n---\n\n# {name}\n\n"
-        f"{Path(source).name if Path(source).exists() else source}, converted to MLX with "
-        f"mlx-diffgemma: {recipe.description}.\n\n"
+        f"{Path(source).name if Path(source).exists() else source}, {what}.\n\n"
         f'```bash\npip install mlx-diffgemma\nmlx-diffgemma generate --model {name} "Hello"\n```\n'
     )

@@ -178,10 +178,11 @@ class _Conversion:
         try:
             with staged(self.target, self._key()) as stage:
                 yield from self._weights(stage)
-                _copy_files(directory, stage.fresh)
+                copy_files(directory, stage.fresh)
                 if pieces is not None:
                     pieces.save(stage.fresh)
-                card = model_card(directory, self.source, self.target.name, self.recipe)
+                what = f"converted to MLX with mlx-diffgemma: {self.recipe.description}"
+                card = model_card(directory, self.source, self.target.name, what)
                 (stage.fresh / "README.md").write_text(card, encoding="utf-8")
                 # Last: without it no tool takes the directory for a checkpoint.
                 config = config_of(
@@ -199,7 +200,7 @@ class _Conversion:
         notes = {"asked": self.asked, "commit": self.repository and self.repository.commit}
         files = Source(self.jobs, self.repository, stage.source)
         files.clear(stage.done)
-        _check_free(self.target.parent, files.room(stage.done))
+        check_free(self.target.parent, files.room(stage.done))
         if self.repository is not None and not stage.done:
             stage.record(0, notes)  # whoever goes on reads the same commit
         yield from write_shards(stage, split(self.jobs), files, notes)
@@ -253,7 +254,7 @@ def _check_source(source: str, headers: Headers, dequantize: bool) -> None:
         raise ConvertError(f"{source} is not quantized")
 
 
-def _check_free(directory: Path, needed: int) -> None:
+def check_free(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         need = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
@@ -266,7 +267,7 @@ def _generation(directory: Path) -> dict[str, Any] | None:
     return read_json(directory, name) if (directory / name).exists() else None
 
 
-def _copy_files(source: Path, destination: Path) -> None:
+def copy_files(source: Path, destination: Path) -> None:
     """Copy tokenizer, template, generation and processor files, licences."""
     for pattern in NEEDED:
         for path in source.glob(pattern):

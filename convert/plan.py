@@ -1,8 +1,11 @@
 """What a conversion will write, from the headers alone: every tensor, its type and its shape."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_diffgemma.checkpoint.files import (
     FLOATS,
@@ -24,17 +27,28 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor that is written
 
 
+# What fine-tuning makes of some rows of a matrix, in float32: given which, from one to another.
+Change = Callable[[mx.array, int, int], mx.array]
+
+
 @dataclass(frozen=True)
 class Job:
     """One matrix or vector of the source and the tensors it becomes, in the order of `parts`.
 
-    `sources` is (weight,), or (weight, scales[, biases]) of a module that is unpacked.
+    `sources` is (weight,), or (weight, scales[, biases]) of a module that is unpacked. Without a
+    change, what stays in its format is copied.
     """
 
     sources: tuple[Tensor, ...]
     packed: Quantization | None  # the source's format
     wanted: Quantization | None  # the result's
     parts: tuple[Entry, ...]
+    change: Change | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether packed numbers stay as they are."""
+        return self.change is None and self.packed is not None and self.packed == self.wanted
 
 
 def plan_jobs(
@@ -46,7 +60,7 @@ def plan_jobs(
         module, _, leaf = name.rpartition(".")
         if f"{module}.scales" in tensors and leaf in ("weight", "scales", "biases"):
             if leaf == "scales":  # the others are read with them
-                jobs.append(_unpacking(tensors, config, module, dtype))
+                jobs.append(unpacking(tensors, config, module, dtype))
             continue
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{name} has the type {tensor.dtype}, which is not converted")
@@ -68,22 +82,29 @@ def plan_jobs(
 
 def _packing(tensor: Tensor, path: str, wanted: Quantization, stored: str) -> Job:
     """Plan a matrix that becomes weights, scales and perhaps biases."""
-    *rows, columns = tensor.shape
+    return Job((tensor,), None, wanted, packed_parts(path, tensor.shape, wanted, stored))
+
+
+def packed_parts(
+    module: str, shape: tuple[int, ...], wanted: Quantization, stored: str
+) -> tuple[Entry, ...]:
+    """Tell the tensors of a packed matrix; `stored` is the type of affine scales and biases."""
+    *rows, columns = shape
     groups = (*rows, columns // wanted.group_size)
-    parts = [(f"{path}.weight", "U32", (*rows, columns * wanted.bits // 32))]
+    parts = [(f"{module}.weight", "U32", (*rows, columns * wanted.bits // 32))]
     if wanted.mode == "affine":
-        parts += [(f"{path}.scales", stored, groups), (f"{path}.biases", stored, groups)]
+        parts += [(f"{module}.scales", stored, groups), (f"{module}.biases", stored, groups)]
     else:
-        parts += [(f"{path}.scales", "U8", groups)]
-    return Job((tensor,), None, wanted, tuple(parts))
+        parts += [(f"{module}.scales", "U8", groups)]
+    return tuple(parts)
 
 
-def _unpacking(
+def unpacking(
     tensors: dict[str, Tensor], config: dict[str, Any], module: str, dtype: str | None
 ) -> Job:
     """Plan weights, scales and perhaps biases that become a matrix."""
     packed = quantization_of(config, module)
-    sources, shape = _packed(tensors, module, packed)
+    sources, shape = packed_of(tensors, module, packed)
     scales = tensors[f"{module}.scales"]
     stored = "BF16" if scales.dtype == "U8" else scales.dtype
     # Unpacked stacks of experts go back to Hugging Face's names.
@@ -92,7 +113,7 @@ def _unpacking(
     return Job(sources, packed, None, ((name, DTYPES.get(dtype or "", stored), shape),))
 
 
-def _packed(
+def packed_of(
     tensors: dict[str, Tensor], module: str, packed: Quantization
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Return the tensors of a packed matrix, weight first, and its shape once it is unpacked."""

@@ -162,7 +162,12 @@ def converted(job: Job) -> Iterator[Piece]:
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         arrays = [_read(tensor, start, stop) for tensor in job.sources]
+        if job.copied:
+            yield Piece(arrays, 0, 0, stop / rows)
+            continue
         plain = arrays[0] if job.packed is None else _unpacked(arrays, job.packed)
+        if job.change is not None:
+            plain = job.change(plain.astype(mx.float32), start, stop)
         target = _FLOATS.get(job.parts[-1][1], plain.dtype)
         damaged = _not_finite(weight.name, plain)
         made = [plain.astype(target)]

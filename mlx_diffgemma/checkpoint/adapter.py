@@ -2,7 +2,7 @@
 
 Files are laid out as mlx-lm's: `adapters.safetensors` and `adapter_config.json`. Linear layers are
 adapted by mlx-lm's modules, which are imported where an adapter is put in place and not before:
-that takes seconds.
+that takes seconds. Those of PEFT are read too, see `peft`.
 """
 
 import json
@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import ExpertLinear
+from . import peft
 from .files import (
     FLOATS,
     NAME_LIMIT,
@@ -34,6 +35,7 @@ from .files import (
 )
 from .hub import Unreachable, look_up
 from .info import Info
+from .peft import RANK_LIMIT, Sided
 from .weights import read_weights, sentence
 
 Kind = Literal["lora", "dora", "full"]
@@ -53,9 +55,6 @@ KEYS = (
     "mlp.down_proj",
 )
 
-# A rank above the width of a model is no low rank; the widest there is has 4096.
-RANK_LIMIT = 4096
-
 KEYS_LIMIT = 1000  # names in a config; a model has some ten kinds of maps
 
 # Largest factor, and the smallest, that a config may put before a low-rank term.
@@ -63,7 +62,7 @@ SCALE_LIMIT = 1e6
 
 # What is fetched of an adapter on the hub, and most bytes of it. Of the model that ships, terms of
 # rank 16 beside all dense maps take 75 MB, of rank 8 beside all experts 1 GB.
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, peft.WEIGHTS_FILE)
 FETCHED_LIMIT = 8_000_000_000
 
 
@@ -124,10 +123,23 @@ class Stored:
     config: AdapterConfig
     tensors: dict[str, Tensor]
     trained_on: str | None = None  # the model that it says it was trained on
+    sided: Sided | None = None  # of one that PEFT has written
 
     def __str__(self) -> str:
         count = sum(prod(tensor.shape) for tensor in self.tensors.values())
-        return f"{self.config}, {count / 1e6:,.2f} M parameters{_trained_on(self)}"
+        return f"{self.kind}, {count / 1e6:,.2f} M parameters{_trained_on(self)}"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a few words."""
+        if self.sided is None:
+            return str(self.config)
+        return f"PEFT's LoRA of rank {self.sided.rank}, scale {self.sided.scale:g}"
+
+    @property
+    def file(self) -> Path:
+        """The file of its tensors."""
+        return self.directory / (WEIGHTS_FILE if self.sided is None else peft.WEIGHTS_FILE)
 
     @property
     def loaded_bytes(self) -> int:
@@ -338,6 +350,8 @@ def read_adapter(directory: Path) -> Stored:
     if not directory.is_dir():
         raise CheckpointError(f"there is no directory {directory} with an adapter")
     values = read_json(directory, CONFIG_FILE)
+    if peft.CONFIG_KEY in values:
+        return _read_peft(directory, values)
     try:
         config = _config_of(values)
     except SettingError as error:
@@ -347,6 +361,26 @@ def read_adapter(directory: Path) -> Stored:
         check_type(tensor, FLOATS)
     model = values.get("model")
     return Stored(directory, config, tensors, model if isinstance(model, str) else None)
+
+
+def _read_peft(directory: Path, values: dict[str, Any]) -> Stored:
+    """Read the same of an adapter that PEFT has written."""
+    if not (directory / peft.WEIGHTS_FILE).exists() and (directory / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{directory} has its adapter as a pickle, which is not read: save it as safetensors"
+        )
+    tensors = read_header(directory / peft.WEIGHTS_FILE)
+    for tensor in tensors.values():
+        check_type(tensor, FLOATS)
+    try:
+        found = peft.sided(tensors, values)
+    except SettingError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / peft.WEIGHTS_FILE}: {error}") from None
+    model = values.get("base_model_name_or_path")
+    model = model if isinstance(model, str) and model else None
+    return Stored(directory, AdapterConfig(), tensors, model, found)
 
 
 def _config_of(values: dict[str, Any]) -> AdapterConfig:
@@ -386,6 +420,9 @@ def with_adapter(found: Info, stored: Stored) -> Info:
 
 def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
     """Put an adapter whose files were read in place; arguments and errors as in `load_adapter`."""
+    if stored.sided is not None:
+        _put_peft(model, stored, stored.sided)
+        return
     try:
         add_adapter(model, stored.config)
     except SettingError as error:
@@ -400,9 +437,22 @@ def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
     model.eval()  # dropout is for training
 
 
+def _put_peft(model: DiffusionGemma, stored: Stored, found: Sided) -> None:
+    """Put an adapter that PEFT has written in place."""
+    weights = read_weights(stored.tensors, None)
+    _check_finite(stored, weights)
+    model.freeze()
+    try:
+        peft.put_sided(model, found, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.file}: {error}{_trained_on(stored)}") from None
+    model.adapter = stored.kind
+    model.eval()
+
+
 def _check(stored: Stored, expected: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes of a file with those that the model has places for."""
-    file, found = stored.directory / WEIGHTS_FILE, stored.tensors
+    file, found = stored.file, stored.tensors
     if extra := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             f"{file}: {extra[0]} is no adapted parameter of this model{_trained_on(stored)}"
@@ -430,10 +480,6 @@ def _check_finite(stored: Stored, weights: dict[str, mx.array]) -> None:
     try:
         mx.eval(finite)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{stored.directory / WEIGHTS_FILE} cannot be loaded: {sentence(error)}"
-        ) from None
+        raise CheckpointError(f"{stored.file} cannot be loaded: {sentence(error)}") from None
     if wrong := sorted(name for name, each in finite.items() if not each.item()):
-        raise CheckpointError(
-            f"{stored.directory / WEIGHTS_FILE}: {wrong[0]} has numbers that are not finite"
-        )
+        raise CheckpointError(f"{stored.file}: {wrong[0]} has numbers that are not finite")

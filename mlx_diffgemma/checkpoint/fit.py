@@ -14,9 +14,15 @@ from .info import Info
 # Of what a model leaves free, the share that a dequantized embedding table may take.
 TABLE_SHARE = 0.25
 
-# Gigabytes of a Mac, and the bytes that Metal recommends its GPU to use of them (2/3 of up to 32,
-# 3/4 of more), as logs of others state; `free_memory` asks the Mac itself.
-MACS = {size: (size << 30) * (8 if size <= 32 else 9) // 12 for size in (16, 24, 32, 36, 48, 64)}
+
+def usable(size: int) -> int:
+    """Return the bytes that Metal recommends the GPU to use of a Mac's gigabytes: 2/3 of up to 32,
+    3/4 of more, as logs of others state; `free_memory` asks the Mac itself."""
+    return (size << 30) * (8 if size <= 32 else 9) // 12
+
+
+# Gigabytes of a Mac, and how much of them a model can use.
+MACS = {size: usable(size) for size in (16, 24, 32, 36, 48, 64)}
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Bytes in which not even the model that ships runs: what is less lacks its unit.

@@ -1,5 +1,6 @@
 """What a checkpoint is, from its headers alone: nothing is loaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -132,8 +133,7 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
         part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
         grouped.setdefault(part, []).append(tensor)
     text = [tensor for part, group in grouped.items() if part != "vision" for tensor in group]
-    stored = {ITEM_BYTES[tensor.dtype] for tensor in text if tensor.dtype in FLOATS}
-    size = _FLOAT_BYTES[dtype] if dtype else max(stored, default=2)
+    size = number_bytes(text, dtype)
     quantized = any(tensor.name.endswith("embed_tokens.scales") for tensor in text)
     per_token, window = _cache_bytes(config, size)
     tower = sum(_loaded_bytes(each, size) for each in grouped.get("vision", []))
@@ -152,6 +152,12 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
         picture_bytes=_picture_bytes(headers, size) if tower else 0,
         picture_tokens=_picture_tokens(headers) if tower else 0,
     )
+
+
+def number_bytes(text: Iterable[Tensor], dtype: str | None) -> int:
+    """Return the bytes of a number that is computed, by the tensors of the text model."""
+    stored = {ITEM_BYTES[tensor.dtype] for tensor in text if tensor.dtype in FLOATS}
+    return _FLOAT_BYTES[dtype] if dtype else max(stored, default=2)
 
 
 def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:

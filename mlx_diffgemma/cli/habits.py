@@ -18,7 +18,10 @@ _SAID = {
     ),
     **dict.fromkeys(("--max-kv-size", "--ctx-size", "--num-ctx", "--kv-bits"), _MEMORY),
     "--trust-remote-code": _NO_CODE,
-    "--adapter-path": "adapters are not supported: fuse them into the weights before converting",
+    **dict.fromkeys(
+        ("--export-gguf", "--gguf-path"),
+        "no other runtime reads this model as GGUF; what is written is safetensors",
+    ),
     "--draft-model": "the model drafts for itself with --mode speculative",
     "--verbose": "statistics are printed unless --quiet is given",
     "--ignore-chat-template": "prompts go through the checkpoint's template; from Python, token "

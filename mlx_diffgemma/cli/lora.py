@@ -1,5 +1,6 @@
 """The command that fine-tunes: `lora`."""
 
+import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+MODEL = "MLX_DIFFGEMMA_MODEL"  # which a YAML file and the run that goes on come before
+
 FineTuneType = Literal["lora", "dora", "full"]
 
 OptimizerName = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
@@ -34,8 +37,8 @@ class Base:
         typer.Option(
             "--model",
             "-m",
-            envvar="MLX_DIFFGEMMA_MODEL",
-            help="Checkpoint directory, or a name on the hub. [tiny, which ships with us]",
+            help="Checkpoint directory, or a name on the hub. [MLX_DIFFGEMMA_MODEL, else tiny, "
+            "which ships with us]",
         ),
     ] = None
     revision: Revision = None
@@ -183,7 +186,9 @@ def lora(
         fail("nothing is asked for: --train, --test or both", code=2)
     if asked.data is None:
         fail("--data names the folder with the examples", code=2)
-    load = LoadFaithful(**{**asdict(base), "model": asked.model})
+    if asked.train and asked.adapter_path is None:
+        fail("--adapter-path names the folder of the run", code=2)
+    load = LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
     if not quiet:
         load.introduce()
     _work(asked, load, keeping.mode, quiet=quiet)
@@ -203,8 +208,9 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
     before: dict[str, Any] = {}
     if keeping.resume:
         flags["train"] = True
-        path = flags["adapter_path"] or values.get("adapter_path") or ADAPTER_PATH
-        before = read_state(Path(str(path))).arguments
+        given = (flags["adapter_path"], values.get("adapter_path"), ADAPTER_PATH)
+        path = next(each for each in given if each)
+        before = {**read_state(Path(str(path))).arguments, "adapter_path": str(path)}
     for line in told:
         say(f"note: {config}: {line}")
     return asked_for(flags, values, before)
@@ -213,33 +219,44 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
 def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> None:
     """Read the examples, load the model, train and test."""
     from ..checkpoint.adapter import WEIGHTS_FILE
-    from ..checkpoint.files import resolve
+    from ..checkpoint.files import read_header, resolve
     from ..training.data import read_data
-    from ..training.folder import locked
+    from ..training.folder import check_folder, locked
     from ..training.optimizers import make_optimizer
+    from ..training.plots import NO_PLOTS, can_plot
     from ..training.run import encoder_of, load_weights
 
     assert asked.data is not None
+    path = asked.adapter_path
+    if asked.train:
+        assert path is not None
+        make_optimizer(asked.settings)
+        check_folder(path, mode)
+        if asked.resume_adapter_file is not None:
+            read_header(asked.resume_adapter_file)
     source = resolve(load.model or "tiny", revision=load.revision, weights=False)
     encoder = encoder_of(source, asked.settings)
     found = read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
     if found.notices and not quiet:
         say(*(f"note: {notice}" for notice in found.notices))
-    if not asked.train:
-        model, tokenizer = replace(load, adapter=str(asked.adapter_path) or None)()
+    if not asked.train or path is None:
+        adapter = None if path is None else str(path)
+        model, tokenizer = replace(load, adapter=adapter)()
         _test(asked, model, tokenizer, found, quiet=quiet)
         return
-    make_optimizer(asked.settings)
-    with locked(asked.adapter_path, mode):
+    if not (quiet or can_plot()):
+        say(f"note: {NO_PLOTS}")
+    with locked(path, mode):
         model, tokenizer = load()
-        _train(asked, model, tokenizer, found, mode, quiet=quiet)
+        _train(asked, path, model, tokenizer, found, mode, quiet=quiet)
         if asked.test:
-            load_weights(model, asked.adapter_path / WEIGHTS_FILE)
+            load_weights(model, path / WEIGHTS_FILE)
             _test(asked, model, tokenizer, found, quiet=quiet)
 
 
 def _train(
     asked: "Asked",
+    path: Path,
     model: "DiffusionGemma",
     tokenizer: "Tokenizer",
     data: "Data",
@@ -252,15 +269,14 @@ def _train(
     from ..training.run import train_in
     from .training import displaying, interruptible
 
-    path = str(asked.adapter_path)
-    command = shlex.join(["mlx-diffgemma", "lora", "--resume", "--adapter-path", path])
+    command = shlex.join(["mlx-diffgemma", "lora", "--resume", "--adapter-path", str(path)])
     told = "ending with this step; Ctrl-C again ends at once, and keeps what was saved before"
     with (
         interruptible(told) as stopped,
-        displaying(asked.adapter_path, asked.settings.iters, quiet=quiet) as show,
+        displaying(path, asked.settings.iters, quiet=quiet) as show,
     ):
         events = train_in(
-            asked.adapter_path,
+            path,
             model,
             tokenizer,
             data,
@@ -277,15 +293,14 @@ def _train(
         say(f"stopped after iteration {event.iteration}; it goes on with: {command}")
         raise SystemExit(130)
     assert isinstance(event, Finished)
-    _tell_end(asked, event)
+    _tell_end(path, event)
 
 
-def _tell_end(asked: "Asked", event: "Finished") -> None:
+def _tell_end(path: Path, event: "Finished") -> None:
     """Which weights are kept, and what they are worth beside none."""
     from ..checkpoint.adapter import WEIGHTS_FILE
 
-    file = asked.adapter_path / WEIGHTS_FILE
-    line = f"{file}: iteration {event.kept} of {event.iteration}"
+    line = f"{path / WEIGHTS_FILE}: iteration {event.kept} of {event.iteration}"
     if event.success is not None:
         line += f", which answers {event.success:.1%} of the validation cases exactly"
     if event.untrained is not None:
@@ -306,7 +321,7 @@ def _test(
     from ..training.run import run_test
     from .training import displaying, losses
 
-    with displaying(asked.adapter_path, 0, quiet=quiet) as show:
+    with displaying(Path(), 0, quiet=quiet) as show:
         for event in run_test(model, tokenizer, data, asked.settings):
             match event:
                 case Validated():

@@ -49,13 +49,14 @@ ADAPTER_PATH = "adapters"  # as mlx-lm's
 
 @dataclass(frozen=True)
 class Asked:
-    """All that `lora` is asked for. `values` are those that a run is to be begun with again."""
+    """All that `lora` is asked for. `values` are those that a run is begun with again; without
+    an `adapter_path` the model is tested as it is."""
 
     model: str | None
     train: bool
     test: bool
     data: Path | None
-    adapter_path: Path
+    adapter_path: Path | None
     resume_adapter_file: Path | None
     settings: Settings
     adapter: AdapterConfig
@@ -87,7 +88,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
         values = {}
     if not isinstance(values, dict):
         raise SettingError(f"{path} has no settings: {shown(values)}")
-    if "hf_dataset" in values:
+    if values.pop("hf_dataset", None):
         raise SettingError(
             f"{path}: hf_dataset is not supported; hf download --repo-type dataset fetches one, "
             "and data names its folder"
@@ -95,7 +96,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     values.pop("config", None)
     if unknown := sorted(map(str, values.keys() - KNOWN)):
         raise SettingError(f"{path}: {shown(unknown[0])} is not known; there are {_listed()}")
-    told = [f"{name}: {said}" for name, said in _NOTHING.items() if values.pop(name, None)]
+    told = [f"{name}: {said}" for name, said in _NOTHING.items() if values.get(name)]
+    if values.get("mask_prompt") is False:
+        told.append("mask_prompt: answers alone are denoised, as this model learns")
     return {name: value for name, value in values.items() if name not in _NOTHING}, told
 
 
@@ -130,7 +133,7 @@ def asked_for(
         train=values.get("train", False),
         test=values.get("test", False),
         data=Path(values["data"]) if values.get("data") else None,
-        adapter_path=Path(values.get("adapter_path") or ADAPTER_PATH),
+        adapter_path=_path(values.get("adapter_path", ADAPTER_PATH)),
         resume_adapter_file=_path(values.get("resume_adapter_file")),
         settings=Settings(**{name: values[name] for name in _SETTINGS if name in values}),
         adapter=adapter,

@@ -27,6 +27,7 @@ FILES = [
     "measure",
     "checkpoints",
     "lora",
+    "fuse",
     "models",
 ]
 

@@ -55,6 +55,12 @@ class Display:
         from ..training import events as told
 
         match event:
+            case told.Started():
+                went = f", {event.iteration} of them done" if event.iteration else ""
+                self._say(
+                    f"{event.parameters:,} parameters are trained on {event.examples:,} examples "
+                    f"in {event.iters:,} iterations{went}"
+                )
             case told.Stepped():
                 self._step(event.iteration)
             case told.Measuring():

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ..model.diffusion_gemma import TABLE_BYTES, DiffusionGemma
+from ..model.diffusion_gemma import DiffusionGemma
 
-# Bytes that one float32 array over a block may take. MLX runs ahead of the computation, so that up
-# to fourteen such arrays were measured at once (scripts/training_memory.py).
+# Bytes that one float32 array over a block may take, or a block of the table where it has to be
+# dequantized. MLX runs ahead of the computation, so that several exist at once.
 BLOCK_BYTES = 1 << 24
 
 LEAST = -1e30  # below any logit
@@ -82,11 +82,13 @@ def expected_embedding(model: DiffusionGemma, hidden: mx.array) -> mx.array:
 
 def tokens_at_once(model: DiffusionGemma, rows: int) -> int:
     """Tokens of a block, for so many hidden states."""
-    tokens = BLOCK_BYTES // (4 * max(rows, 1))
-    if model.dequantizes:
-        item = model.model.decoder.norm.weight.dtype.size
-        tokens = min(tokens, TABLE_BYTES // (item * model.config.hidden_size))
-    return max(tokens, 1)
+    item = model.model.decoder.norm.weight.dtype.size
+    return block_tokens(rows, item * model.config.hidden_size if model.dequantizes else 0)
+
+
+def block_tokens(rows: int, dequantized: int) -> int:
+    """Tokens of a block, for so many hidden states; each takes so many bytes of the table's."""
+    return max(1, BLOCK_BYTES // max(4 * rows, dequantized, 1))
 
 
 def _blocks(model: DiffusionGemma, rows: int, table: mx.array) -> Iterator[tuple[int, mx.array]]:

@@ -8,6 +8,16 @@ LEVELS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
+class Started:
+    """A run begins, or goes on after `iteration`: so many examples, and parameters to train."""
+
+    iteration: int
+    iters: int
+    examples: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Stepped:
     """An iteration is over. `loss` is that of its batch, in nats a token."""
 
@@ -97,7 +107,7 @@ class Finished:
     untrained: float | None
 
 
-Logged = Trained | Validated | Succeeded | Saved | Stopped | Finished
+Logged = Started | Trained | Validated | Succeeded | Saved | Stopped | Finished
 
 Event = Stepped | Measuring | Logged
 

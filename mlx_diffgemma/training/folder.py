@@ -7,6 +7,8 @@ kill or a full disk leaves the older one.
 import fcntl
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +21,7 @@ from ..checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, save_
 from ..errors import Error
 from ..files import replacing
 from .events import Logged, line_of
+from .plots import can_plot, plot
 
 STATE_FILE = "training_state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -27,6 +30,11 @@ PLOT_FILE = "progress.svg"
 # Names of what a run writes; checkpoints end as mlx-lm's do, behind the iteration.
 _OWN = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, LOG_FILE, PLOT_FILE)
 _CHECKPOINT = "[0-9]*_adapters.safetensors"
+
+# What a kill leaves of a file that was being written; see `files.replacing`.
+_HALF = re.compile(r"tmp[a-z0-9_]{8}(\.safetensors|\.svg)?")
+
+BETWEEN_PLOTS = 60.0  # seconds; drawing takes about half of one
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -82,6 +90,7 @@ class Folder:
         self._config = config
         self._arguments = dict(arguments)
         self._data = data
+        self._drawn = time.monotonic()
 
     def log(self, event: Logged) -> None:
         """Add an event to the log.
@@ -119,6 +128,14 @@ class Folder:
                 mx.save_safetensors(str(fresh), arrays, {"run": json.dumps(about)})
             return path
 
+    def plot(self, *, last: bool) -> None:
+        """Draw the log, if the library for it is installed; before the last time not too often."""
+        due = last or time.monotonic() - self._drawn > BETWEEN_PLOTS
+        if due and can_plot() and (self.path / LOG_FILE).exists():
+            self._drawn = time.monotonic()
+            with _writing(self.path / PLOT_FILE) as path:
+                plot(path, read_log(self.path))
+
     def trim_log(self, iteration: int) -> None:
         """Forget what was logged behind the state that a run goes on from."""
         source = self.path / LOG_FILE
@@ -135,6 +152,7 @@ def _writing(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, RuntimeError) as error:  # the second is MLX's, and says what the first does
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason.rstrip(".")
         raise RunError(
             f"{path} cannot be written: {reason}; what was saved before is as it was"
         ) from None
@@ -161,7 +179,9 @@ def locked(path: Path, mode: Mode) -> Iterator[None]:
             raise RunError(f"another process is training in {path}") from None
         except OSError as error:
             raise RunError(f"{path} cannot be locked: {error.strerror}") from None
-        _check(path, mode)
+        check_folder(path, mode)
+        if mode != "new":
+            _remove_halves(path)
         yield
     finally:
         os.close(directory)
@@ -169,7 +189,18 @@ def locked(path: Path, mode: Mode) -> Iterator[None]:
             path.rmdir()
 
 
-def _check(path: Path, mode: Mode) -> None:
+def _remove_halves(path: Path) -> None:
+    for file in path.iterdir():
+        if _HALF.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
+def check_folder(path: Path, mode: Mode) -> None:
+    """Whether a folder holds what a run needs of it.
+
+    Raises:
+        RunError: it does not, see `locked`.
+    """
     held = files_of(path)
     if mode == "resume" and path / STATE_FILE not in held:
         raise RunError(f"{path} has no {STATE_FILE} to go on from")

@@ -21,6 +21,7 @@ from .events import (
     Logged,
     Measuring,
     Saved,
+    Started,
     Stepped,
     Stopped,
     Succeeded,
@@ -57,12 +58,13 @@ class Run:
             yield event
 
     def _events(self, progress: Progress) -> Iterator[Event]:
-        settings = self.trainer.settings
+        settings, weights = self.trainer.settings, self.trainer.weights
         samples = [each.sample for each in self.data.train]
         lengths = [len(each.prompt) + len(each.response) for each in samples]
         batches = Batches(lengths, settings.batch_size, settings.seed)
         saved = progress.iteration
-        mx.reset_peak_memory()
+        count = sum(each.size for each in weights.values())
+        yield Started(progress.iteration, settings.iters, len(samples), count)
         while True:
             at = progress.iteration
             last = at == settings.iters
@@ -76,15 +78,16 @@ class Run:
             if last or stopping:
                 break
             began = time.perf_counter()
+            mx.reset_peak_memory()  # as answers do
             step = self.trainer.step([samples[i] for i in batches.at(at + 1)], at + 1)
             progress.iteration += 1
             _add(progress, step, time.perf_counter() - began)
             clear_cache(settings.clear_cache_threshold)
             yield Stepped(progress.iteration, step.loss)
-            if progress.iteration in (settings.iters,) or not (
-                progress.iteration % settings.steps_per_report
-            ):
+            at = progress.iteration
+            if at == settings.iters or not at % settings.steps_per_report:
                 yield self._report(progress)
+        self.folder.plot(last=True)
         if not last:
             yield Stopped(progress.iteration)
             return
@@ -105,7 +108,7 @@ class Run:
             iterations_per_second=count / seconds,
             tokens_per_second=sums["tokens"] / seconds,
             trained_tokens=progress.trained_tokens,
-            peak_memory=mx.get_peak_memory(),
+            peak_memory=round(sums["peak"]),
         )
 
     def _measure(self, progress: Progress) -> Iterator[Event]:
@@ -139,6 +142,7 @@ class Run:
         if len(found) < len(events):
             return  # it was stopped
         progress.evaluated = at
+        self.folder.plot(last=False)
         if cases:
             yield from self._keep_better(progress, found)
 
@@ -172,8 +176,10 @@ class Run:
 
 def _add(progress: Progress, step: Step, seconds: float) -> None:
     values = (1, step.loss, step.denoising, step.reading, step.tokens, seconds)
+    since = progress.since
     for name, value in zip(_SUMMED, values, strict=True):
-        progress.since[name] = progress.since.get(name, 0) + value
+        since[name] = since.get(name, 0) + value
+    since["peak"] = max(since.get("peak", 0), mx.get_peak_memory())
     progress.trained_tokens += step.tokens
     progress.norm = progress.norm if step.norm is None else step.norm
 

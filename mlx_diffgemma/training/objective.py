@@ -205,10 +205,9 @@ def _first_pass(model: DiffusionGemma, batch: Noised, kept: Sequence[mx.array]) 
     rows = [row for row, wanted in enumerate(batch.conditioned) if wanted]
     if not rows:
         return None
-    known = [mx.stop_gradient(each) for each in kept]
     some = mx.array(rows)
     prefixes = [batch.prefixes[row] for row in rows]
-    found = expected_embedding(model, decode(model, batch.canvas[some], known, rows, prefixes))
+    found = expected_embedding(model, decode(model, batch.canvas[some], kept, rows, prefixes))
     if len(rows) == len(batch.conditioned):
         return found
     zeros = mx.zeros((len(batch.conditioned), *found.shape[1:]), found.dtype)

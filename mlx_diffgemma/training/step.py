@@ -102,8 +102,9 @@ class Trainer:
 
     def take(self, weights: Arrays, gradients: Arrays, optimizer: Arrays) -> None:
         """Go on from other weights, sums of gradients and arrays of the optimizer."""
-        self.weights = weights
-        self.gradients = gradients or None
+        # In the order that they had: the length of a gradient is a sum over all of them.
+        self.weights = weights = {name: weights[name] for name in self.weights}
+        self.gradients = {name: gradients[name] for name in weights} if gradients else None
         state: dict[str, Any] = {}
         for name, array in optimizer.items():
             owner, _, leaf = name.rpartition(".")

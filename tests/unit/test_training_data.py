@@ -49,7 +49,9 @@ def read(folder: Path, encoder: Encoder = ENCODER, keys: Keys | None = None) -> 
         {"prompt": CHAT[:-1], "completion": "2 it is", "id": 7},
     ],
 )
-def test_the_response_is_what_the_last_turn_adds_to_the_prompt(tmp_path: Path, example: Any) -> None:
+def test_the_response_is_what_the_last_turn_adds_to_the_prompt(
+    tmp_path: Path, example: Any
+) -> None:
     """It begins behind the turn's header, which generation gives, and its end token ends it."""
     (found,) = read(written(tmp_path, example)).train
     prompt, response = found.sample.prompt, found.sample.response

@@ -228,6 +228,8 @@ def test_checkpointed_gradients_are_the_same(dropout: float) -> None:
     assert close(*found, 0.0)
     now = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(now[name], held[name]).item() for name in held)
+    losses(model, batch, Objective(), checkpointed=True)
+    assert all(array is now[name] for name, array in tree_flatten(model.parameters()))
 
 
 def test_gradients_are_finite_differences() -> None:
