@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .text.turns import Text as Text
     from .text.turns import Thought as Thought
     from .text.turns import ToolCall as ToolCall
+    from .training.run import train as train
 
 # Resolved on first use: the command line imports this package and must answer --help at once.
 _EXPORTS = {
@@ -104,6 +105,7 @@ _EXPORTS = {
     "text.template": "TemplateError",
     "text.tokenizer": "Tokenizer TokenizerError",
     "text.turns": "BadToolCall Text Thought ToolCall",
+    "training.run": "train",
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..arguments import SettingError, is_number, shown, whole_number
 from ..errors import CheckpointError
 from ..files import replacing
+from ..model.config import LAYERS_LIMIT
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import ExpertLinear
 from . import peft
@@ -35,7 +36,7 @@ from .files import (
 )
 from .hub import Unreachable, look_up
 from .info import Info
-from .peft import RANK_LIMIT, Sided
+from .peft import RANK_LIMIT, SCALE_LIMIT, Sided
 from .weights import read_weights, sentence
 
 Kind = Literal["lora", "dora", "full"]
@@ -56,9 +57,6 @@ KEYS = (
 )
 
 KEYS_LIMIT = 1000  # names in a config; a model has some ten kinds of maps
-
-# Largest factor, and the smallest, that a config may put before a low-rank term.
-SCALE_LIMIT = 1e6
 
 # What is fetched of an adapter on the hub, and most bytes of it. Of the model that ships, terms of
 # rank 16 beside all dense maps take 75 MB, of rank 8 beside all experts 1 GB.
@@ -93,7 +91,7 @@ class AdapterConfig:
             raise SettingError(
                 f"fine_tune_type is one of {', '.join(get_args(Kind))}; not {shown(kind)}"
             )
-        if whole_number("num_layers", self.num_layers, -1) == 0:
+        if whole_number("num_layers", self.num_layers, -1, LAYERS_LIMIT) == 0:
             raise SettingError("num_layers is 0: no layer would be adapted")
         whole_number("rank", self.rank, 1, RANK_LIMIT)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -195,18 +193,21 @@ def _places(model: DiffusionGemma, config: AdapterConfig) -> dict[str, nn.Module
     first = 0 if config.num_layers == -1 else count - config.num_layers
     found: dict[str, nn.Module] = {}
     met: set[str] = set()
-    for number, block in list(enumerate(model.layers))[first:]:
+    for number, block in enumerate(model.layers):
         for key, module in block.named_modules():
             fits = _is_linear(module) if config.keys is None else key in config.keys
             if fits:
+                met.add(key)  # full layers have no v_proj, and may be the only ones adapted
+            if fits and number >= first:
                 found[f"model.decoder.layers.{number}.{key}"] = module
-                met.add(key)
     for name, module in model.named_modules():
         if config.keys is not None and name and name in config.keys:
             found[name] = module
             met.add(name)
     if unknown := sorted(set(config.keys or ()) - met):
         raise SettingError(f"keys: the layers have no {shown(unknown[0])}")
+    if not found:
+        raise SettingError(f"keys: none of them is in the last {config.num_layers} layers")
     for name, module in found.items():
         if not _is_linear(module):
             raise SettingError(f"keys: {name} is a {type(module).__name__}, no linear map")

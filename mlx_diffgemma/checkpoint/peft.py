@@ -63,6 +63,9 @@ _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A rank above the width of a model is no low rank; the widest there is has 4096.
 RANK_LIMIT = 4096
 
+# The largest factor that a config may put before a low-rank term.
+SCALE_LIMIT = 1e6
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -105,7 +108,7 @@ def factors_of(config: dict[str, Any]) -> tuple[int, float]:
         )
     rank = whole_number("r", config.get("r"), 1, RANK_LIMIT)
     alpha = config.get("lora_alpha")
-    if not is_number(alpha):
+    if not is_number(alpha) or abs(alpha) > SCALE_LIMIT:
         raise SettingError(f"lora_alpha must be a number, not {shown(alpha)}")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, with_options
+from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, size, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from ..training.data import Data
     from ..training.events import Finished
     from ..training.folder import Mode
+    from ..training.plan import Plan
     from .lora_config import Asked
 
 app = typer.Typer()
+
+DEFAULT = "tiny"  # the model where none is named
 
 MODEL = "MLX_DIFFGEMMA_MODEL"  # which a YAML file and the run that goes on come before
 
@@ -94,6 +97,10 @@ class Learning:
         bool | None,
         typer.Option("--mask-prompt", help="Denoise answers alone, which is always done."),
     ] = None
+    encoder_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the encoder's loss beside the denoiser's; 0 is none of it. [1.0]"),
+    ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
 
 
@@ -108,7 +115,7 @@ class Watching:
         int | None, typer.Option(min=1, help="Iterations between two measurements. [200]")
     ] = None
     val_batches: Annotated[
-        int | None, typer.Option(help="Batches of the validation loss; -1 is all. [25]")
+        int | None, typer.Option(help="Batches of the validation loss; -1 is all. [8]")
     ] = None
     success_cases: Annotated[
         int | None, typer.Option(min=0, help="Validation examples that are answered. [16]")
@@ -165,6 +172,9 @@ def lora(
     base: Base,
     train: Annotated[bool | None, typer.Option("--train", help="Train.")] = None,
     test: Annotated[bool | None, typer.Option("--test", help="Measure on test.jsonl.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the memory that training needs, and end.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option(help="Folder with train.jsonl, valid.jsonl, test.jsonl.")
     ] = None,
@@ -182,16 +192,24 @@ def lora(
     for group in (adapting, learning, watching, keeping):
         flags |= asdict(group)
     asked = _asked(flags, config, keeping)
+    if plan:
+        _plan(asked, _loading(base, asked))
+        return
     if not (asked.train or asked.test):
         fail("nothing is asked for: --train, --test or both", code=2)
     if asked.data is None:
         fail("--data names the folder with the examples", code=2)
     if asked.train and asked.adapter_path is None:
         fail("--adapter-path names the folder of the run", code=2)
-    load = LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
+    load = _loading(base, asked)
     if not quiet:
         load.introduce()
     _work(asked, load, keeping.mode, quiet=quiet)
+
+
+def _loading(base: Base, asked: "Asked") -> LoadFaithful:
+    """Loads the model that is asked for, once it is called."""
+    return LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
 
 
 def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Asked":
@@ -219,14 +237,12 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
 def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> None:
     """Read the examples, load the model, train and test."""
     from ..checkpoint.adapter import WEIGHTS_FILE
-    from ..checkpoint.files import read_header, resolve
-    from ..training.data import read_data
+    from ..checkpoint.files import read_header
     from ..training.folder import check_folder, locked
     from ..training.optimizers import make_optimizer
     from ..training.plots import NO_PLOTS, can_plot
-    from ..training.run import encoder_of, load_weights
+    from ..training.run import load_weights
 
-    assert asked.data is not None
     path = asked.adapter_path
     if asked.train:
         assert path is not None
@@ -234,9 +250,7 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         check_folder(path, mode)
         if asked.resume_adapter_file is not None:
             read_header(asked.resume_adapter_file)
-    source = resolve(load.model or "tiny", revision=load.revision, weights=False)
-    encoder = encoder_of(source, asked.settings)
-    found = read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
+    found = _examples(asked, load)
     if found.notices and not quiet:
         say(*(f"note: {notice}" for notice in found.notices))
     if not asked.train or path is None:
@@ -246,12 +260,64 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         return
     if not (quiet or can_plot()):
         say(f"note: {NO_PLOTS}")
+    _planned(asked, load, found, fit=True)
     with locked(path, mode):
         model, tokenizer = load()
         _train(asked, path, model, tokenizer, found, mode, quiet=quiet)
         if asked.test:
             load_weights(model, path / WEIGHTS_FILE)
             _test(asked, model, tokenizer, found, quiet=quiet)
+
+
+def _examples(asked: "Asked", load: LoadFaithful) -> "Data":
+    """The examples, encoded for the model that is asked for."""
+    from ..checkpoint.files import resolve
+    from ..training.data import read_data
+    from ..training.run import encoder_of
+
+    assert asked.data is not None
+    source = resolve(load.model or DEFAULT, revision=load.revision, weights=False)
+    encoder = encoder_of(source, asked.settings)
+    return read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
+
+
+def _planned(
+    asked: "Asked", load: LoadFaithful, data: "Data | None", *, fit: bool = False
+) -> "Plan":
+    """What training will need of memory; with `fit`, of what is free."""
+    from ..checkpoint.fit import free_memory
+    from ..checkpoint.hub import headers_of
+    from ..checkpoint.load import computed_in
+    from ..training.plan import fitting, plan
+
+    headers = headers_of(load.model or DEFAULT, revision=load.revision)
+    tokens = data.longest if data else asked.settings.max_seq_length
+    dtype = computed_in(load.dtype)
+    if not fit:
+        return plan(headers, asked.settings, asked.adapter, tokens=tokens, dtype=dtype)
+    memory = size(load.max_memory)
+    memory = free_memory() if memory is None else memory
+    return fitting(
+        headers, asked.settings, asked.adapter, tokens=tokens, memory=memory, dtype=dtype
+    )
+
+
+def _plan(asked: "Asked", load: LoadFaithful) -> None:
+    """Print what training would need, part by part, and on which Macs there is so much."""
+    from rich.filesize import decimal
+
+    data = None
+    if asked.data is not None:
+        data = _examples(replace(asked, train=True, test=False), load)
+    made = _planned(asked, load, data)
+    for part in made.parts:
+        put(f"{part.name:<42}{decimal(part.bytes):>10}")
+    put(f"{'in all':<42}{decimal(made.total):>10}")
+    macs = f"Macs of {made.macs[0]} GB and more" if made.macs else "no Mac"
+    put(
+        f"{made.trained:,} parameters are trained, with batches of {made.batch} x {made.tokens:,} "
+        f"tokens: this fits {macs}"
+    )
 
 
 def _train(

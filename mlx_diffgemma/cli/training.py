@@ -1,9 +1,10 @@
 """How a run of fine-tuning looks: a bar and lines on a terminal, lines alone elsewhere."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ def interruptible(told: str) -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        say("", told)
+        with suppress(OSError):  # not by way of a stream, in which this may be amid a line
+            os.write(2, f"\n{told}\n".encode())
 
     before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -25,7 +25,8 @@ from ..tasks.score import ScoreResult, score
 
 @register_model("mlx-diffgemma")
 class DiffusionGemmaLM(TemplateLM):
-    """`path` is a checkpoint (none: the small model), `steps` and `seed` as in `generate`."""
+    """`path` is a checkpoint (none: the small model), `adapter` what stands beside it, `steps` and
+    `seed` as in `generate`."""
 
     def __init__(
         self,
@@ -35,11 +36,12 @@ class DiffusionGemmaLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        adapter: str | None = None,
     ):
         super().__init__()
-        self._loaded = load(path)
+        self._loaded = load(path, adapter=adapter)
         self._model, self._tokenizer = self._loaded
-        self._name = path or "tiny"
+        self._name = f"{path or 'tiny'} with {adapter}" if adapter else path or "tiny"
         self._bos = self._tokenizer.token_id("<bos>")
         self._steps = steps
         self._seed = seed

@@ -37,6 +37,11 @@ class Data:
     test: tuple[Example, ...] = ()
     notices: tuple[str, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, prompt and response."""
+        return max(each.sample.length for each in (*self.train, *self.valid, *self.test))
+
 
 @dataclass(frozen=True)
 class Encoder:

@@ -60,7 +60,7 @@ class Run:
     def _events(self, progress: Progress) -> Iterator[Event]:
         settings, weights = self.trainer.settings, self.trainer.weights
         samples = [each.sample for each in self.data.train]
-        lengths = [len(each.prompt) + len(each.response) for each in samples]
+        lengths = [each.length for each in samples]
         batches = Batches(lengths, settings.batch_size, settings.seed)
         saved = progress.iteration
         count = sum(each.size for each in weights.values())
@@ -125,7 +125,6 @@ class Run:
                     self.data.valid,
                     settings,
                     trainer.end_token,
-                    trainer.objective,
                     at,
                     self.stopped,
                 )

@@ -36,7 +36,6 @@ def validate(
     examples: Sequence[Example],
     settings: Settings,
     end_token: int,
-    objective: Objective,
     iteration: int,
     stopped: Stop,
     *,
@@ -44,9 +43,10 @@ def validate(
 ) -> Iterator[Measuring | Validated]:
     """Losses of examples at each of `LEVELS`; ends without them once `stopped` says so."""
     began = time.perf_counter()
+    objective = Objective(encoder_weight=settings.encoder_weight)
     samples = [each.sample for each in examples]
     most = settings.val_batches if of == "valid" else settings.test_batches
-    batches = in_order([_length(each) for each in samples], settings.batch_size, most)
+    batches = in_order([each.length for each in samples], settings.batch_size, most)
     denoising, reading = [0.0] * len(LEVELS), 0.0
     model.eval()
     for number, indices in enumerate(batches):
@@ -142,7 +142,3 @@ def clear_cache(threshold: int) -> None:
     """Give memory back that MLX keeps for later, if it is more than that."""
     if mx.get_cache_memory() > threshold:
         mx.clear_cache()
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.prompt) + len(sample.response)

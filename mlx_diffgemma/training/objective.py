@@ -36,6 +36,11 @@ class Sample:
     response: tuple[int, ...]
     truncated: bool = False
 
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -8,18 +8,21 @@ import mlx.core as mx
 
 from ..arguments import SettingError
 from ..checkpoint.adapter import AdapterConfig, add_adapter
-from ..checkpoint.files import read_json
-from ..checkpoint.load import read_generation, read_tokenizer
+from ..checkpoint.files import DEFAULT, read_json, resolve
+from ..checkpoint.fit import free_memory
+from ..checkpoint.hub import headers_of
+from ..checkpoint.load import computed_in, load, read_generation, read_tokenizer
 from ..errors import CheckpointError
 from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Tokenizer
-from .data import Data, Encoder
+from .data import Data, Encoder, read_data
 from .events import Event, Measuring, Succeeded, Validated
 from .folder import Folder, Mode, RunError, Stored, clear, locked, read_state
+from .lines import Keys
 from .loop import Run, digest, resume
 from .measuring import Stop, answer_cases, answerable, validate
-from .objective import Objective
+from .plan import fitting
 from .settings import Settings
 from .step import Trainer
 
@@ -47,9 +50,8 @@ def encoder_of(directory: Path, settings: Settings) -> Encoder:
 
 
 def train(
-    model: DiffusionGemma,
-    tokenizer: Tokenizer,
-    data: Data,
+    path_or_repo: str | Path | None,
+    data: str | Path,
     adapter_path: str | Path,
     *,
     settings: Settings | None = None,
@@ -57,13 +59,14 @@ def train(
     mode: Mode = "new",
     stopped: Stop = never,
 ) -> Iterator[Event]:
-    """Fine-tune a model; its events come as they happen, and the folder holds what becomes of it.
+    """Fine-tune a checkpoint by a folder of examples, as the command `lora` does.
+
+    Its events (`training.events`) come as they happen; the folder holds what becomes of it.
 
     Args:
-        model: as `load` gives it. Adapters are put in place of its linear maps.
-        tokenizer: the same checkpoint's.
-        data: what `read_data` has read, with the model's `encoder_of`.
-        adapter_path: the folder, which is made if need be.
+        path_or_repo: as of `load`.
+        data: a folder with train.jsonl, and valid.jsonl if something is to be measured.
+        adapter_path: the run's folder, which is made if need be.
         settings: numbers of the run; None are the defaults.
         adapter: what is trained; None are the defaults.
         mode: "new" refuses a folder that holds a run, "resume" goes on with it, "overwrite"
@@ -71,21 +74,24 @@ def train(
         stopped: asked between steps; once it is true, the run is saved and ends.
 
     Raises:
+        DataError: an example cannot be used.
+        CheckpointError: the checkpoint cannot be found, fetched or read.
+        TooLarge: training would not fit; all of these before anything is loaded.
         RunError: the folder is used by another process, or is not what `mode` needs.
         SettingError: the model has no such parts, or the settings are of another run.
         Diverged: the loss is no finite number any more.
     """
+    settings, adapter = settings or Settings(), adapter or AdapterConfig()
+    name = DEFAULT if path_or_repo is None else str(path_or_repo)
+    encoder = encoder_of(resolve(name, weights=False), settings)
+    examples = read_data(Path(data), encoder, Keys(), train=True, test=False)
+    tokens, memory, dtype = examples.longest, free_memory(), computed_in(None)
+    fitting(headers_of(name), settings, adapter, tokens=tokens, memory=memory, dtype=dtype)
     path = Path(adapter_path)
     with locked(path, mode):
+        model, tokenizer = load(name)
         yield from train_in(
-            path,
-            model,
-            tokenizer,
-            data,
-            settings or Settings(),
-            adapter or AdapterConfig(),
-            mode=mode,
-            stopped=stopped,
+            path, model, tokenizer, examples, settings, adapter, mode=mode, stopped=stopped
         )
 
 
@@ -102,7 +108,7 @@ def train_in(
     weights: Path | None = None,
     stopped: Stop = never,
 ) -> Iterator[Event]:
-    """Train as `train` does, in a folder that is locked already.
+    """Train a model as `train` does, in a folder that is locked already.
 
     `arguments` are kept beside the adapter; `weights` is a file that its first values come from.
     """
@@ -167,9 +173,9 @@ def load_weights(model: DiffusionGemma, file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is no adapted parameter of this run")
     if not found:
         raise CheckpointError(f"{file} holds nothing")
-    model.load_weights(
-        [(name, array.astype(own[name].dtype)) for name, array in found.items()], strict=False
-    )
+    weights = [(name, array.astype(own[name].dtype)) for name, array in found.items()]
+    mx.eval([array for _, array in weights])  # the file may be about to be replaced
+    model.load_weights(weights, strict=False)
 
 
 def run_test(
@@ -185,6 +191,6 @@ def run_test(
     if not data.test:
         raise SettingError("there are no test examples")
     end = model.generation.eos_token_ids[0]
-    yield from validate(model, data.test, settings, end, Objective(), iteration, stopped, of="test")
+    yield from validate(model, data.test, settings, end, iteration, stopped, of="test")
     if cases := answerable(data.test, settings.test_cases):
         yield from answer_cases(model, tokenizer, cases, settings, iteration, stopped, of="test")

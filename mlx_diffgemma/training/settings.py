@@ -46,8 +46,11 @@ class Settings:
             `WARM_UP` updates and falls along a cosine to a tenth.
         optimizer_config: arguments by the optimizer's name, over `OPTIMIZER_CONFIG`.
         max_grad_norm: longer gradients are shortened to it; 0 leaves them as they are.
+        encoder_weight: of the encoder's loss beside the denoiser's; 0 computes none. An encoder
+            that never learnt to read on pulls an adapter away from the task.
         seed: of all that is drawn.
-        val_batches: batches whose validation loss is measured; -1 is all.
+        val_batches: batches whose validation loss is measured, each at four levels of noise, which
+            is why there are fewer than mlx-lm's 25; -1 is all.
         test_batches: the same of the test's loss.
         success_cases: validation examples that are answered, to count the exact ones; 0 is none.
         test_cases: the same of the test.
@@ -66,8 +69,9 @@ class Settings:
     learning_rate: float = 1.5e-4
     lr_schedule: Mapping[str, Any] | None = None
     max_grad_norm: float = 1.0
+    encoder_weight: float = 1.0
     seed: int = 0
-    val_batches: int = 25
+    val_batches: int = 8
     test_batches: int = 500
     success_cases: int = 16
     test_cases: int = 100
@@ -90,7 +94,7 @@ class Settings:
         whole_number("max_seq_length", self.max_seq_length, 2, MOST)
         if self.success_steps is not None:
             whole_number("success_steps", self.success_steps, 1, MOST)
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "encoder_weight"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
                 raise SettingError(f"{name} must be a number from 0 on, not {shown(value)}")

@@ -85,10 +85,9 @@ class Trainer:
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
-        objective: Objective | None = None,
     ):
         self.model, self.settings = model, settings
-        self.objective = objective or Objective()
+        self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
         self.weights = trained(model)
@@ -152,7 +151,7 @@ class Trainer:
             scalar(found.total),
             scalar(found.denoising),
             scalar(found.reading),
-            sum(len(each.prompt) + len(each.response) for each in samples),
+            sum(each.length for each in samples),
             norm,
         )
 
@@ -175,6 +174,6 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; the weights before it are "
-            "kept as they were saved: a lower --learning-rate or a longer warm-up may help"
+            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
+            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
         )

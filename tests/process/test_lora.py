@@ -14,8 +14,12 @@ import pytest
 from command import at_a_terminal, run
 from paths import SUDOKU
 
+import mlx_diffgemma
 from mlx_diffgemma.checkpoint import load as loading
+from mlx_diffgemma.training.events import Finished
 from mlx_diffgemma.training.folder import read_log
+from mlx_diffgemma.training.lines import DataError
+from mlx_diffgemma.training.settings import Settings
 
 COMMAND = [sys.executable, "-m", "mlx_diffgemma", "lora"]
 
@@ -104,6 +108,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, data: Path) -> None:
         (["--train", "--data", "BAD"], 1, "train.jsonl, line 2: the completion is empty"),
         (["--train", "--data", "DATA", "--keys", "q_proj"], 1, "keys"),
         (["--train", "--data", "DATA", "--num-layers", "99"], 1, "num_layers is 99"),
+        (["--train", "--data", "DATA", "--max-memory", "2MB"], 1, "and 2.0 MB are free"),
         (["--train", "--data", "DATA", "--learning-rate", "nan"], 1, "learning_rate must be"),
         (["--train", "--data", "DATA", "--iters", "0"], 2, "--iters"),
         (["--train", "--data", "DATA", "--resume-adapter-file", "no"], 1, "no is missing"),
@@ -127,8 +132,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     def no_model(*given: Any, **more: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    if "--num-layers" not in arguments and "--keys" not in arguments:
-        monkeypatch.setattr(loading, "model_of", no_model)
+    monkeypatch.setattr(loading, "model_of", no_model)
     bad = tmp_path / "bad"
     bad.mkdir()
     line = '{"prompt": "a", "completion": "%s"}\n'
@@ -139,6 +143,21 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     assert said in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["bad"]
+
+
+def test_the_plan_says_what_is_needed(data: Path) -> None:
+    told = run("lora", "-m", SUDOKU, "--plan", "--data", data, *QUICK).stdout.splitlines()
+    assert told[0].startswith("weights  ")
+    assert told[-2].startswith("in all  ")
+    assert re.match(r"[\d,]+ parameters are trained, with batches of 2 x \d+ tokens: ", told[-1])
+
+
+def test_from_python(tmp_path: Path, data: Path) -> None:
+    settings = Settings(iters=1, batch_size=2, val_batches=1, success_cases=0)
+    *_, last = mlx_diffgemma.train(SUDOKU, data, tmp_path / "a", settings=settings)
+    assert last == Finished(1, kept=1, success=None, untrained=None)
+    with pytest.raises(DataError, match=r"has no train\.jsonl"):
+        next(iter(mlx_diffgemma.train(SUDOKU, tmp_path, tmp_path / "b")))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, data: Path) -> None:

@@ -144,6 +144,15 @@ def test_terms_that_are_new_change_nothing() -> None:
     assert len(names) == 2 * (2 * 10 + 9)  # the full layer has no values of its own
 
 
+def test_some_layers_have_no_map_that_others_have() -> None:
+    """Adapting the last layer alone, a full one, once failed as it has no v_proj."""
+    model = untrained(64, 8, windows=(8, None), width=64)
+    add_adapter(model, AdapterConfig(num_layers=1))
+    assert len(trained(model)) == 2 * 6
+    with pytest.raises(SettingError, match="none of them is in the last 1 layers"):
+        add_adapter(model, AdapterConfig(num_layers=1, keys=("self_attn.v_proj",)))
+
+
 def test_full_training_takes_all_or_the_last_blocks() -> None:
     model = random_model()
     add_adapter(model, AdapterConfig("full"))
@@ -175,7 +184,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"scale": 1e30}, "scale must be a number"),
     ({"num_layers": 0}, "no layer would be adapted"),
     ({"num_layers": 4}, "num_layers is 4, and the model has 3"),
-    ({"num_layers": -2}, "num_layers must be at least -1"),
+    ({"num_layers": -2}, "num_layers must be from -1 to 1000"),
+    ({"num_layers": 10**99}, "num_layers must be from -1 to 1000"),
     ({"keys": ()}, "keys must be 1 to 1000 names, not 0"),
     ({"keys": ("q_proj",)}, "the layers have no 'q_proj'"),
     ({"keys": (3,)}, "3 is no name of a module"),

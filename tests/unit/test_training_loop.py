@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from random_model import untrained
+from random_model import scripted, untrained
 
-from mlx_diffgemma import DiffusionGemma, SettingError
+from mlx_diffgemma import CheckpointError, DiffusionGemma, SettingError
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.checkpoint.files import SHIPPED
 from mlx_diffgemma.checkpoint.load import read_tokenizer
@@ -28,9 +29,10 @@ from mlx_diffgemma.training.batches import Batches, in_order
 from mlx_diffgemma.training.data import Data, Example
 from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, Trained, Validated
 from mlx_diffgemma.training.folder import RunError, read_log
+from mlx_diffgemma.training.measuring import answer_cases, answerable
 from mlx_diffgemma.training.objective import Objective, Sample, noised
 from mlx_diffgemma.training.optimizers import make_optimizer, make_schedule
-from mlx_diffgemma.training.run import train
+from mlx_diffgemma.training.run import train_in
 from mlx_diffgemma.training.settings import Settings
 from mlx_diffgemma.training.step import Diverged, Trainer
 
@@ -67,6 +69,22 @@ DATA = Data(examples(5), examples(2, first=9))
 QUICK = {"steps_per_eval": 4, "steps_per_report": 2, "save_every": 3, "success_cases": 0}
 
 
+def train(
+    model: DiffusionGemma,
+    data: Data,
+    path: Path,
+    settings: Settings,
+    adapter: AdapterConfig,
+    mode: Any = "new",
+    stopped: Any = lambda: False,
+) -> Iterator[Event]:
+    """As `mlx_diffgemma.train`, of a model that no checkpoint holds."""
+    with folders.locked(path, mode):
+        yield from train_in(
+            path, model, TOKENIZER, data, settings, adapter, mode=mode, stopped=stopped
+        )
+
+
 def run(path: Path, mode: Any = "new", stop_at: int | None = None, **given: Any) -> list[Event]:
     """A run on the small model, asked to stop behind an iteration."""
     dropout, kind = given.pop("dropout", 0.0), given.pop("fine_tune_type", "lora")
@@ -74,7 +92,6 @@ def run(path: Path, mode: Any = "new", stop_at: int | None = None, **given: Any)
     seen: list[Event] = []
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         path,
         settings=settings,
@@ -116,7 +133,7 @@ def test_a_run_that_goes_on_comes_to_the_same_numbers(tmp_path: Path, optimizer:
 def test_what_was_logged_behind_the_state_is_forgotten(tmp_path: Path) -> None:
     """After a kill, the iterations behind the last state used to stand in the log twice."""
     run(tmp_path / "whole")
-    seen = train(small(), TOKENIZER, DATA, tmp_path / "killed", settings=settings_of(), adapter=TWO)
+    seen = train(small(), DATA, tmp_path / "killed", settings=settings_of(), adapter=TWO)
     for event in seen:
         if isinstance(event, Trained) and event.iteration == 4:
             seen.close()  # type: ignore[attr-defined]
@@ -141,7 +158,7 @@ def test_frozen_weights_stay_as_they_are(tmp_path: Path, kind: str) -> None:
     model = small()
     before = dict(tree_flatten(model.parameters()))
     config = AdapterConfig(fine_tune_type=kind, rank=2)  # type: ignore[arg-type]
-    for _ in train(model, TOKENIZER, DATA, tmp_path, settings=settings_of(iters=3), adapter=config):
+    for _ in train(model, DATA, tmp_path, settings=settings_of(iters=3), adapter=config):
         pass
     learnt = trained(model)
     assert any(mx.any(value != 0).item() for n, value in learnt.items() if n.endswith("lora_b"))
@@ -214,7 +231,6 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_saved(tmp_path: Pa
     """All files hold finite numbers, and the run can go on with nothing changed."""
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         tmp_path,
         settings=settings_of(
@@ -241,7 +257,7 @@ def test_the_weights_that_answer_best_are_kept(
         yield Succeeded(given[4], right[given[4]], 10, 0.0)
 
     def losses(*given: Any) -> Iterator[Validated]:
-        yield Validated(given[5], (loss[given[5]],) * 4, 0.0, 0.0)
+        yield Validated(given[4], (loss[given[4]],) * 4, 0.0, 0.0)
 
     monkeypatch.setattr(loop, "answer_cases", answers)
     monkeypatch.setattr(loop, "validate", losses)
@@ -264,6 +280,65 @@ def test_measuring_leaves_no_trace_in_what_is_learnt(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
     found = [each for each in read_log(tmp_path / "often") if each["event"] == "succeeded"]
     assert [each["cases"] for each in found] == [2] * 5
+
+
+def test_other_weights_to_begin_with(tmp_path: Path) -> None:
+    """A run may replace the one whose weights it takes; of another adapter they are refused."""
+    run(tmp_path)
+    before = log(tmp_path)[-1]
+    file = tmp_path / "adapters.safetensors"
+
+    def again(rank: int) -> list[Event]:
+        with folders.locked(tmp_path, "overwrite"):
+            return list(
+                train_in(
+                    tmp_path,
+                    small(),
+                    TOKENIZER,
+                    DATA,
+                    settings_of(iters=1),
+                    AdapterConfig(rank=rank),
+                    mode="overwrite",
+                    weights=file,
+                )
+            )
+
+    with pytest.raises(CheckpointError, match="is no adapted parameter of this run"):
+        again(3)
+    assert log(tmp_path)[-1] == before  # nothing is lost
+    again(2)
+    first = log(tmp_path)[0]
+    assert (first["iteration"], first["denoising"]) == (0, before["denoising"])
+    (tmp_path / "wrong.safetensors").write_bytes(b"12345678")
+    file = tmp_path / "wrong.safetensors"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        again(2)
+
+
+def test_an_answer_is_right_where_it_says_what_the_example_says() -> None:
+    """Over canvases, whatever fills the last; one that goes on behind it is wrong."""
+    model = scripted()
+    right, end, fill = TOKENIZER.encode("yes, " * 40)[:100], 6, 1
+    case = Example(1, Sample((2, 50, 51), (*right, end)))
+    short = Example(2, Sample((2, 50, 51), (*TOKENIZER.encode("no"), end)))
+    canvases = [right[:64], [*right[64:], end, *[fill] * 64][:64]]
+    for script, cases, wanted in (
+        (canvases, [case], 1),
+        ([[*TOKENIZER.encode("no"), end, *[fill] * 64][:64]], [short], 1),
+        ([[*TOKENIZER.encode("no!"), end, *[fill] * 64][:64]], [short], 0),
+        ([[*TOKENIZER.encode("no"), *[50] * 64][:64]], [short], 0),
+    ):
+        model.begin(*script)
+        settings = Settings(batch_size=1, success_steps=4)
+        *_, told = answer_cases(model, TOKENIZER, cases, settings, 7, lambda: False)
+        assert isinstance(told, Succeeded)
+        assert (told.right, told.cases, told.iteration) == (wanted, 1, 7)
+
+
+def test_what_cannot_be_answered_is_not_asked() -> None:
+    whole = Example(1, Sample((2,), (5, 6)))
+    text, cut = replace(whole, asks=False), replace(whole, sample=Sample((2,), (5,), True))
+    assert answerable([text, cut, whole, whole], 1) == [whole]
 
 
 def test_a_folder_is_one_runs(tmp_path: Path) -> None:
@@ -293,7 +368,6 @@ def test_other_examples_are_another_run(tmp_path: Path) -> None:
     run(tmp_path, iters=3)
     events = train(
         small(),
-        TOKENIZER,
         Data(DATA.train[1:], DATA.valid),
         tmp_path,
         settings=settings_of(),
@@ -365,7 +439,6 @@ def test_a_state_of_another_adapter_is_refused(tmp_path: Path) -> None:
     run(tmp_path, iters=3)
     events = train(
         small(),
-        TOKENIZER,
         DATA,
         tmp_path,
         settings=settings_of(iters=3),
