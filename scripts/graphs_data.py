@@ -3,10 +3,11 @@
     python scripts/graphs_data.py make DIR
     python scripts/graphs_data.py score DIR --model MODEL --adapter A
 
-The prompt has the edges of a connected graph, each from both ends, in any order: `12 21 13 31`. The
-canvas has each node with its colour: `1R2G3B`. A graph is on the side of its class: graphs that
-differ in the numbers of their nodes alone are on one side. DIR/cases.jsonl has test graphs with
-some colours pinned; a case is right where `fill` keeps them and no edge joins equal colours.
+The prompt has the edges of a connected graph as a matrix. The canvas is that matrix with colours:
+the node's own in its own cell, its neighbours' in the cells of their edges. A graph is on the side
+of its class: graphs that differ in the numbers of their nodes alone are on one side. DIR/cases.jsonl
+has test graphs with some colours pinned; a case is right where `fill` keeps them, a node has one
+colour everywhere, and no edge joins equal colours. DIR/valid-cases.jsonl has some to choose by.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from pathlib import Path
 
 from splits import Example, example, side, write
 
-COLOURS = "RGB"
+COLOURS = "123"
+
+HOLE = f"{{{{:{'|'.join(COLOURS)}}}}}"
 
 Edges = tuple[tuple[int, int], ...]  # of nodes from 1 on, the lower number first
 
@@ -79,53 +82,49 @@ def graphs(rng: random.Random, wanted: str, nodes: int) -> Iterator[Edges]:
         yield rng.choice(by_class[rng.choice(kinds)])
 
 
-def prompt_of(edges: Edges) -> str:
-    """The edges."""
-    return " ".join(f"{a}{b}" for a, b in edges)
+def prompt_of(edges: Edges, nodes: int) -> str:
+    """The matrix of the edges, a dot where there is none."""
+    joined = {*edges, *((b, a) for a, b in edges)}
+    numbers = range(1, nodes + 1)
+    return "\n".join("".join("x" if (a, b) in joined else "." for b in numbers) for a in numbers)
 
 
 def canvas_of(edges: Edges, colours: Sequence[str]) -> str:
-    """The edges with the colours of both ends."""
-    return " ".join(f"{a}{colours[a - 1]}{b}{colours[b - 1]}" for a, b in edges)
-
-
-def shuffled(rng: random.Random, edges: Edges) -> Edges:
-    """The edges in any order, each from either end."""
-    return tuple(tuple(rng.sample(pair, 2)) for pair in rng.sample(edges, len(edges)))  # type: ignore[misc]
+    """The matrix with the colour of each node in its own cell and in those of edges to it."""
+    joined = {*edges, *((b, a) for a, b in edges)}
+    numbers = range(1, len(colours) + 1)
+    return "\n".join(
+        "".join(colours[b - 1] if a == b or (a, b) in joined else "." for b in numbers)
+        for a in numbers
+    )
 
 
 def examples(rng: random.Random, wanted: str, nodes: int) -> Iterator[Example]:
     """Graphs of one side with one of their colourings."""
     for edges in graphs(rng, wanted, nodes):
         colours = rng.choice(colourings(edges, nodes))
-        order = shuffled(rng, edges)
-        yield example(prompt_of(order), canvas_of(order, colours))
+        yield example(prompt_of(edges, nodes), canvas_of(edges, colours))
 
 
 def cases(rng: random.Random, wanted: str, nodes: int, pinned: int) -> Iterator[dict[str, object]]:
     """Graphs of one side as templates: the colours of some nodes are given, from a colouring."""
-    hole = f"{{{{:{'|'.join(COLOURS)}}}}}"
     for edges in graphs(rng, wanted, nodes):
         colours = rng.choice(colourings(edges, nodes))
         given = rng.sample(range(nodes), pinned)
-        pins = [c if i in given else hole for i, c in enumerate(colours)]
-        order = shuffled(rng, edges)
-        yield {"prompt": prompt_of(order), "template": canvas_of(order, pins)}
+        pins = [colour if i in given else HOLE for i, colour in enumerate(colours)]
+        yield {"prompt": prompt_of(edges, nodes), "template": canvas_of(edges, pins)}
 
 
 def is_right(case: dict[str, str], text: str) -> bool:
     """Whether a text is the template with one colour a node, and another at the ends of an edge."""
-    colours: dict[str, str] = {}
-    edges = re.findall(r"(\d)([RGB])(\d)([RGB])", text)
-    for a, own, b, other in edges:
-        if (
-            own == other
-            or colours.setdefault(a, own) != own
-            or colours.setdefault(b, other) != other
-        ):
+    rows = text.split("\n")
+    if not re.fullmatch(re.escape(case["template"]).replace(re.escape(HOLE), "[123]"), text):
+        return False
+    for node, column in enumerate(zip(*rows, strict=True)):
+        own = rows[node][node]
+        if set(column) - {".", own} or rows[node].count(own) > 1:
             return False
-    shape = re.sub(r"\\\{\\\{:.*?\\\}\\\}", "[RGB]", re.escape(case["template"]))
-    return re.fullmatch(shape, text) is not None
+    return True
 
 
 def score(given: argparse.Namespace) -> None:

@@ -2,8 +2,8 @@
 
     python scripts/sudoku_data.py DIR --bases 200
 
-writes DIR/train.jsonl, valid.jsonl and test.jsonl. The prompt is the puzzle with dots for what is to
-be found, the answer the solved grid. A puzzle is on the side of its solution's class, up to the
+writes DIR/train.jsonl, valid.jsonl and test.jsonl. The prompt is the puzzle, with dots for what is
+to be found, the answer the solved grid. A puzzle is on the side of its solution's class, up to the
 names of the digits; the grids that a side's puzzles are made of are its own, too. Each base is a
 grid whose clues were taken away until none can go; many puzzles are made of it.
 """

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -89,16 +90,18 @@ def test_a_graph_and_its_renumberings_are_on_one_side() -> None:
 
 
 def test_what_is_a_right_colouring() -> None:
-    hole = "{{:R|G|B}}"
-    case = {"template": f"1R2{hole} 2{hole}3B"}
-    assert graphs_data.is_right(case, "1R2G 2G3B")
-    assert not graphs_data.is_right(case, "1R2G 2R3B")  # node 2 has two colours
-    assert not graphs_data.is_right(case, "1R2R 2R3B")  # an edge joins equal ones
-    assert not graphs_data.is_right(case, "1B2G 2G3B")  # not what was given
-    assert not graphs_data.is_right(case, "1R2G")
+    hole = graphs_data.HOLE
+    case = {"template": f"1{hole}.\n{hole}{hole}3\n.{hole}3"}  # a path of three nodes
+    assert graphs_data.is_right(case, "12.\n123\n.23")
+    assert not graphs_data.is_right(case, "12.\n223\n.23")  # node 1 has two colours
+    assert not graphs_data.is_right(case, "11.\n113\n.13")  # an edge joins equal ones
+    assert not graphs_data.is_right(case, "22.\n223\n.23")  # not what was given
+    assert not graphs_data.is_right(case, "12.\n123")
     for each in islice(graphs_data.cases(random.Random(0), "test", 5, 2), 50):
         assert each["template"].count(hole) > 0
-        assert hole not in each["prompt"]
+        edges = each["prompt"].count("x")
+        assert len(each["prompt"]) == 29
+        assert len(re.sub(re.escape(hole), "0", each["template"]).replace(".", "")) == 9 + edges
 
 
 def test_a_hairpin_pairs_in_register() -> None:
