@@ -5,9 +5,11 @@
 
 The prompt has the edges of a connected graph as a matrix. The canvas is that matrix with colours:
 the node's own in its own cell, its neighbours' in the cells of their edges. A graph is on the side
-of its class: graphs that differ in the numbers of their nodes alone are on one side. DIR/cases.jsonl
-has test graphs with some colours pinned; a case is right where `fill` keeps them, a node has one
-colour everywhere, and no edge joins equal colours. DIR/valid-cases.jsonl has some to choose by.
+of its class: graphs that differ in the numbers of their nodes alone are on one side.
+
+DIR/cases.jsonl has test graphs with some colours pinned, DIR/valid-cases.jsonl others to choose by.
+A case is right where `fill` keeps the pins, a node has one colour everywhere, and no edge joins
+equal colours.
 """
 
 import argparse
