@@ -17,12 +17,19 @@ SEEN_BY_NOBODY = Path(__file__).parents[1] / "tests" / "data" / "sudoku6" / "puz
 Base = tuple[str, tuple[int, ...]]
 
 
+def box_of(size: int) -> tuple[int, int]:
+    """Rows and columns of a box."""
+    height = 3 if size == 9 else 2
+    return height, size // height
+
+
 @cache
 def peers(size: int) -> tuple[tuple[int, ...], ...]:
-    """For each cell, those of its row, column and box (2 high, size / 2 wide)."""
+    """For each cell, those of its row, column and box."""
+    height, width = box_of(size)
 
     def box(cell: int) -> tuple[int, int]:
-        return cell // size // 2, cell % size // (size // 2)
+        return cell // size // height, cell % size // width
 
     cells = range(size * size)
     return tuple(
@@ -131,12 +138,14 @@ def shown(base: Base, blanks: int) -> str:
 def moved(grids: tuple[str, str], rng: random.Random) -> tuple[str, str]:
     """Puzzle and solution under one permutation of digits, rows, columns, bands and stacks."""
     size = round(len(grids[0]) ** 0.5)
-    width = size // 2
-    rows = [b * 2 + r for b in rng.sample(range(width), width) for r in rng.sample(range(2), 2)]
-    columns = [
-        s * width + c for s in rng.sample(range(2), 2) for c in rng.sample(range(width), width)
-    ]
-    digits = "123456"[:size]
+    height, width = box_of(size)
+
+    def shuffled(count: int) -> list[int]:
+        return rng.sample(range(count), count)
+
+    rows = [b * height + r for b in shuffled(size // height) for r in shuffled(height)]
+    columns = [s * width + c for s in shuffled(size // width) for c in shuffled(width)]
+    digits = "123456789"[:size]
     names = str.maketrans(digits, "".join(rng.sample(digits, size)))
     cells = [r * size + c for r in rows for c in columns]
     puzzle, solution = ("".join([grid[i] for i in cells]).translate(names) for grid in grids)

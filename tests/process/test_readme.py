@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 from servers import serving
 
 import mlx_diffgemma
 from mlx_diffgemma.checkpoint import load as loading
+from mlx_diffgemma.cli.lora_config import asked_for, read_config
 from mlx_diffgemma.cli.main import main
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.worker import Worker
@@ -178,6 +181,49 @@ def test_examples(
         assert without_steps(told) == without_steps(example.output)
     for part in example.prints:
         assert part in told
+
+
+FINE_TUNING = ROOT / "docs" / "finetune.md"
+
+# What makes its worked example short; the page says how long it takes as it stands.
+SHORTER = {
+    r"--iters \d+": "--iters 4",
+    r"--batch-size \d+": "--batch-size 2",
+    r"--steps-per-eval \d+": "--steps-per-eval 4",
+    r"--success-cases \d+": "--success-cases 1",
+    r"--success-steps \d+": "--success-steps 1",
+    r"--val-batches \d+": "--val-batches 1",
+    r"--test-batches \d+": "--test-batches 1 --test-cases 1 --success-steps 1",
+    r"orders_data\.py orders": "orders_data.py orders --train 8 --valid 2 --test 2",
+    r"--seed 0": "--seed 0 --steps 2",
+    r"python scripts": f"{sys.executable} {ROOT / 'scripts'}",
+}
+
+
+def test_the_example_of_fine_tuning_runs() -> None:
+    """All its commands in their order; what is fused answers as what stands beside the model."""
+    code = next(each.code for each in examples(FINE_TUNING) if "orders_data.py" in each.code)
+    for long, short in SHORTER.items():
+        assert re.search(long, code), long
+        code = re.sub(long, short, code)
+    *_, beside, fused, answered = [run_bash(line) for line in code.splitlines()]
+    assert fused == "orders-fused\n"
+    assert beside == answered != ""
+    kept = {each.name for each in Path("orders-lora").iterdir()}
+    assert {"adapters.safetensors", "adapter_config.json", "log.jsonl"} <= kept
+
+
+def test_the_file_of_settings_is_one() -> None:
+    text = FINE_TUNING.read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    Path("lora.yaml").write_text(block)
+    values, notes = read_config(Path("lora.yaml"))
+    asked = asked_for({}, values, {})
+    assert notes == []
+    assert values == yaml.safe_load(block)
+    assert asked.train
+    assert asked.adapter.rank == 16
+    assert asked.settings.updates == 2000
 
 
 def test_what_is_not_run_uses_what_there_is() -> None:
