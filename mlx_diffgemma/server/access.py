@@ -36,6 +36,8 @@ PICTURE_ROUTES = (
     "/v1/chat/completions",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/api/chat",
+    "/api/generate",
     "/v1/fill",
     "/v1/choose",
 )
