@@ -34,6 +34,7 @@ MOST_READ = 2
 # Routes whose bodies may have pictures beside their text.
 PICTURE_ROUTES = (
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/api/chat",
