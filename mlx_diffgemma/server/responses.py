@@ -229,8 +229,8 @@ def messages_of(body: ResponsesBody, before: Sequence[Message]) -> list[Message]
     names = {
         call["id"]: call["function"]["name"] for m in before for call in m.get("tool_calls", ())
     }
-    found: list[Message] = []
-    turn: Message | None = None  # the assistant's, while it goes on
+    found: list[Message | _Turn] = []
+    turn: _Turn | None = None  # the assistant's, while it goes on
     given: list[dict[str, Any]] = []  # pictures of results: templates write none into a result
     for i, item in enumerate(body.input):
         kind, place = item.type or "message", f"input[{i}]"
@@ -248,10 +248,12 @@ def messages_of(body: ResponsesBody, before: Sequence[Message]) -> list[Message]
             turn = None
             continue
         if turn is None:
-            turn = {"role": "assistant", "content": ""}
+            turn = _Turn()
             found.append(turn)
-        _say(turn, item, place, names)
-    return [*found, {"role": "user", "content": given}] if given else found
+        turn.say(item, place, names)
+    if given:
+        found.append({"role": "user", "content": given})
+    return [each.message() if isinstance(each, _Turn) else each for each in found]
 
 
 def _asked(item: Item, place: str) -> Message:
@@ -295,26 +297,45 @@ def _text(given: str | list[Part] | None, place: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _say(turn: Message, item: Item, place: str, names: dict[str, str]) -> None:
-    """Add to the assistant's turn what it says, thinks or calls; `names` learns the calls."""
-    match item.type or "message":
-        case "message":
-            turn["content"] += _text(item.content, f"{place}.content")
-        case "reasoning":
-            thought = _text(item.content, f"{place}.content") if item.content else ""
-            thought = thought or _text(item.summary or "", f"{place}.summary")
-            turn["reasoning"] = turn.get("reasoning", "") + thought
-        case "function_call":
-            if not item.call_id or item.name is None:
-                told = f"{place}: a function_call needs call_id and name"
-                raise Refused(400, told, param=place)
-            names[item.call_id] = item.name
-            arguments = arguments_of(item.name, item.arguments or "")
-            function = {"name": item.name, "arguments": arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            turn.setdefault("tool_calls", []).append(call)
-        case _:
-            raise Refused(400, f"{place}: {ITEMS}", param=place)
+class _Turn:
+    """What the assistant thinks, says and calls in a row."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def say(self, item: Item, place: str, names: dict[str, str]) -> None:
+        """Take what the assistant says, thinks or calls; `names` learns the calls.
+
+        Raises:
+            Refused: it is something else, or a call is not whole.
+        """
+        match item.type or "message":
+            case "message":
+                self._texts.append(_text(item.content, f"{place}.content"))
+            case "reasoning":
+                thought = _text(item.content, f"{place}.content") if item.content else ""
+                self._thoughts.append(thought or _text(item.summary or "", f"{place}.summary"))
+            case "function_call":
+                if not item.call_id or item.name is None:
+                    told = f"{place}: a function_call needs call_id and name"
+                    raise Refused(400, told, param=place)
+                names[item.call_id] = item.name
+                arguments = arguments_of(item.name, item.arguments or "")
+                function = {"name": item.name, "arguments": arguments}
+                self._calls.append({"id": item.call_id, "type": "function", "function": function})
+            case _:
+                raise Refused(400, f"{place}: {ITEMS}", param=place)
+
+    def message(self) -> Message:
+        """Give the turn as templates want it."""
+        found: Message = {"role": "assistant", "content": "".join(self._texts)}
+        if any(self._thoughts):
+            found["reasoning"] = "".join(self._thoughts)
+        if self._calls:
+            found["tool_calls"] = self._calls
+        return found
 
 
 def _result(item: Item, place: str, names: dict[str, str]) -> tuple[Message, list[dict[str, Any]]]:

@@ -33,8 +33,9 @@ class Memory:
 
     def keep(self, messages: Sequence[Message], response: dict[str, Any]) -> None:
         """Keep a response, which may push out others; one that is too large is not kept."""
-        # Those of what came before are counted again: a bound, not a balance.
-        characters = characters_of([*messages, response["output"]])
+        # Those of what came before are counted again: a bound, not a balance. Of the response all
+        # counts: it repeats tools, schemas and instructions.
+        characters = characters_of([*messages, response])
         if characters > MOST_REMEMBERED:
             return
         self._kept[response["id"]] = Kept(messages, response, characters)

@@ -171,18 +171,20 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses_memory, "MOST_REMEMBERED", 1000)
     memory = responses_memory.Memory()
 
-    def keep(name: str, text: str = "x") -> None:
-        memory.keep([{"role": "user", "content": text}], {"id": name, "output": []})
+    def keep(name: str, text: str = "x", tools: str = "") -> None:
+        said = [{"role": "user", "content": text}]
+        memory.keep(said, {"id": name, "output": [], "tools": [tools]})
 
     for name in ("a", "b", "c"):
         keep(name)
     assert memory.find("a")
     keep("d")
     assert [each for each in "abcd" if memory.find(each)] == ["a", "c", "d"]
-    keep("large", "x" * 970)
+    keep("large", "x" * 950)
     assert [each for each in ("a", "c", "d", "large") if memory.find(each)] == ["large"]
     keep("huge", "x" * 1001)
-    assert memory.find("huge") is None
+    keep("tooled", tools="x" * 1001)
+    assert memory.find("huge") is memory.find("tooled") is None
     assert memory.forget("large")
     assert not memory.forget("large")
     keep("e", "x" * 900)
