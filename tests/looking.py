@@ -1,5 +1,6 @@
 """Random checkpoints with a vision tower and a tokenizer that writes pictures, without torch."""
 
+import base64
 import json
 import string
 from pathlib import Path
@@ -89,6 +90,21 @@ def looking_checkpoint(directory: Path, *, tower: bool = True, **changes: Any) -
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps(GENERATION))
     write_tokenizer(directory)
+    return directory
+
+
+# A file of ten pixels by ten.
+PIXELS = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAoAAAAKCAIAAAACUFjqAAAAEklEQVR4nGP4z8CAB+GTG8HSALfKY52fTcuYAAAA"
+    "AElFTkSuQmCC"
+)
+
+
+def content_checkpoint(directory: Path) -> Path:
+    """One that is content with what it writes at once, or guards would leave all of it out."""
+    settings = {**GENERATION, "stability_threshold": 0, "confidence_threshold": 99}
+    looking_checkpoint(directory)
+    (directory / "generation_config.json").write_text(json.dumps(settings))
     return directory
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import ollama
 import openai
 import uvicorn
 from gemma import gemma_tokenizer
@@ -44,6 +46,9 @@ class Server:
 
     def anthropic(self, key: str = "x") -> anthropic.Anthropic:
         return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+
+    def ollama(self) -> ollama.Client:
+        return ollama.Client(host=self.url, timeout=60)
 
     def post(self, path: str, body: object, **settings: Any) -> httpx.Response:
         # As json= does, but halves of surrogate pairs can be sent, too.
@@ -168,6 +173,16 @@ def tiny(kind: type[DiffusionGemma] = DiffusionGemma) -> tuple[Any, Tokenizer]:
     return untrained(tokenizer.vocab_size, 24, context=240, kind=kind), tokenizer
 
 
+class Breaking(DiffusionGemma):
+    """Breaks in its third pass."""
+
+    def decode(self, passes: Any, evaluate: Any = None) -> Any:
+        self.passes = getattr(self, "passes", 0) + 1
+        if self.passes % 3 == 0:
+            raise RuntimeError("broken")
+        return super().decode(passes, evaluate)
+
+
 def writing(*script: str, context: int = 4096) -> Load:
     """A model that writes these answers in turn, the last for ever, and whose template knows tools
     and thoughts. An answer that is longer than a canvas takes several."""
@@ -187,6 +202,16 @@ def writing(*script: str, context: int = 4096) -> Load:
         return model, tokenizer
 
     return made
+
+
+def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> None:
+    """Ask, and close the connection once something is so."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(head.encode() + data)
+        wait_until(when)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -34,8 +34,11 @@ MOST_READ = 2
 # Routes whose bodies may have pictures beside their text.
 PICTURE_ROUTES = (
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/api/chat",
+    "/api/generate",
     "/v1/fill",
     "/v1/choose",
 )

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
-from . import anthropic_routes, native, openai_routes
+from . import anthropic_routes, native, ollama_routes, openai_routes, responses_routes
 from .access import Gate, Limits
 from .invalid import mistake
 from .page import add_page
@@ -73,7 +73,9 @@ def make_app(
     _handle_errors(app)
     service = Service(worker, name, aliases)
     app.include_router(openai_routes.router(service))
+    app.include_router(responses_routes.router(service))
     app.include_router(anthropic_routes.router(service))
+    app.include_router(ollama_routes.router(service))
     app.include_router(native.router(service))
     app.include_router(_state(worker))
     add_page(app)

@@ -196,9 +196,7 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
             for place, call in enumerate(message.tool_calls):
                 arguments = call.function.arguments
                 if isinstance(arguments, str):
-                    arguments = _arguments(call.function.name, arguments or "{}")
-                if not isinstance(arguments, dict):
-                    raise Refused(400, f"the arguments of {call.function.name} are no JSON object")
+                    arguments = arguments_of(call.function.name, arguments)
                 identity = call.id or f"call_{len(found)}_{place}"
                 names[identity] = call.function.name
                 function = {"name": call.function.name, "arguments": arguments}
@@ -232,17 +230,20 @@ def _content(given: str | list[ContentPart] | None, place: str) -> str | list[di
     return "".join(part["text"] for part in parts)
 
 
-def _arguments(name: str, text: str) -> Any:
-    """Read the text of a tool call's arguments, checked as a body is.
+def arguments_of(name: str, text: str) -> dict[str, Any]:
+    """Read the text of a tool call's arguments, checked as a body is; nothing is none.
 
     Raises:
-        Refused: it is not JSON.
+        Refused: it is no JSON object.
     """
+    told = f"the arguments of {shortened(name, MOST_NAME_CHARACTERS)} are no JSON object"
     try:
-        return read_json(text)
+        found = read_json(text or "{}")
     except JsonError as error:
-        name = shortened(name, MOST_NAME_CHARACTERS)
-        raise Refused(400, f"the arguments of {name} are no JSON object: {error}") from None
+        raise Refused(400, f"{told}: {error}") from None
+    if not isinstance(found, dict):
+        raise Refused(400, told)
+    return found
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:

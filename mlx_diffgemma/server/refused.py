@@ -74,6 +74,8 @@ def told(path: str, error: Refused) -> dict[str, Any]:
         kind = "invalid_request_error" if error.status < 500 else "api_error"
         facts = {"type": _ANTHROPICS.get(error.status, kind), "message": message}
         return {"type": "error", "error": facts}
+    if path.startswith("/api/"):  # Ollama's
+        return {"error": message}
     return error_body(error.status, message, error.code, error.param)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from looking import GENERATION, looking_checkpoint
+from looking import PIXELS, content_checkpoint
 from paths import DATA
-from servers import Server, process, serving, sudoku_model, tiny, wait_until, writing
+from servers import Breaking, Server, process, serving, sudoku_model, tiny, wait_until, writing
 
-from mlx_diffgemma import DiffusionGemma, load
+from mlx_diffgemma import load
 from mlx_diffgemma.server import anthropic_routes
 from mlx_diffgemma.tasks import request as requests
 
@@ -310,16 +310,6 @@ def test_a_key_as_anthropic_sends_it() -> None:
         assert body["error"]["type"] == "authentication_error"
 
 
-class Breaking(DiffusionGemma):
-    """Breaks in its third pass."""
-
-    def decode(self, passes: Any, evaluate: Any = None) -> Any:
-        self.passes = getattr(self, "passes", 0) + 1
-        if self.passes % 3 == 0:
-            raise RuntimeError("broken")
-        return super().decode(passes, evaluate)
-
-
 def test_an_error_behind_the_first_byte_is_an_event() -> None:
     """The client raises it; the connection ends in order."""
     with serving(lambda: tiny(Breaking)) as server:
@@ -341,17 +331,9 @@ def test_a_client_that_leaves_a_stream_frees_its_place() -> None:
         assert server.metric("cancelled_total") == 1
 
 
-PIXELS = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAoAAAAKCAIAAAACUFjqAAAAEklEQVR4nGP4z8CAB+GTG8HSALfKY52fTcuYAAAA"
-    "AElFTkSuQmCC"
-)
-
-
 def test_pictures_in_base64_and_in_results(tmp_path: Path) -> None:
     """They are read as OpenAI's are, and are not counted as text."""
-    directory = looking_checkpoint(tmp_path / "looking")
-    content = {**GENERATION, "stability_threshold": 0, "confidence_threshold": 99}
-    (directory / "generation_config.json").write_text(json.dumps(content))
+    directory = content_checkpoint(tmp_path / "looking")
     data = base64.b64encode(PIXELS).decode()
     picture = {"type": "base64", "media_type": "image/png", "data": data}
     shown: Any = {"type": "image", "source": picture}

@@ -23,6 +23,7 @@ from servers import (
     Process,
     Server,
     address,
+    leave,
     listening,
     process,
     serving,
@@ -756,16 +757,6 @@ def test_each_of_many_clients_gets_its_own_answer(sudoku: Server) -> None:
 
 
 LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "1" * 900}], "max_tokens": 3000}
-
-
-def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> None:
-    """Ask, and close the connection once something is so."""
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        raw.sendall(head.encode() + data)
-        wait_until(when)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from looking import GENERATION, looking_checkpoint
+from looking import content_checkpoint
 from PIL import Image
 from servers import Server, serving, tiny, wait_until
 
@@ -54,11 +54,7 @@ ONE, OTHER = file_of(noise(1)), file_of(noise(2))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that is content with what it writes at once, or guards would leave all of it out."""
-    directory = looking_checkpoint(tmp_path_factory.mktemp("looking"))
-    content = {**GENERATION, "stability_threshold": 0, "confidence_threshold": 99}
-    (directory / "generation_config.json").write_text(json.dumps(content))
-    return directory
+    return content_checkpoint(tmp_path_factory.mktemp("looking"))
 
 
 @pytest.fixture(scope="module")

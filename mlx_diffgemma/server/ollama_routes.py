@@ -1,0 +1,144 @@
+"""Answers Ollama's routes: chats, completions, and what the model is."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as Http
+from fastapi.responses import JSONResponse, Response
+
+from ..tasks.fill import FillResult
+from ..tasks.request import Done, Prepared
+from .body import Body
+from .ollama import (
+    Asking,
+    ChatBody,
+    GenerateBody,
+    ShowBody,
+    chat_request,
+    continuation,
+    generate_request,
+    infilling,
+)
+from .ollama_answers import SPOKEN, OllamaReply, failed_line, line, listed, shown
+from .openai import infill
+from .openai_answers import InfillReply
+from .refused import RESPONSES, Refused, stopping
+from .service import Service
+from .stream import Lines, Stream, begun, gathered
+from .worker import Patience
+
+
+def router(service: Service) -> APIRouter:
+    """Make the routes of Ollama's API."""
+    routes = APIRouter()
+
+    @routes.post("/api/chat", responses=RESPONSES)
+    async def chat(http: Http, body: ChatBody) -> Response:
+        reply = _reply(service, body, chat=True)
+        if body.is_empty:
+            return _one(service, body, reply.nothing(body.keep_alive))
+        work, patience = await service.chat(http, lambda: chat_request(body), slow=body.slow)
+        return await _answered(service, http, body, reply, work, patience)
+
+    @routes.post("/api/generate", responses=RESPONSES)
+    async def generate(http: Http, body: GenerateBody) -> Response:
+        reply = _reply(service, body, chat=False)
+        work: Prepared[object]
+        if body.is_empty:
+            return _one(service, body, reply.nothing(body.keep_alive))
+        if body.suffix:
+            return await _infill(service, http, body, reply)
+        if body.raw:
+            work, patience = await service.prepare(http, continuation(body))
+        else:
+            work, patience = await service.chat(
+                http, lambda: generate_request(body), slow=body.slow
+            )
+        return await _answered(service, http, body, reply, work, patience)
+
+    @routes.get("/api/tags")
+    async def tags() -> dict[str, Any]:
+        return {"models": [listed(service.facts)]}
+
+    @routes.get("/api/ps")
+    async def running() -> dict[str, Any]:
+        facts = service.facts
+        return {"models": [{**listed(facts), "context_length": facts["context_length"]}]}
+
+    @routes.post("/api/show", responses=RESPONSES)
+    async def show(body: ShowBody) -> dict[str, Any]:
+        name = body.model or body.name
+        if not name:
+            raise Refused(400, "model: it is missing", param="model")
+        return shown(service.find(name.removesuffix(":latest")))
+
+    @routes.get("/api/version")
+    async def version() -> dict[str, Any]:
+        return {"version": SPOKEN}
+
+    return routes
+
+
+def _reply(service: Service, body: Asking, *, chat: bool) -> OllamaReply:
+    pieces = service.worker.tokenizer.pieces if body.logprobs else None
+    return OllamaReply(service.name, chat=chat, pieces=pieces)
+
+
+def _one(service: Service, body: Body, answer: dict[str, Any]) -> Response:
+    """Answer in one part, which is a stream of one line as well."""
+    headers = service.headers(body)
+    if isinstance(body, Asking) and body.stream is not False:
+        return Response(line(answer), headers=headers, media_type="application/x-ndjson")
+    return JSONResponse(answer, headers=headers)
+
+
+async def _answered(
+    service: Service,
+    http: Http,
+    body: Asking,
+    reply: OllamaReply,
+    work: Prepared[object],
+    patience: Patience,
+) -> Response:
+    stream = service.stream([work], patience)
+    if body.stream is not False:
+        lines = _lines(await begun(http, stream), reply)
+        return _ndjson(lines, stream, service.headers(body))
+    parts = [reply.take(event) for _, event in await gathered(http, stream)]
+    return JSONResponse(reply.whole(parts), headers=service.headers(body))
+
+
+def _ndjson(lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> Lines:
+    kind = "application/x-ndjson"
+    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=kind)
+
+
+async def _lines(
+    events: AsyncIterator[tuple[int, object]], reply: OllamaReply
+) -> AsyncIterator[str]:
+    """Write the events of an answer as lines."""
+    async for _, event in events:
+        if part := reply.take(event):
+            yield line(part)
+        if isinstance(event, Done):
+            yield line(reply.end())
+
+
+async def _infill(service: Service, http: Http, body: GenerateBody, reply: OllamaReply) -> Response:
+    """Answer with what stands between a prompt and a suffix, at once."""
+    asked = infilling(body)
+    task, tokenizer = infill(asked), service.worker.tokenizer
+
+    def make(patience: Patience) -> tuple[Prepared[object], InfillReply]:
+        work = service.worker.prepare(task, patience)
+        return work, InfillReply(asked, service.name, tokenizer, body.prompt or "")
+
+    (work, found), patience = await service.make(http, make)
+    for _, event in await gathered(http, service.stream([work], patience)):
+        if isinstance(event, FillResult):
+            whole = found.whole(event)
+            usage, text = whole["usage"], whole["choices"][0]["text"]
+            read, written = usage["prompt_tokens"], usage["completion_tokens"]
+            return _one(service, body, reply.infilled(text, read, written))
+    raise stopping()
