@@ -30,6 +30,8 @@ SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay
 
 MOST = 1 << 31  # of a count
 
+LARGEST_SEED = 1 << 62  # so that what is added to it is one, too
+
 ALL = -1  # batches: as many as there are
 
 
@@ -90,8 +92,14 @@ class Settings:
             whole_number(name, getattr(self, name), 1, MOST)
         for name in ("steps_per_report", "steps_per_eval"):
             whole_number(name, getattr(self, name), 1, MOST)
-        for name in ("success_cases", "test_cases", "clear_cache_threshold", "seed"):
+        if self.grad_accumulation_steps > self.iters:
+            raise SettingError(
+                f"grad_accumulation_steps {self.grad_accumulation_steps} is more than iters "
+                f"{self.iters}: the weights would never change"
+            )
+        for name in ("success_cases", "test_cases", "clear_cache_threshold"):
             whole_number(name, getattr(self, name), 0)
+        whole_number("seed", self.seed, 0, LARGEST_SEED)
         for name in ("val_batches", "test_batches"):
             whole_number(name, getattr(self, name), ALL, MOST)
         whole_number("max_seq_length", self.max_seq_length, 2, MOST)
