@@ -5,7 +5,7 @@ of the gradient are those of the public recipes for this model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..arguments import SettingError, is_number, shown, whole_number
@@ -142,20 +142,20 @@ class Settings:
 
     def same_run(self, other: "Settings") -> list[str]:
         """Names of settings in which a run that goes on must not differ, and does."""
-        mine, its = (replace(each, **_FREE) for each in (self, other))
-        return [name for name in vars(mine) if getattr(mine, name) != getattr(its, name)]
+        mine, its = vars(self), vars(other)
+        return [name for name in mine if name not in _FREE and mine[name] != its[name]]
 
 
 # Settings that a run which goes on may change: what is learnt does not depend on them, or in the
 # case of `iters` only through the schedule.
-_FREE: dict[str, Any] = {
-    "iters": 1,
-    "steps_per_report": 1,
-    "save_every": 1,
-    "test_batches": 1,
-    "test_cases": 0,
-    "clear_cache_threshold": 0,
-}
+_FREE = (
+    "iters",
+    "steps_per_report",
+    "save_every",
+    "test_batches",
+    "test_cases",
+    "clear_cache_threshold",
+)
 
 
 def _check_optimizers(given: object) -> None:
