@@ -105,6 +105,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, data: Path) -> None:
     [
         ([], 2, "nothing is asked for: --train, --test or both"),
         (["--train"], 2, "--data names the folder"),
+        (["--train", "--report-to", "wandb"], 2, "log.jsonl in the adapter's folder has all"),
         (["--train", "--resume", "--overwrite"], 2, "exclude each other"),
         (["--train", "--data", "DATA", "--adapter-path", ""], 2, "names the folder of the run"),
         (["--train", "--data", "none"], 1, "there is no folder none"),
