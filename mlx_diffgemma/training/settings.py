@@ -5,7 +5,7 @@ of the gradient are those of the public recipes for this model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..arguments import SettingError, is_number, shown, whole_number
@@ -29,6 +29,8 @@ WARM_UP, LEFT = 25, 0.1
 SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay")
 
 MOST = 1 << 31  # of a count
+
+LARGEST_SEED = 1 << 62  # so that what is added to it is one, too
 
 ALL = -1  # batches: as many as there are
 
@@ -90,8 +92,14 @@ class Settings:
             whole_number(name, getattr(self, name), 1, MOST)
         for name in ("steps_per_report", "steps_per_eval"):
             whole_number(name, getattr(self, name), 1, MOST)
-        for name in ("success_cases", "test_cases", "clear_cache_threshold", "seed"):
+        if self.grad_accumulation_steps > self.iters:
+            raise SettingError(
+                f"grad_accumulation_steps {self.grad_accumulation_steps} is more than iters "
+                f"{self.iters}: the weights would never change"
+            )
+        for name in ("success_cases", "test_cases", "clear_cache_threshold"):
             whole_number(name, getattr(self, name), 0)
+        whole_number("seed", self.seed, 0, LARGEST_SEED)
         for name in ("val_batches", "test_batches"):
             whole_number(name, getattr(self, name), ALL, MOST)
         whole_number("max_seq_length", self.max_seq_length, 2, MOST)
@@ -134,20 +142,20 @@ class Settings:
 
     def same_run(self, other: "Settings") -> list[str]:
         """Names of settings in which a run that goes on must not differ, and does."""
-        mine, its = (replace(each, **_FREE) for each in (self, other))
-        return [name for name in vars(mine) if getattr(mine, name) != getattr(its, name)]
+        mine, its = vars(self), vars(other)
+        return [name for name in mine if name not in _FREE and mine[name] != its[name]]
 
 
 # Settings that a run which goes on may change: what is learnt does not depend on them, or in the
 # case of `iters` only through the schedule.
-_FREE: dict[str, Any] = {
-    "iters": 1,
-    "steps_per_report": 1,
-    "save_every": 1,
-    "test_batches": 1,
-    "test_cases": 0,
-    "clear_cache_threshold": 0,
-}
+_FREE = (
+    "iters",
+    "steps_per_report",
+    "save_every",
+    "test_batches",
+    "test_cases",
+    "clear_cache_threshold",
+)
 
 
 def _check_optimizers(given: object) -> None:

@@ -56,8 +56,8 @@ def rows(cells: str) -> str:
 def test_train_go_on_and_test(tmp_path: Path, data: Path) -> None:
     """What is printed is where the adapter is; all else is on stderr, in lines."""
     adapter = tmp_path / "adapters"
-    arguments = ["lora", "-m", SUDOKU, "--train", "--data", data, "--adapter-path", adapter]
-    done = run(*arguments, *QUICK)
+    arguments = ["lora", "--train", "--data", data, "--adapter-path", adapter]
+    done = run(*arguments, *QUICK, "--dtype", "bfloat16", MLX_DIFFGEMMA_MODEL=str(SUDOKU))
     assert done.returncode == 0, done.stderr
     kept = r"iteration [24] of 4, which answers \d+\.\d% of the validation cases exactly; \d+\.\d%"
     assert re.fullmatch(rf"{adapter}/adapters\.safetensors: {kept} before training\n", done.stdout)
@@ -73,6 +73,8 @@ def test_train_go_on_and_test(tmp_path: Path, data: Path) -> None:
     again = run(*arguments, *QUICK)
     assert (again.returncode, again.stdout) == (1, "")
     assert "holds another run" in again.stderr
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    assert (about["model"], about["dtype"]) == (str(SUDOKU), "bfloat16")  # also if it goes on
     longer = run("lora", "--resume", "--adapter-path", adapter, "--iters", "5", "-q")
     assert (longer.returncode, longer.stderr) == (0, "")
     assert "of 5" in longer.stdout
@@ -103,6 +105,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, data: Path) -> None:
     [
         ([], 2, "nothing is asked for: --train, --test or both"),
         (["--train"], 2, "--data names the folder"),
+        (["--train", "--report-to", "wandb"], 2, "log.jsonl in the adapter's folder has all"),
         (["--train", "--resume", "--overwrite"], 2, "exclude each other"),
         (["--train", "--data", "DATA", "--adapter-path", ""], 2, "names the folder of the run"),
         (["--train", "--data", "none"], 1, "there is no folder none"),

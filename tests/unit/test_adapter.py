@@ -73,7 +73,9 @@ def distance(a: mx.array, b: mx.array) -> float:
 def random_terms(model: DiffusionGemma, seed: int = 1) -> dict[str, mx.array]:
     keys = iter(mx.random.split(mx.random.key(seed), 999))
     return {
-        name: array + 0.1 * mx.random.normal(array.shape, key=next(keys))
+        # What lora_a begins with is another draw each time.
+        name: array * (not name.endswith("lora_a"))
+        + 0.1 * mx.random.normal(array.shape, key=next(keys))
         for name, array in trained(model).items()
     }
 

@@ -110,6 +110,7 @@ def test_flags_come_before_the_file_and_that_before_the_run(tmp_path: Path) -> N
         ("learning_rate: .nan", "learning_rate must be a number"),
         ("train: 'yes'", "train must be true or false"),
         ("model: 3", "model must be text"),
+        ("dtype: int8", "dtype is one of float32, bfloat16, float16"),
         ("lora_parameters: {alpha: 32, rank: 16}", "no alpha: scale is alpha divided by the rank"),
         ("lora_parameters: {ranks: 3}", "have no 'ranks'"),
         ("lora_parameters: 3", "lora_parameters must be names"),

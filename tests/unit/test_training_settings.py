@@ -68,6 +68,8 @@ def test_every_optimizer_follows_the_learning_rate() -> None:
     ("given", "said"),
     [
         ({"iters": 0}, "iters must be at least 1|iters must be from 1"),
+        ({"seed": 1 << 64}, "seed must be from 0"),
+        ({"iters": 3, "grad_accumulation_steps": 4}, "the weights would never change"),
         ({"batch_size": True}, "batch_size must be a whole number"),
         ({"learning_rate": math.nan}, "learning_rate must be a number from 0 on"),
         ({"learning_rate": "1e-5"}, "learning_rate must be a number from 0 on"),
