@@ -4,6 +4,10 @@ The teacher is the model without an adapter, at the checkpoint's settings: its a
 targets (`taught`). The student's canvases are not noised ones, but those that it meets itself where
 it has so few steps: `along_schedule` begins with noise alone, and goes on as the sampler does, with
 what it has accepted, its mistakes, and its own predictions as self-conditioning.
+
+On the small Sudoku model of the tests it gained nothing that could be told from chance: 200 updates
+of 16 left 84 % right in 4 steps (150 puzzles), 150 updates for 2 steps 63 % (300 puzzles), and the
+full model at a high learning rate fell.
 """
 
 from collections.abc import Iterator, Sequence

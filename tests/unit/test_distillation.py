@@ -60,14 +60,18 @@ def test_the_teacher_answers_as_it_would_alone(
 def test_the_student_meets_what_the_sampler_would_write(
     loaded: tuple[DiffusionGemma, Tokenizer], prompts: list[list[int]]
 ) -> None:
-    """Noise at first, then after each step what it has accepted, conditioned on what it expects."""
+    """Noise at first, then after each step what it has accepted, conditioned on what it expects.
+
+    The puzzle is cut short, so that the model is unsure and its temperature counts.
+    """
     model, _ = loaded
-    sample = Sample(tuple(prompts[0]), (5, 6, 7))
+    prompt = prompts[0][:20]
+    sample = Sample(tuple(prompt), (5, 6, 7))
     config = replace(
         model.generation, max_denoising_steps=STEPS, confidence_threshold=0.0, stability_threshold=9
     )
     met = set()
-    for seed in range(12):
+    for seed in range(16):
         rng = np.random.default_rng(seed)
         batch = noised([sample], rng, model.config, END, Objective())
         rng = np.random.default_rng(seed)
@@ -82,7 +86,7 @@ def test_the_student_meets_what_the_sampler_would_write(
             wanted = draws.tokens((1, model.config.canvas_length))
         else:
             cache = PromptCache(model)
-            cache.read(prompts[0])
+            cache.read(prompt)
             states = drive(model, denoise(model, cache.cache, config, draws))
             wanted = next(state.canvas for state in states if state.step == taken)
         assert mx.array_equal(found.canvas, wanted)
