@@ -32,7 +32,7 @@ class Asking(Body):
     model: str | None = None
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
-    think: bool | str | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
     options: Options | None = None
     keep_alive: float | str | None = None  # the model stays as long as the server
     logprobs: bool | None = None

@@ -207,6 +207,7 @@ def test_pictures(tmp_path: Path) -> None:
         ("chat", {"messages": HELLO, "options": {"stop": ["x" * 1001]}}, "options.stop: "),
         ("chat", {"messages": HELLO, "options": 5}, "options: "),
         ("chat", {"messages": HELLO, "format": "xml"}, "format: "),
+        ("chat", {"messages": HELLO, "think": "x" * 9}, "think: "),
         ("chat", {"messages": HELLO, "format": {"type": 5}}, "type"),
         ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function: "),
         ("chat", {"messages": HELLO, "top_logprobs": 2}, "top_logprobs goes with logprobs"),
