@@ -179,8 +179,13 @@ def _unfreeze(model: DiffusionGemma, config: AdapterConfig) -> None:
             f"{packed[0].removesuffix('.scales')} is: train an adapter (lora), or take the "
             "unquantized model"
         )
-    for module in [model] if config.num_layers == -1 else model.layers[-config.num_layers :]:
+    whole = config.num_layers == -1
+    for module in [model] if whole else model.layers[-config.num_layers :]:
         module.unfreeze()
+    for block in model.layers if whole else model.layers[-config.num_layers :]:
+        block.unmerge()
+    if whole:
+        model.model.decoder.self_conditioning.unmerge()
 
 
 def _places(model: DiffusionGemma, config: AdapterConfig) -> dict[str, nn.Module]:

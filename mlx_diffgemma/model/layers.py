@@ -152,6 +152,10 @@ class Attention(nn.Module):
         self._merged = MergedLinear(self._parts)
         self._scales.keep(self.q_norm.weight, self.k_norm.weight)
 
+    def unmerge(self) -> None:
+        """Three products again: of weights that are replaced, the merged ones would be held."""
+        self._merged = MergedLinear([])
+
     @property
     def constants(self) -> list[mx.array]:
         """Lists the arrays that a forward pass needs beside the parameters."""
@@ -315,6 +319,10 @@ class GatedMLP(nn.Module):
         """One product instead of two, from now on."""
         self._merged = MergedLinear([self.gate_proj, self.up_proj])
 
+    def unmerge(self) -> None:
+        """Two products again, see `Attention.unmerge`."""
+        self._merged = MergedLinear([])
+
     def __call__(self, x: mx.array) -> mx.array:
         both = self._merged([self.gate_proj, self.up_proj], x)
         return self.down_proj(gated(*mx.split(both, 2, axis=-1)))
@@ -440,6 +448,11 @@ class Block(nn.Module):
         self.self_attn.merge()
         self.mlp.merge()
         self._scales.keep(*self._three)
+
+    def unmerge(self) -> None:
+        """Products of their own again, for weights that will be replaced."""
+        self.self_attn.unmerge()
+        self.mlp.unmerge()
 
     @property
     def constants(self) -> list[mx.array]:

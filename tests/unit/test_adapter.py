@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from hub import asked_here
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from random_model import untrained
 
@@ -162,6 +162,18 @@ def test_full_training_takes_all_or_the_last_blocks() -> None:
     assert trained(model).keys() == dict(tree_flatten(model.parameters())).keys()
     add_adapter(model, AdapterConfig("full", num_layers=1))
     assert all(name.startswith("model.decoder.layers.2.") for name in trained(model))
+
+
+def test_full_training_holds_each_weight_once() -> None:
+    """The merged products once kept the first weights, beside those that had replaced them."""
+    model = random_model()
+    mx.eval(model.parameters(), model.constants)
+    add_adapter(model, AdapterConfig("full", -1))
+    before = mx.get_active_memory()
+    new = {name: array + 1 for name, array in trained(model).items()}
+    model.update(tree_unflatten(list(new.items())))
+    mx.eval(model.parameters())
+    assert mx.get_active_memory() < before + 50_000
 
 
 @pytest.mark.parametrize("keys", [("self_attn.k_proj", "mlp.up_proj"), KEYS])
