@@ -16,6 +16,7 @@ import anthropic
 import httpx
 import ollama
 import openai
+import pytest
 import uvicorn
 from gemma import gemma_tokenizer
 from random_model import scripted, untrained
@@ -26,6 +27,7 @@ from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.connections import Connection
 from mlx_diffgemma.server.worker import Worker
+from mlx_diffgemma.tasks import request as requests
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
 
@@ -212,6 +214,21 @@ def leave(server: Server, path: str, body: Any, when: Callable[[], bool]) -> Non
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(head.encode() + data)
         wait_until(when)
+
+
+@contextmanager
+def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collects the chats that are encoded, as the template has written them."""
+    found: list[str] = []
+    encode = requests.encode_text
+
+    def noted(tokenizer: Tokenizer, text: str, *rest: Any) -> list[int]:
+        found.append(text)
+        return encode(tokenizer, text, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(requests, "encode_text", noted)
+        yield found
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

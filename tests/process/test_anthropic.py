@@ -14,11 +14,20 @@ import httpx
 import pytest
 from looking import PIXELS, content_checkpoint
 from paths import DATA
-from servers import Breaking, Server, process, serving, sudoku_model, tiny, wait_until, writing
+from servers import (
+    Breaking,
+    Server,
+    process,
+    reading,
+    serving,
+    sudoku_model,
+    tiny,
+    wait_until,
+    writing,
+)
 
 from mlx_diffgemma import load
 from mlx_diffgemma.server import anthropic_routes
-from mlx_diffgemma.tasks import request as requests
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 ASK: dict[str, Any] = {"model": "any", "max_tokens": 200, "messages": HELLO}
@@ -59,6 +68,8 @@ def test_the_anthropic_client_chats(small: Server) -> None:
         assert "".join(stream.text_stream) == block.text
         final = stream.get_final_message()
     assert final.content[0].text == block.text
+    assert final.usage.cache_read_input_tokens
+    assert final.usage.input_tokens + final.usage.cache_read_input_tokens == read
     assert (final.stop_reason, final.usage.output_tokens) == ("end_turn", usage.output_tokens)
     assert [each.id for each in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").display_name == "tiny"
@@ -118,17 +129,10 @@ def test_tools_and_thoughts_through_the_anthropic_client(stream: bool) -> None:
 
 def prompt_of(server: Server, monkeypatch: pytest.MonkeyPatch, body: Any) -> str:
     """What the model reads of a request."""
-    seen: list[str] = []
-    encode = requests.encode_text
-
-    def noted(tokenizer: Any, text: str, *rest: Any) -> list[int]:
-        seen.append(text)
-        return encode(tokenizer, text, *rest)
-
-    monkeypatch.setattr(requests, "encode_text", noted)
-    reply = server.post(f"{PATH}/count_tokens", body)
+    with reading(monkeypatch) as texts:
+        reply = server.post(f"{PATH}/count_tokens", body)
     assert reply.status_code == 200, reply.text
-    return seen[0]
+    return texts[0]
 
 
 def test_what_a_request_says_is_what_the_model_reads(

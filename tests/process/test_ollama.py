@@ -10,7 +10,17 @@ import httpx
 import ollama
 import pytest
 from looking import PIXELS, content_checkpoint
-from servers import Breaking, Server, leave, serving, sudoku_model, tiny, wait_until, writing
+from servers import (
+    Breaking,
+    Server,
+    leave,
+    reading,
+    serving,
+    sudoku_model,
+    tiny,
+    wait_until,
+    writing,
+)
 
 from mlx_diffgemma import load
 
@@ -75,6 +85,11 @@ def test_settings(small: Server) -> None:
     assert all(len(each.top_logprobs or []) == 2 for each in weights)
     parts = client.chat("x", HELLO, options=SEED, logprobs=True, stream=True)
     assert "".join(each.token for part in parts for each in part.logprobs or []) == full
+    words = "A small house stands near the old river; Anna buys twelve pears, nine books and a map."
+    with serving(writing(words)) as server:  # which takes several canvases
+        long: Any = {"options": {"num_predict": 200}, "stream": True}
+        parts = server.ollama().chat("x", HELLO, logprobs=True, **long)
+        assert "".join(each.token for part in parts for each in part.logprobs or []) == words
     more = {"temperature": 0.2, "num_ctx": 4096}
     body = {"messages": HELLO, "options": {**more, "num_predict": 1}, "stream": False}
     reply = small.post("/api/chat", body)
@@ -105,6 +120,7 @@ def test_infilling_and_raw_text(random_one: Server) -> None:
     raw = small.ollama().generate("x", "hello", raw=True, options={"seed": 0, "num_predict": 5})
     same = small.post("/v1/completions", {"prompt": "hello", "seed": 0, "max_tokens": 5}).json()
     assert raw.response == same["choices"][0]["text"]
+    assert raw.prompt_eval_count == same["usage"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -138,6 +154,27 @@ def test_tools_and_thoughts_through_the_ollama_client(stream: bool) -> None:
         result = {"role": "tool", "tool_name": "weather", "content": weather("Oslo")}
         done = ask([*HELLO, asked, result])
         assert (done.thinking, done.content) == ("cold", "It is 3 degrees.")
+
+
+def test_what_a_chat_says_is_what_the_model_reads(
+    fine: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *HELLO,
+        {"role": "assistant", "thinking": "hm", "tool_calls": [call]},
+        {"role": "tool", "tool_name": "weather", "content": "3 C"},
+    ]
+    with reading(monkeypatch) as texts:
+        fine.post("/api/chat", {"messages": messages})
+        fine.post("/api/generate", {"prompt": "hello", "system": "Be kind.", "think": True})
+    order = ["Be brief.", "hello", "hm", 'call:weather{city:<|"|>Oslo', "response:weather{", "3 C"]
+    places = [texts[0].find(each) for each in order]
+    assert -1 not in places, texts[0]
+    assert places == sorted(places)
+    assert "Be kind." in texts[1]
+    assert "<|think|>" in texts[1]
 
 
 def test_what_the_model_is(fine: Server, small: Server) -> None:

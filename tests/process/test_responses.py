@@ -10,11 +10,20 @@ from typing import Any
 import openai
 import pytest
 from looking import PIXELS, content_checkpoint
-from servers import Breaking, Server, leave, serving, sudoku_model, tiny, wait_until, writing
+from servers import (
+    Breaking,
+    Server,
+    leave,
+    reading,
+    serving,
+    sudoku_model,
+    tiny,
+    wait_until,
+    writing,
+)
 
 from mlx_diffgemma import load
 from mlx_diffgemma.server import responses_memory
-from mlx_diffgemma.tasks import request as requests
 
 SCHEMA: Any = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": False}
@@ -86,6 +95,7 @@ def test_the_events_of_a_stream_are_openais() -> None:
     assert [each["type"] for each in whole["output"]] == ["reasoning", "message", "function_call"]
     done = [data["item"] for kind, data in found if kind == "output_item.done"]
     assert done == whole["output"]
+    assert {each["status"] for each in done} == {"completed"}
     assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
 
 
@@ -124,18 +134,10 @@ def test_tools_and_thoughts_through_the_openai_client(stream: bool, remembered: 
 
 def prompt_of(server: Server, monkeypatch: pytest.MonkeyPatch, body: Any) -> tuple[str, Any]:
     """What the model reads of a request, and the answer."""
-    seen: list[str] = []
-    encode = requests.encode_text
-
-    def noted(tokenizer: Any, text: str, *rest: Any) -> list[int]:
-        seen.append(text)
-        return encode(tokenizer, text, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(requests, "encode_text", noted)
+    with reading(monkeypatch) as texts:
         reply = server.post(PATH, body)
     assert reply.status_code == 200, reply.text
-    return seen[0], reply.json()
+    return texts[0], reply.json()
 
 
 def test_what_was_said_before_is_read_again(fine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
