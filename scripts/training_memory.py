@@ -41,7 +41,8 @@ def measure(directory: str, batch: int, tokens: int, checkpointed: bool, full: b
     add_adapter(model, adapter)
     mx.clear_cache()
     weights = mx.get_active_memory()
-    trainer = Trainer(model, settings, 1, Objective(self_conditioned=1.0))
+    trainer = Trainer(model, settings, 1)
+    trainer.objective = Objective(self_conditioned=1.0)
     response = min(256, tokens // 2)
     samples = [
         Sample(tuple(range(100, 100 + tokens - response)), tuple(range(100, 100 + response)))

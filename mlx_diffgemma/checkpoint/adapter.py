@@ -310,13 +310,12 @@ def _fetched(repo: str) -> Path:
     """Fetch an adapter from the hub; arguments and errors as in `find_adapter`."""
     from huggingface_hub import snapshot_download
 
-    commit = None
+    offline = False
     try:
         repository = look_up(repo, None)
     except Unreachable:  # the cache may have it
-        pass
+        offline = True
     else:
-        commit = repository.commit
         size = sum(file.size for name, file in repository.files.items() if name in FILES)
         if size > FETCHED_LIMIT:
             raise CheckpointError(
@@ -324,11 +323,8 @@ def _fetched(repo: str) -> Path:
                 "are fetched at most"
             )
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=commit, allow_patterns=list(FILES), local_files_only=commit is None
-            )
-        )
+        # By no commit: the cache would not know it for the newest where there is no network.
+        return Path(snapshot_download(repo, allow_patterns=list(FILES), local_files_only=offline))
     except Exception as error:  # whatever the HTTP library of the day raises
         raise hub_failure(repo, None, error) from error
 

@@ -23,6 +23,11 @@ _SAID = {
         "no other runtime reads this model as GGUF; what is written is safetensors",
     ),
     "--draft-model": "the model drafts for itself with --mode speculative",
+    **dict.fromkeys(
+        ("--report-to", "--project-name"),
+        "log.jsonl in the adapter's folder has all events of a run, and progress.svg shows them",
+    ),
+    "--lora-layers": "it is called --num-layers",
     "--verbose": "statistics are printed unless --quiet is given",
     "--ignore-chat-template": "prompts go through the checkpoint's template; from Python, token "
     "ids are taken as they are",

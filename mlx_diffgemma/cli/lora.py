@@ -101,6 +101,10 @@ class Learning:
         float | None,
         typer.Option(help="Of the encoder's loss beside the denoiser's; 0 is none of it. [1.0]"),
     ] = None
+    distill: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Learn to answer in so few steps as in all."),
+    ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
 
 
@@ -121,7 +125,8 @@ class Watching:
         int | None, typer.Option(min=0, help="Validation examples that are answered. [16]")
     ] = None
     success_steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps of answers. [checkpoint's setting]")
+        int | None,
+        typer.Option(min=1, help="Steps of answers. [--distill, else checkpoint's setting]"),
     ] = None
     test_batches: Annotated[
         int | None, typer.Option(help="Batches of the test's loss; -1 is all. [500]")
@@ -188,10 +193,12 @@ def lora(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a model to a task by examples: LoRA, DoRA or all its parameters."""
-    flags = {"model": base.model, "train": train, "test": test, "data": data}
-    for group in (adapting, learning, watching, keeping):
+    flags: dict[str, Any] = {"train": train, "test": test, "data": data}
+    for group in (base, adapting, learning, watching, keeping):
         flags |= asdict(group)
-    asked = _asked(flags, config, keeping)
+    asked, notes = _asked(flags, config, keeping)
+    if notes and not quiet:
+        say(*(f"note: {each}" for each in notes))
     if plan:
         _plan(asked, _loading(base, asked))
         return
@@ -209,11 +216,13 @@ def lora(
 
 def _loading(base: Base, asked: "Asked") -> LoadFaithful:
     """Loads the model that is asked for, once it is called."""
-    return LoadFaithful(**{**asdict(base), "model": asked.model or os.environ.get(MODEL)})
+    return LoadFaithful(asked.model, asked.revision, asked.dtype, base.max_memory)
 
 
-def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Asked":
-    """What is asked for, with what is said about settings that change nothing."""
+def _asked(
+    flags: dict[str, Any], config: Path | None, keeping: Keeping
+) -> tuple["Asked", list[str]]:
+    """What is asked for, and what is to be said of it."""
     from ..checkpoint.fit import read_size
     from ..training.folder import read_state
     from .lora_config import ADAPTER_PATH, asked_for, read_config
@@ -223,15 +232,20 @@ def _asked(flags: dict[str, Any], config: Path | None, keeping: Keeping) -> "Ask
     if (threshold := flags["clear_cache_threshold"]) is not None:
         flags["clear_cache_threshold"] = 0 if threshold == "0" else read_size(threshold)
     values, told = read_config(config) if config else ({}, [])
+    notes = [f"{config}: {line}" for line in told]
     before: dict[str, Any] = {}
     if keeping.resume:
         flags["train"] = True
         given = (flags["adapter_path"], values.get("adapter_path"), ADAPTER_PATH)
         path = next(each for each in given if each)
         before = {**read_state(Path(str(path))).arguments, "adapter_path": str(path)}
-    for line in told:
-        say(f"note: {config}: {line}")
-    return asked_for(flags, values, before)
+    named = {"model": os.environ.get(MODEL), **before}
+    asked = asked_for(flags, values, named)
+    iters = asked.settings.iters
+    if before.get("iters", iters) != iters:
+        was = before["iters"]
+        notes.append(f"iters was {was}: the learning rate goes on as in a run of {iters}")
+    return asked, notes
 
 
 def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> None:
@@ -242,15 +256,16 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     from ..training.optimizers import make_optimizer
     from ..training.plots import NO_PLOTS, can_plot
     from ..training.run import load_weights
+    from .training import waiting
 
     path = asked.adapter_path
     if asked.train:
         assert path is not None
-        make_optimizer(asked.settings)
         check_folder(path, mode)
         if asked.resume_adapter_file is not None:
             read_header(asked.resume_adapter_file)
-    found = _examples(asked, load)
+    with waiting("reading the examples", quiet=quiet):
+        found = _examples(asked, load)
     if found.notices and not quiet:
         say(*(f"note: {notice}" for notice in found.notices))
     if not asked.train or path is None:
@@ -260,6 +275,7 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
         return
     if not (quiet or can_plot()):
         say(f"note: {NO_PLOTS}")
+    make_optimizer(asked.settings)
     _planned(asked, load, found, fit=True)
     with locked(path, mode):
         model, tokenizer = load()

@@ -5,10 +5,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..arguments import SettingError, shown
 from ..checkpoint.adapter import AdapterConfig
+from ..checkpoint.weights import DType
 from ..files import read_text
 from ..training.lines import Keys
 from ..training.settings import Settings
@@ -35,7 +36,16 @@ _FEATURES = {
 
 _TERMS = ("rank", "dropout", "scale", "keys")
 
-_TEXTS = ("model", "data", "adapter_path", "resume_adapter_file", "fine_tune_type", "optimizer")
+_TEXTS = (
+    "model",
+    "revision",
+    "dtype",
+    "data",
+    "adapter_path",
+    "resume_adapter_file",
+    "fine_tune_type",
+    "optimizer",
+)
 _SWITCHES = ("train", "test", "mask_prompt", "grad_checkpoint")
 
 _SETTINGS = tuple(each.name for each in fields(Settings))
@@ -53,6 +63,8 @@ class Asked:
     an `adapter_path` the model is tested as it is."""
 
     model: str | None
+    revision: str | None
+    dtype: DType | None
     train: bool
     test: bool
     data: Path | None
@@ -123,6 +135,8 @@ def asked_for(
     for name in _SWITCHES:
         if not isinstance(values.get(name, False), bool):
             raise SettingError(f"{name} must be true or false, not {shown(values[name])}")
+    if (dtype := values.get("dtype")) is not None and dtype not in get_args(DType):
+        raise SettingError(f"dtype is one of {', '.join(get_args(DType))}; not {shown(dtype)}")
     values["lora_parameters"] = terms = _terms(values.get("lora_parameters"), flags)
     adapter = AdapterConfig(
         **{name: values[name] for name in ("fine_tune_type", "num_layers") if name in values},
@@ -130,6 +144,8 @@ def asked_for(
     )
     return Asked(
         model=values.get("model"),
+        revision=values.get("revision"),
+        dtype=dtype,
         train=values.get("train", False),
         test=values.get("test", False),
         data=Path(values["data"]) if values.get("data") else None,

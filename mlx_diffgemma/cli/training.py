@@ -42,6 +42,19 @@ def interruptible(told: str) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def waiting(what: str, *, quiet: bool) -> Iterator[None]:
+    """Say on a terminal what takes its time, while it does."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
 class Display:
     """Shows events on stderr; `total` are all iterations."""
 
@@ -88,7 +101,7 @@ class Display:
             f"iteration {event.iteration} of {self._total}: loss {event.loss:.3f} (denoising "
             f"{event.denoising:.3f}, reading {event.reading:.3f}), learning rate "
             f"{event.learning_rate:.2e}, {event.tokens_per_second:.0f} tokens/s, "
-            f"{decimal(event.peak_memory)} at most{self._left(event.iteration)}"
+            f"{decimal(event.peak_memory)}{self._left(event.iteration)}"
         )
 
     def _step(self, iteration: int) -> None:
@@ -107,7 +120,7 @@ class Display:
         if iteration in (first, self._total):
             return ""
         seconds = (time.monotonic() - began) / (iteration - first) * (self._total - iteration)
-        return f", about {spoken(seconds)} left"
+        return f", {spoken(seconds)} left"
 
     def _measure(self, what: str, done: int, total: int) -> None:
         """A bar of its own for what is measured, while it is."""

@@ -143,7 +143,7 @@ class DiffusionGemma(nn.Module):
         return (
             f"DiffusionGemma({len(config.layers)} layers, width {config.hidden_size}, "
             f"vocabulary {config.vocab_size:,}, canvas {config.canvas_length}, "
-            f"context {self.context:,})"
+            f"context {self.context:,}{f', {self.adapter}' if self.adapter else ''})"
         )
 
     def make_cache(self) -> list[LayerCache]:

@@ -111,7 +111,7 @@ class Encoder:
             if calls and last < 0 and answered in self.ends:
                 return [*response, answered]
             raise DataError("the chat template does not end the answer with an end token")
-        if last == 0 and len(response) <= 2:
+        if last == 0:
             raise DataError("the answer is empty")
         return response[: last + 1]
 

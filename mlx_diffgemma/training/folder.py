@@ -26,9 +26,10 @@ from .plots import can_plot, plot
 STATE_FILE = "training_state.safetensors"
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "progress.svg"
+TAUGHT_FILE = "taught.jsonl"  # the teacher's answers, where a model is distilled
 
 # Names of what a run writes; checkpoints end as mlx-lm's do, behind the iteration.
-_OWN = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, LOG_FILE, PLOT_FILE)
+_OWN = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE, LOG_FILE, PLOT_FILE, TAUGHT_FILE)
 _CHECKPOINT = "[0-9]*_adapters.safetensors"
 
 # What a kill leaves of a file that was being written; see `files.replacing`.
@@ -98,12 +99,12 @@ class Folder:
         Raises:
             RunError: the disk refuses.
         """
-        with _writing(self.path / LOG_FILE) as path, path.open("a", encoding="utf-8") as file:
+        with writing(self.path / LOG_FILE) as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line_of(event)) + "\n")
 
     def save_best(self, weights: Arrays, iteration: int, **about: Any) -> Path:
         """Write adapters.safetensors, which is what others load, with its config."""
-        with _writing(self.path / WEIGHTS_FILE) as path:
+        with writing(self.path / WEIGHTS_FILE) as path:
             save_adapter(
                 self.path, weights, self._config, **self._arguments, iteration=iteration, **about
             )
@@ -111,7 +112,7 @@ class Folder:
 
     def save_checkpoint(self, weights: Arrays, iteration: int) -> Path:
         """Write the weights after an iteration beside the others."""
-        with _writing(self.path / f"{iteration:07d}_{WEIGHTS_FILE}") as path:
+        with writing(self.path / f"{iteration:07d}_{WEIGHTS_FILE}") as path:
             with replacing(path, suffix=".safetensors") as fresh:
                 mx.save_safetensors(str(fresh), weights, {"format": "mlx"})
             return path
@@ -123,7 +124,7 @@ class Folder:
             "arguments": self._arguments,
             "data": self._data,
         }
-        with _writing(self.path / STATE_FILE) as path:
+        with writing(self.path / STATE_FILE) as path:
             with replacing(path, suffix=".safetensors") as fresh:
                 mx.save_safetensors(str(fresh), arrays, {"run": json.dumps(about)})
             return path
@@ -133,7 +134,7 @@ class Folder:
         due = last or time.monotonic() - self._drawn > BETWEEN_PLOTS
         if due and can_plot() and (self.path / LOG_FILE).exists():
             self._drawn = time.monotonic()
-            with _writing(self.path / PLOT_FILE) as path:
+            with writing(self.path / PLOT_FILE) as path:
                 plot(path, read_log(self.path))
 
     def trim_log(self, iteration: int) -> None:
@@ -142,12 +143,13 @@ class Folder:
         if not source.exists():
             return
         kept = [line for line in read_log(self.path) if line.get("iteration", 0) <= iteration]
-        with _writing(source) as path, replacing(path) as fresh:
+        with writing(source) as path, replacing(path) as fresh:
             fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
+    """While a file is written: what the system or MLX refuses is a RunError in one sentence."""
     try:
         yield path
     except (OSError, RuntimeError) as error:  # the second is MLX's, and says what the first does

@@ -30,12 +30,13 @@ def encode(
     """
     x = model.embed(tokens)
     rotations = model.rotations(mx.arange(tokens.shape[1], dtype=mx.float32)[None])
+    # One mask for all layers of a kind, as each is held until the gradient.
+    masks = {kind: LayerCache(kind.window).encoder_mask(tokens.shape[1]) for kind in rotations}
     kept = []
     scalars = model.model.encoder.language_model.layers
     for block, own in zip(model.model.decoder.layers, scalars, strict=True):
         kind = block.self_attn.layer
-        mask = LayerCache(kind.window).encoder_mask(tokens.shape[1])
-        layer = _reading(block, mask, rotations[kind])
+        layer = _reading(block, masks[kind], rotations[kind])
         x, new = _checkpointed(block, layer, checkpointed)(x, own.layer_scalar)
         kept.append(new)
     return model.model.decoder.norm(x), kept

@@ -100,7 +100,7 @@ def answer_cases(
         Request(
             list(case.sample.prompt),
             max_tokens=math.ceil(len(case.sample.response) / length) * length,
-            steps=settings.success_steps,
+            steps=settings.success_steps or settings.distill,
             seed=settings.seed + i,
         )
         for i, case in enumerate(cases)

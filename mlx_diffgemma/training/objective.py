@@ -70,6 +70,8 @@ class Noised:
         supervised: of each row, how many positions of its canvas are, from the first on.
         conditioned: whether a row's canvas is self-conditioned.
         levels: t of each row.
+        self_conditioning: what canvases are conditioned on (B, L, hidden), zeros for those that are
+            not; None asks for the first pass, where any is.
     """
 
     tokens: mx.array
@@ -80,6 +82,7 @@ class Noised:
     supervised: tuple[int, ...]
     conditioned: tuple[bool, ...]
     levels: tuple[float, ...]
+    self_conditioning: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,8 @@ def _first_pass(model: DiffusionGemma, batch: Noised, kept: Sequence[mx.array]) 
     It is what a pass over the same canvas, itself not conditioned, expects; without a gradient.
     """
     rows = [row for row, wanted in enumerate(batch.conditioned) if wanted]
-    if not rows:
-        return None
+    if not rows or batch.self_conditioning is not None:
+        return batch.self_conditioning
     some = mx.array(rows)
     prefixes = [batch.prefixes[row] for row in rows]
     found = expected_embedding(model, decode(model, batch.canvas[some], kept, rows, prefixes))

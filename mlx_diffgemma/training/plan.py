@@ -97,7 +97,8 @@ def plan(
     arrays += settings.grad_accumulation_steps > 1
     encoder, decoder = settings.batch_size * tokens, settings.batch_size * config.canvas_length
     held, layer = _held(config, tokens, encoder, decoder, item, settings.grad_checkpoint)
-    loss = _loss(config, max(encoder, decoder), item, packed=found.table_bytes > 0)
+    read = encoder if settings.encoder_weight else 0  # by the loss
+    loss = _loss(config, max(read, decoder), item, packed=found.table_bytes > 0)
     parts = (
         Part("weights", found.loaded_bytes),
         Part("what is trained, gradients, optimizer", count * arrays * (item if full else 4)),

@@ -1,6 +1,7 @@
 """From a folder of examples and a model to a folder with an adapter, and what tests say of it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Tokenizer
 from .data import Data, Encoder, read_data
-from .events import Event, Measuring, Succeeded, Validated
+from .events import Event, Measuring, Stopped, Succeeded, Validated
 from .folder import Folder, Mode, RunError, Stored, clear, locked, read_state
 from .lines import Keys
 from .loop import Run, digest, resume
 from .measuring import Stop, answer_cases, answerable, validate
+from .objective import Sample
 from .plan import fitting
 from .settings import Settings
 from .step import Trainer
+from .teaching import as_examples, read_taught, teach, write_taught
 
 
 def never() -> bool:
@@ -116,6 +119,20 @@ def train_in(
     known = digest([*data.train, *data.valid])
     if stored is not None:
         check_same(path, stored, settings, known)
+    if settings.distill is not None:
+        samples: list[Sample] = []
+        if stored is not None:
+            samples = read_taught(path, model.config.vocab_size)
+        else:
+            for event in teach(model, data.train, settings.seed, stopped):
+                if isinstance(event, Sample):
+                    samples.append(event)
+                else:
+                    yield event
+            if stopped():
+                yield Stopped(0)
+                return
+        data = replace(data, train=as_examples(samples))
     mx.random.seed(settings.seed)  # which the first values of an adapter are drawn from
     add_adapter(model, adapter)
     if weights is not None:
@@ -124,6 +141,8 @@ def train_in(
     progress = None if stored is None else resume(trainer, stored)
     if mode == "overwrite":
         clear(path)
+    if settings.distill is not None and stored is None:
+        write_taught(path, samples)
     folder = Folder(path, adapter, {**vars(settings), **(arguments or {})}, known)
     if progress is not None:
         folder.trim_log(progress.iteration)

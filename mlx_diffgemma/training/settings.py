@@ -5,7 +5,7 @@ of the gradient are those of the public recipes for this model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..arguments import SettingError, is_number, shown, whole_number
@@ -30,6 +30,8 @@ SCHEDULES = ("cosine_decay", "linear_schedule", "exponential_decay", "step_decay
 
 MOST = 1 << 31  # of a count
 
+LARGEST_SEED = 1 << 62  # so that what is added to it is one, too
+
 ALL = -1  # batches: as many as there are
 
 
@@ -48,13 +50,15 @@ class Settings:
         max_grad_norm: longer gradients are shortened to it; 0 leaves them as they are.
         encoder_weight: of the encoder's loss beside the denoiser's; 0 computes none. An encoder
             that never learnt to read on pulls an adapter away from the task.
+        distill: learn to answer in so many steps what the model answers in all its steps.
         seed: of all that is drawn.
         val_batches: batches whose validation loss is measured, each at four levels of noise, which
             is why there are fewer than mlx-lm's 25; -1 is all.
         test_batches: the same of the test's loss.
         success_cases: validation examples that are answered, to count the exact ones; 0 is none.
         test_cases: the same of the test.
-        success_steps: denoising steps of such an answer; None is the checkpoint's setting.
+        success_steps: denoising steps of such an answer; None are those of `distill`, or the
+            checkpoint's setting.
         steps_per_report, steps_per_eval, save_every: iterations between two of these.
         grad_checkpoint: compute each layer twice, which takes a third more time and less memory.
         clear_cache_threshold: bytes that MLX may keep for later between iterations.
@@ -70,6 +74,7 @@ class Settings:
     lr_schedule: Mapping[str, Any] | None = None
     max_grad_norm: float = 1.0
     encoder_weight: float = 1.0
+    distill: int | None = None
     seed: int = 0
     val_batches: int = 8
     test_batches: int = 500
@@ -87,13 +92,20 @@ class Settings:
             whole_number(name, getattr(self, name), 1, MOST)
         for name in ("steps_per_report", "steps_per_eval"):
             whole_number(name, getattr(self, name), 1, MOST)
-        for name in ("success_cases", "test_cases", "clear_cache_threshold", "seed"):
+        if self.grad_accumulation_steps > self.iters:
+            raise SettingError(
+                f"grad_accumulation_steps {self.grad_accumulation_steps} is more than iters "
+                f"{self.iters}: the weights would never change"
+            )
+        for name in ("success_cases", "test_cases", "clear_cache_threshold"):
             whole_number(name, getattr(self, name), 0)
+        whole_number("seed", self.seed, 0, LARGEST_SEED)
         for name in ("val_batches", "test_batches"):
             whole_number(name, getattr(self, name), ALL, MOST)
         whole_number("max_seq_length", self.max_seq_length, 2, MOST)
-        if self.success_steps is not None:
-            whole_number("success_steps", self.success_steps, 1, MOST)
+        for name in ("success_steps", "distill"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1, MOST)
         for name in ("learning_rate", "max_grad_norm", "encoder_weight"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
@@ -130,20 +142,20 @@ class Settings:
 
     def same_run(self, other: "Settings") -> list[str]:
         """Names of settings in which a run that goes on must not differ, and does."""
-        mine, its = (replace(each, **_FREE) for each in (self, other))
-        return [name for name in vars(mine) if getattr(mine, name) != getattr(its, name)]
+        mine, its = vars(self), vars(other)
+        return [name for name in mine if name not in _FREE and mine[name] != its[name]]
 
 
 # Settings that a run which goes on may change: what is learnt does not depend on them, or in the
 # case of `iters` only through the schedule.
-_FREE: dict[str, Any] = {
-    "iters": 1,
-    "steps_per_report": 1,
-    "save_every": 1,
-    "test_batches": 1,
-    "test_cases": 0,
-    "clear_cache_threshold": 0,
-}
+_FREE = (
+    "iters",
+    "steps_per_report",
+    "save_every",
+    "test_batches",
+    "test_cases",
+    "clear_cache_threshold",
+)
 
 
 def _check_optimizers(given: object) -> None:

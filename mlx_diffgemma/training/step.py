@@ -18,6 +18,7 @@ from ..checkpoint.adapter import trained
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from .batches import NOISE, draws
+from .distill import along_schedule
 from .objective import Losses, Noised, Objective, Sample, losses, noised
 from .optimizers import make_optimizer
 from .settings import Settings
@@ -118,7 +119,11 @@ class Trainer:
     def batch(self, samples: Sequence[Sample], iteration: int) -> Noised:
         """What an iteration asks: its noise follows from the seed and its number."""
         rng = draws(self.settings.seed, NOISE, iteration)
-        return noised(samples, rng, self.model.config, self.end_token, self.objective)
+        batch = noised(samples, rng, self.model.config, self.end_token, self.objective)
+        if self.settings.distill is None:
+            return batch
+        self.model.eval()
+        return along_schedule(self.model, batch, rng, self.settings.distill)
 
     def step(self, samples: Sequence[Sample], iteration: int) -> Step:
         """Learn from a batch; the weights change where enough gradients are summed.
@@ -129,8 +134,8 @@ class Trainer:
         settings = self.settings
         # Dropout draws from MLX's own generator, which others use between two steps.
         mx.random.seed(settings.seed + (iteration << 32) & (1 << 64) - 1)
-        self.model.train()
         batch = self.batch(samples, iteration)
+        self.model.train()
         found, gradients = gradients_of(
             self.model,
             self.weights,

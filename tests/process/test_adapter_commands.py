@@ -75,7 +75,11 @@ def test_a_loss_by_packing_again_is_told(adapter: Path, tmp_path: Path) -> None:
     assert "--q-bits" not in run(*asked, tmp_path / "exact", "--dequantize").stderr
 
 
-def test_the_server_tells_of_it(adapter: Path) -> None:
+def test_the_server_answers_with_it(adapter: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "hello"}], "seed": 0, "max_tokens": 24}
     with process("--adapter", str(adapter)) as server:
         (told,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        answer = server.post("/v1/chat/completions", {**asked, "steps": 4}).json()
     assert told["adapter"] == "LoRA of rank 2, scale 20, all layers"
+    written = run(*ASKED, "--adapter", adapter).stdout.removesuffix("\n")
+    assert answer["choices"][0]["message"]["content"] == written

@@ -12,6 +12,7 @@ from typing import Any
 import command
 import pytest
 from command import at_a_terminal, run
+from hub import asked_here
 from paths import SUDOKU
 
 import mlx_diffgemma
@@ -55,8 +56,8 @@ def rows(cells: str) -> str:
 def test_train_go_on_and_test(tmp_path: Path, data: Path) -> None:
     """What is printed is where the adapter is; all else is on stderr, in lines."""
     adapter = tmp_path / "adapters"
-    arguments = ["lora", "-m", SUDOKU, "--train", "--data", data, "--adapter-path", adapter]
-    done = run(*arguments, *QUICK)
+    arguments = ["lora", "--train", "--data", data, "--adapter-path", adapter]
+    done = run(*arguments, *QUICK, "--dtype", "bfloat16", MLX_DIFFGEMMA_MODEL=str(SUDOKU))
     assert done.returncode == 0, done.stderr
     kept = r"iteration [24] of 4, which answers \d+\.\d% of the validation cases exactly; \d+\.\d%"
     assert re.fullmatch(rf"{adapter}/adapters\.safetensors: {kept} before training\n", done.stdout)
@@ -72,6 +73,8 @@ def test_train_go_on_and_test(tmp_path: Path, data: Path) -> None:
     again = run(*arguments, *QUICK)
     assert (again.returncode, again.stdout) == (1, "")
     assert "holds another run" in again.stderr
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    assert (about["model"], about["dtype"]) == (str(SUDOKU), "bfloat16")  # also if it goes on
     longer = run("lora", "--resume", "--adapter-path", adapter, "--iters", "5", "-q")
     assert (longer.returncode, longer.stderr) == (0, "")
     assert "of 5" in longer.stdout
@@ -102,6 +105,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, data: Path) -> None:
     [
         ([], 2, "nothing is asked for: --train, --test or both"),
         (["--train"], 2, "--data names the folder"),
+        (["--train", "--report-to", "wandb"], 2, "log.jsonl in the adapter's folder has all"),
         (["--train", "--resume", "--overwrite"], 2, "exclude each other"),
         (["--train", "--data", "DATA", "--adapter-path", ""], 2, "names the folder of the run"),
         (["--train", "--data", "none"], 1, "there is no folder none"),
@@ -150,6 +154,20 @@ def test_the_plan_says_what_is_needed(data: Path) -> None:
     assert told[0].startswith("weights  ")
     assert told[-2].startswith("in all  ")
     assert re.match(r"[\d,]+ parameters are trained, with batches of 2 x \d+ tokens: ", told[-1])
+
+
+def test_of_a_model_on_the_hub_no_weights_are_fetched_to_refuse(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to find a mistake in the examples, nor to say what training needs."""
+    with asked_here(SUDOKU, tmp_path / "cache", monkeypatch) as hub:
+        planned = run("lora", "-m", "org/model", "--plan", "--data", data)
+        assert "in all" in planned.stdout, planned.stderr
+        arguments = ["--train", "-m", "org/model", "--data", data, "--max-memory", "2MB"]
+        refused = run("lora", *arguments, cwd=tmp_path)
+        assert "and 2.0 MB are free" in refused.stderr
+        assert hub.sent["tokenizer.json"] > 0
+        assert hub.sent.get("model.safetensors", 0) < 1_000_000  # of 3; its header
 
 
 def test_from_python(tmp_path: Path, data: Path) -> None:

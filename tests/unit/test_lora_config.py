@@ -110,6 +110,7 @@ def test_flags_come_before_the_file_and_that_before_the_run(tmp_path: Path) -> N
         ("learning_rate: .nan", "learning_rate must be a number"),
         ("train: 'yes'", "train must be true or false"),
         ("model: 3", "model must be text"),
+        ("dtype: int8", "dtype is one of float32, bfloat16, float16"),
         ("lora_parameters: {alpha: 32, rank: 16}", "no alpha: scale is alpha divided by the rank"),
         ("lora_parameters: {ranks: 3}", "have no 'ranks'"),
         ("lora_parameters: 3", "lora_parameters must be names"),
@@ -160,7 +161,7 @@ def test_help_says_the_defaults() -> None:
         for each in fields(group)
     }
     own = {**vars(AdapterConfig()), **vars(Settings())}
-    for name in said.keys() & own.keys() - {"keys", "grad_checkpoint", "success_steps"}:
+    for name in said.keys() & own.keys() - {"keys", "grad_checkpoint", "success_steps", "distill"}:
         assert f"[{own[name]}]" in said[name], name
     unsaid = {"lr_schedule", "optimizer_config", "max_grad_norm"}  # which only files can say
     assert {each.name for each in fields(Settings)} - said.keys() == unsaid

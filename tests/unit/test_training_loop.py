@@ -7,31 +7,26 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from random_model import scripted, untrained
 
-from mlx_diffgemma import CheckpointError, DiffusionGemma, SettingError
+from mlx_diffgemma import CheckpointError, DiffusionGemma
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.checkpoint.files import SHIPPED
 from mlx_diffgemma.checkpoint.load import read_tokenizer
 from mlx_diffgemma.training import folder as folders
-from mlx_diffgemma.training import loop
-from mlx_diffgemma.training.batches import Batches, in_order
+from mlx_diffgemma.training import loop, step, teaching
 from mlx_diffgemma.training.data import Data, Example
 from mlx_diffgemma.training.events import Event, Finished, Stopped, Succeeded, Trained, Validated
 from mlx_diffgemma.training.folder import RunError, read_log
 from mlx_diffgemma.training.measuring import answer_cases, answerable
-from mlx_diffgemma.training.objective import Objective, Sample, noised
-from mlx_diffgemma.training.optimizers import make_optimizer, make_schedule
+from mlx_diffgemma.training.objective import Losses, Objective, Sample, noised
 from mlx_diffgemma.training.run import train_in
 from mlx_diffgemma.training.settings import Settings
 from mlx_diffgemma.training.step import Diverged, Trainer
@@ -130,6 +125,30 @@ def test_a_run_that_goes_on_comes_to_the_same_numbers(tmp_path: Path, optimizer:
         assert whole == parts, name
 
 
+def test_distillation_goes_on_with_the_answers_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is asked once: what it says to the last example is kept in the folder."""
+
+    def taught(*given: Any, **more: Any) -> Iterator[tuple[int, Sample]]:
+        yield from enumerate(replace(each.sample, response=(50, 6)) for each in DATA.train)
+
+    monkeypatch.setattr(teaching, "taught", taught)
+    stopped = run(tmp_path / "early", stop_at=-1, distill=3)
+    assert stopped[-1] == Stopped(0)
+    assert not (tmp_path / "early").exists()
+    run(tmp_path / "whole", distill=3)
+    run(tmp_path / "parts", stop_at=4, distill=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(folders, "can_plot", lambda: False)
+    started = next(e for e in run(tmp_path / "parts", "resume", distill=3) if at(e))
+    assert at(started) == 4
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+    (tmp_path / "parts" / "taught.jsonl").write_text('{"prompt": [2], "response": [99999]}\n')
+    with pytest.raises(RunError, match=r"taught\.jsonl cannot be gone on from"):
+        run(tmp_path / "parts", "resume", distill=3)
+
+
 def test_what_was_logged_behind_the_state_is_forgotten(tmp_path: Path) -> None:
     """After a kill, the iterations behind the last state used to stand in the log twice."""
     run(tmp_path / "whole")
@@ -218,12 +237,12 @@ def test_a_gradient_is_shortened_to_its_limit() -> None:
         mx.random.seed(1)
         add_adapter(model, TWO)
         trainer = Trainer(model, settings_of(optimizer="sgd", max_grad_norm=limit), 1)
-        step = trainer.step([DATA.train[0].sample], 1)
-        assert step.norm is not None
+        told = trainer.step([DATA.train[0].sample], 1)
+        assert told.norm is not None
         rate = trainer.learning_rate
         square = sum((v**2).sum().item() for n, v in trainer.weights.items() if "lora_b" in n)
         moved.append(math.sqrt(square) / rate)
-    assert moved[0] == pytest.approx(step.norm, rel=1e-3)
+    assert moved[0] == pytest.approx(told.norm, rel=1e-3)
     assert moved[1] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -244,6 +263,25 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_saved(tmp_path: Pa
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         assert all(mx.isfinite(each).all().item() for each in arrays.values()), file
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_either_may_not_be_finite_alone(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The weights and the sums of gradients are then what they were."""
+    model = small()
+    add_adapter(model, TWO)
+    trainer = Trainer(model, settings_of(), 1)
+    one = mx.array(1.0)
+    loss = mx.array(math.inf) if what == "loss" else one
+    gradients = {n: mx.full(a.shape, math.nan) for n, a in trainer.weights.items()}
+    if what == "loss":
+        gradients = {name: mx.ones_like(array) for name, array in trainer.weights.items()}
+    monkeypatch.setattr(step, "gradients_of", lambda *_, **__: (Losses(one, one, loss), gradients))
+    before = dict(trainer.weights)
+    with pytest.raises(Diverged, match=f"the {what} of iteration 1 is not a finite number"):
+        trainer.step([DATA.train[0].sample], 1)
+    assert trainer.weights == before
+    assert trainer.gradients is None
 
 
 def test_the_weights_that_answer_best_are_kept(
@@ -326,7 +364,7 @@ def test_an_answer_is_right_where_it_says_what_the_example_says() -> None:
         (canvases, [case], 1),
         ([[*TOKENIZER.encode("no"), end, *[fill] * 64][:64]], [short], 1),
         ([[*TOKENIZER.encode("no!"), end, *[fill] * 64][:64]], [short], 0),
-        ([[*TOKENIZER.encode("no"), *[50] * 64][:64]], [short], 0),
+        ([[*TOKENIZER.encode("no"), *[100] * 64][:64]], [short], 0),
     ):
         model.begin(*script)
         settings = Settings(batch_size=1, success_steps=4)
@@ -447,77 +485,3 @@ def test_a_state_of_another_adapter_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match="the training state is of another run"):
         list(events)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 9))
-def test_every_example_once_an_epoch_among_its_likes(
-    lengths: list[int], size: int, epoch: int
-) -> None:
-    batches = Batches(lengths, size, seed=3)
-    packed = [batches.at(epoch * batches.count + i + 1) for i in range(batches.count)]
-    assert sorted(i for batch in packed for i in batch) == list(range(len(lengths)))
-    assert sum(len(batch) < size for batch in packed) <= 1
-    ends = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in packed)
-    assert all(one[1] <= other[0] for one, other in pairwise(ends))
-    measured = in_order(lengths, size, 2)
-    assert sorted(i for b in measured for i in b) == list(range(min(len(lengths), 2 * size)))
-
-
-def test_epochs_differ_and_seeds_do() -> None:
-    orders = {
-        str([Batches([7] * 30, 4, seed).at(first + i) for i in range(8)])
-        for seed in (0, 1)
-        for first in (1, 9)
-    }
-    assert len(orders) == 4
-
-
-def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
-    """mlx-lm's own warm-up begins at 0: the first update would do nothing."""
-    schedule = make_schedule(Settings(learning_rate=1.0, iters=100))
-    rates = [schedule(mx.array(i)).item() for i in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == pytest.approx(1.0)
-    assert rates[100] == pytest.approx(0.1, abs=1e-3)
-    assert make_schedule(Settings(learning_rate=0.0, iters=1))(mx.array(0)).item() == 0
-    own = {"name": "cosine_decay", "arguments": [1e-5, 1000, 1e-7], "warmup": 100}
-    theirs = make_schedule(Settings(lr_schedule={**own, "warmup_init": 1e-7}))
-    assert theirs(mx.array(0)).item() == pytest.approx(1e-7)
-
-
-def test_every_optimizer_follows_the_learning_rate() -> None:
-    """Adafactor's own default ignores it."""
-    for name in ("adam", "adamw", "muon", "sgd", "adafactor"):
-        moved = []
-        for rate in (1.0, 0.5):
-            settings = Settings(optimizer=name, learning_rate=rate)  # type: ignore[arg-type]
-            optimizer = make_optimizer(settings)
-            weights = {"a": mx.zeros((4, 4))}
-            after = optimizer.apply_gradients({"a": mx.ones((4, 4))}, weights)
-            moved.append(mx.abs(after["a"]).max().item())
-        assert moved[0] == pytest.approx(2 * moved[1], rel=1e-3), name
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"iters": 0}, "iters must be at least 1|iters must be from 1"),
-        ({"batch_size": True}, "batch_size must be a whole number"),
-        ({"learning_rate": math.nan}, "learning_rate must be a number from 0 on"),
-        ({"learning_rate": "1e-5"}, "learning_rate must be a number from 0 on"),
-        ({"learning_rate": -1.0}, "learning_rate must be a number from 0 on"),
-        ({"optimizer": "lion"}, "optimizer is one of adam, adamw"),
-        ({"lr_schedule": {"name": "join_schedules", "arguments": [1, 2]}}, "lr_schedule has a"),
-        ({"lr_schedule": {"name": "cosine_decay", "arguments": 3}}, "a list of two or three"),
-        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1, "a"]}}, "'a' is no number"),
-        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1, 0]}}, "lr_schedule: decay_st"),
-        ({"lr_schedule": {"name": "linear_schedule", "arguments": [1, 2]}}, "lr_schedule: .*steps"),
-        ({"optimizer_config": {"adamw": {"speed": 3}}}, "adamw has no 'speed'; it has betas"),
-        ({"optimizer_config": {"lion": {}}}, "there is no optimizer 'lion'"),
-        ({"optimizer_config": {"adamw": {"eps": [[1]]}}}, "optimizer_config: adamw"),
-        ({"optimizer_config": []}, "optimizer_config must be names"),
-    ],
-)
-def test_settings_that_make_no_sense(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
-        make_optimizer(Settings(**given))

@@ -84,7 +84,8 @@ def test_a_plan_is_near_what_is_measured(checkpointed: bool) -> None:
     add_adapter(model, AdapterConfig())
     mx.clear_cache()
     before = mx.get_active_memory()
-    trainer = Trainer(model, settings, 1, Objective(self_conditioned=1.0))
+    trainer = Trainer(model, settings, 1)
+    trainer.objective = Objective(self_conditioned=1.0)
     sample = Sample(tuple(range(9, 149)), tuple(range(100, 160)))
     mx.reset_peak_memory()
     for iteration in (1, 2):
