@@ -142,7 +142,6 @@ def denoise(
             fixed = accepted
             argmax = constraint.choose(known.seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
-        history.append(argmax)
         probability = mx.exp(known.log_probability(model, argmax))
         if was_fixed is not None:
             probability = mx.where(was_fixed, 1.0, probability)
@@ -160,7 +159,8 @@ def denoise(
             first_step=start.first_step,
         )
         now = _agreed(model, now, undecided)
-        canvas, history[-1] = now.canvas, now.argmax
+        canvas = now.canvas
+        history.append(now.argmax)
         fixed = now.accepted if config.sampler.keeps else fixed
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)
