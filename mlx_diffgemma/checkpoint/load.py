@@ -79,9 +79,7 @@ def load(
             raise SettingError(f"{name} is one of {', '.join(get_args(known))}; not {shown(value)}")
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
-    directory = EMBEDDED
-    if path_or_repo is not None:
-        directory = resolve(str(path_or_repo), revision=revision)
+    directory = directory_of(path_or_repo, revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
     part = part_of(headers, share)
@@ -100,6 +98,17 @@ def load(
     tokenizer = read_tokenizer(directory)
     check_ids(model, tokenizer)
     return model, tokenizer
+
+
+def directory_of(path_or_repo: str | Path | None, revision: str | None = None) -> Path:
+    """Find the directory of what `load` takes; a name on the hub is fetched.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    if path_or_repo is None:
+        return EMBEDDED
+    return resolve(str(path_or_repo), revision=revision)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:

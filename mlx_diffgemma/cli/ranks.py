@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,17 @@ from ..errors import Error
 from .terminal import fail
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ..distributed.link import Link
 
-# Commands that several ranks can share, in some way of theirs.
-SHARED = ("generate", "eval")
+# Commands whose work several ranks divide, and those that they do together with --shard.
+APART = ("generate", "eval")
+TOGETHER = ("generate", "fill", "edit", "choose", "score", "bench")
+
+
+# Seconds in which a lost rank is noticed, if it closes its connection.
+NOTICING = 2.0
 
 
 def enter() -> Place:
@@ -39,12 +47,22 @@ def check_shared(command: str | None) -> None:
     Raises:
         SystemExit: it is one.
     """
-    if command not in SHARED and place().size > 1:
-        fail(f"{command} is for one process; under mlx.launch run {' or '.join(SHARED)}", code=2)
+    if command in APART or place().size == 1:
+        return
+    if command not in TOGETHER:
+        known = ", ".join(dict.fromkeys((*APART, *TOGETHER)))
+        fail(f"{command} is for one process; under mlx.launch run one of {known}", code=2)
+    if "--shard" not in sys.argv:
+        fail(f"under mlx.launch, {command} goes with --shard", code=2)
 
 
 def tell_defect() -> None:
-    """Print the traceback of a defect where this rank is silent, and Python would not."""
+    """Print the traceback of a defect where this rank is silent, and Python would not.
+
+    A collective fails when a rank is lost; whoever notices that ends this process meanwhile.
+    """
+    if place().size > 1:
+        time.sleep(NOTICING)
     if not place().leads:
         traceback.print_exc(file=sys.__stderr__)
 
@@ -58,6 +76,20 @@ def ending() -> Iterator[threading.Event]:
         yield wanted
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def group() -> "mx.distributed.Group":
+    """All ranks, which MLX has connected.
+
+    Raises:
+        LaunchError: they cannot be.
+    """
+    import mlx.core as mx
+
+    try:
+        return mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
 
 
 @contextmanager
@@ -74,19 +106,13 @@ def apart() -> "Iterator[Link | None]":
     if here.size == 1:
         yield None
         return
-    import mlx.core as mx
-
     from ..distributed.link import end, linked
 
     def lost(rank: int) -> None:
         if not here.leads:
             end(f"rank {here.rank} ends, as rank 0 is lost")
 
-    try:
-        group = mx.distributed.init(strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
-    with linked(here, group, lost) as link:
+    with linked(here, group(), lost) as link:
         try:
             yield link
         except Error as error:

@@ -1,6 +1,6 @@
 """One rank's share of a model that several compute together, and how they put results together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -19,25 +19,37 @@ class Group(Protocol):
 
 
 class Ranks:
-    """The group that `mlx.launch` has started."""
+    """The group that `mlx.launch` has started.
+
+    Each call begins at once. Left to a later evaluation, those that do not depend on each other
+    would begin in an order that may differ between ranks: one's sum would meet another's state.
+    """
 
     def __init__(self, group: mx.distributed.Group):
         self._group = group
 
     def sum(self, x: mx.array) -> mx.array:
-        return mx.distributed.all_sum(x, group=self._group)
+        found = mx.distributed.all_sum(x, group=self._group)
+        mx.async_eval(found)  # type: ignore[no-untyped-call]
+        return found
 
     def gather(self, x: mx.array) -> mx.array:
-        return mx.distributed.all_gather(x[None], group=self._group)
+        found = mx.distributed.all_gather(x[None], group=self._group)
+        mx.async_eval(found)  # type: ignore[no-untyped-call]
+        return found
 
 
 @dataclass(frozen=True)
 class Share:
-    """Rank `rank` of `size`; one rank alone has everything, and needs no group."""
+    """Rank `rank` of `size`; one rank alone has everything, and needs no group.
+
+    `tell` is rank 0's: the others hear what they are to do.
+    """
 
     rank: int = 0
     size: int = 1
     group: Group | None = field(default=None, compare=False)
+    tell: Callable[[bytes], None] | None = field(default=None, compare=False)
 
     def cut(self, count: int, unit: int = 1) -> range:
         """Its part of `count` things, whose borders are multiples of `unit`; maybe an empty one."""
