@@ -149,14 +149,18 @@ class LoadFaithful:
             fail("--shard goes with mlx.launch", code=2)
 
     def begin(self) -> None:
-        """In another rank than 0 that shares a model, do what rank 0 says, and end.
+        """With --shard, meet the other ranks; in another than rank 0, do what that says, and end.
 
         Raises:
-            SystemExit: it is one.
+            SystemExit: it is another.
         """
-        if self.shard and not place().leads:
-            from .sharing import help_out
+        if not self.shard:
+            return
+        from .sharing import help_out, lead
 
+        if place().leads:
+            lead()
+        else:
             help_out(self._load_part, self._facts)
 
     def __call__(self) -> "tuple[DiffusionGemma, Tokenizer]":

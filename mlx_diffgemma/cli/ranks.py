@@ -8,21 +8,23 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from typing import TYPE_CHECKING
 
-from ..distributed.launch import LaunchError, Place, place
+from ..distributed.launch import Place, place
 from ..errors import Error
 from .terminal import fail
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from ..distributed.link import Link
 
 # Commands whose work several ranks divide, and those that they do together with --shard.
 APART = ("generate", "eval")
 TOGETHER = ("generate", "fill", "edit", "choose", "score", "bench")
 
+
+# Seconds in which rank 0 will have found a mistake, and characters that another rank says of it.
+PATIENCE, MOST_SAID = 20.0, 2000
 
 # Seconds in which a lost rank is noticed, if it closes its connection.
 NOTICING = 2.0
@@ -36,9 +38,26 @@ def enter() -> Place:
     """
     here = place()
     if not here.leads:
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
-        sys.stdout = sys.stderr = nowhere
+        sys.stdout, sys.stderr = StringIO(), StringIO()
     return here
+
+
+def linger(code: object) -> None:
+    """In a silent rank that has failed, give rank 0 time to say why: it mostly has found the same.
+
+    The launcher ends all with the first that fails. What only this rank has found, it says then.
+    """
+    if not code or not isinstance(sys.stderr, StringIO) or place().leads:
+        return
+    time.sleep(PATIENCE)
+    if sys.__stderr__ is not None:
+        said = sys.stderr.getvalue()[-MOST_SAID:]
+        print(
+            *(f"rank {place().rank}: {line}" for line in said.splitlines()),
+            sep="\n",
+            file=sys.__stderr__,
+            flush=True,
+        )
 
 
 def check_shared(command: str | None) -> None:
@@ -78,20 +97,6 @@ def ending() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def group() -> "mx.distributed.Group":
-    """All ranks, which MLX has connected.
-
-    Raises:
-        LaunchError: they cannot be.
-    """
-    import mlx.core as mx
-
-    try:
-        return mx.distributed.init(strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
-
-
 @contextmanager
 def apart() -> "Iterator[Link | None]":
     """Connected with the other ranks, each of which does a part by itself; None where it is alone.
@@ -106,16 +111,24 @@ def apart() -> "Iterator[Link | None]":
     if here.size == 1:
         yield None
         return
-    from ..distributed.link import end, linked
+    from ..distributed.link import all_ranks, connect, end
 
     def lost(rank: int) -> None:
         if not here.leads:
             end(f"rank {here.rank} ends, as rank 0 is lost")
 
-    with linked(here, group(), lost) as link:
-        try:
-            yield link
-        except Error as error:
-            if not here.leads:
-                link.send(b"!" + str(error).encode())
-            raise
+    def left(rank: int) -> None:
+        if not here.leads:
+            os._exit(0)  # what is not told by now is not wanted
+
+    if not here.leads:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
+    link = connect(here, all_ranks(), lost, left)
+    try:
+        yield link
+    except Error as error:
+        if not here.leads:
+            link.send(b"!" + str(error).encode())
+        raise
+    finally:
+        link.close()

@@ -4,9 +4,11 @@ import atexit
 import json
 import os
 import platform
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +32,12 @@ LAST = 2.0
 Loader = Callable[["Share"], "tuple[DiffusionGemma, Tokenizer]"]
 
 
-def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, Tokenizer]":
-    """In rank 0, load its part of a model, once all ranks are found to be equal in these facts.
+@cache
+def lead() -> "tuple[Share, Link]":
+    """In rank 0, its share and its link to the others, which end when it does.
 
     Raises:
-        LaunchError: they are not, or cannot be connected.
-        Error: as `load`.
+        LaunchError: they cannot be connected.
     """
     from ..distributed.link import end
 
@@ -43,13 +45,24 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         end(f"rank {rank} is lost, and with it a part of the model")
 
     share, link = _joined(lost)
+    atexit.register(link.close)
+    return share, link
+
+
+def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, Tokenizer]":
+    """In rank 0, load its part of a model, once all ranks are found to be equal in these facts.
+
+    Raises:
+        LaunchError: they are not, or cannot be connected.
+        Error: as `load`.
+    """
+    share, link = lead()
     others = range(1, share.size)
 
     def tell(message: bytes) -> None:
         for rank in others:
             link.send(message, rank)
 
-    atexit.register(link.close)
     for _ in others:
         found = link.received()
         if found is None or found[1] is None:
@@ -74,6 +87,7 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
     def left(rank: int) -> None:
         threading.Timer(LAST, os._exit, [0]).start()  # in the midst of a collective, perhaps
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     share, link = _joined(lost, left)
     try:
         link.send(json.dumps(facts()).encode())
@@ -95,12 +109,11 @@ def _joined(
     lost: Callable[[int], None], left: Callable[[int], None] = lambda rank: None
 ) -> "tuple[Share, Link]":
     """This rank's share, and its link to the others."""
-    from ..distributed.link import connect
+    from ..distributed.link import all_ranks, connect
     from ..distributed.share import Ranks, Share
-    from .ranks import group
 
-    here, all_ranks = place(), group()
-    return Share(here.rank, here.size, Ranks(all_ranks)), connect(here, all_ranks, lost, left)
+    here, group = place(), all_ranks()
+    return Share(here.rank, here.size, Ranks(group)), connect(here, group, lost, left)
 
 
 def _next(link: "Link") -> bytes | None:

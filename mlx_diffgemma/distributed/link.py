@@ -83,14 +83,14 @@ class Link:
             while peer.poll(SILENCE):
                 message = peer.recv_bytes(MOST_MESSAGE)
                 if message == _FAREWELL:
-                    self._queue.put((rank, None))
                     self._left(rank)
+                    self._queue.put((rank, None))
                     return
                 if message:
                     self._queue.put((rank, message[len(_MESSAGE) :]))
         if not self._closed.is_set():
+            self._lost(rank)  # before the main thread hears of it, and ends by itself
             self._queue.put((rank, None))
-            self._lost(rank)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
@@ -122,20 +122,17 @@ def within(seconds: float, sentence: str) -> Iterator[None]:
         timer.cancel()
 
 
-@contextmanager
-def linked(
-    place: Place, group: mx.distributed.Group, lost: Callable[[int], None]
-) -> Iterator[Link]:
-    """While open, all ranks of a group are connected with rank 0.
+def all_ranks() -> mx.distributed.Group:
+    """The group of all, which MLX connects.
 
     Raises:
-        LaunchError: they cannot be connected.
+        LaunchError: it cannot.
     """
-    link = connect(place, group, lost)
-    try:
-        yield link
-    finally:
-        link.close()
+    with within(GATHERING, f"not all ranks were there after {GATHERING:.0f} s"):
+        try:
+            return mx.distributed.init(strict=True)
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
 
 
 def connect(

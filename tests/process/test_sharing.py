@@ -1,6 +1,7 @@
 """Ranks that share one model: --shard under `mlx.launch`, and what ends them."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -40,16 +41,20 @@ def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
     assert "does not fit" in alone.stdout
 
 
+def under_way(folder: Path) -> "list[subprocess.Popen[str]]":
+    """Two ranks in the midst of long work."""
+    command = [*COMMAND, "bench", "-m", SUDOKU, "--shard", "--repeats", "1000", "--steps", "2"]
+    ranks = started(2, folder, *command)
+    said = ranks[0].stderr
+    assert said is not None
+    next(line for line in said if line.startswith("run 1 "))
+    return ranks
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_all_end_with_one_that_is_killed(tmp_path: Path, killed: int) -> None:
     """A collective of theirs may wait for ever."""
-    command = [*COMMAND, "bench", "-m", SUDOKU, "--shard", "--repeats", "1000", "--steps", "2"]
-    ranks = started(2, tmp_path, *command)
-    first = ranks[0].stderr
-    assert first is not None
-    for line in first:
-        if "1/1000" in line or "run 1" in line:
-            break
+    ranks = under_way(tmp_path)
     ranks[killed].kill()
     begun = time.monotonic()
     other = ranks[1 - killed]
@@ -62,6 +67,18 @@ def test_all_end_with_one_that_is_killed(tmp_path: Path, killed: int) -> None:
     )
     assert f"error: {sentences[killed]}" in said
     assert "Traceback" not in said
+
+
+def test_interrupted_all_end_without_a_word(tmp_path: Path) -> None:
+    """A terminal interrupts all; a rank that ended by itself was taken for lost."""
+    ranks = under_way(tmp_path)
+    for each in ranks:
+        each.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    said = [each.communicate(timeout=30)[1] for each in ranks]
+    assert time.monotonic() - begun < SECONDS
+    assert ranks[0].returncode == 130
+    assert not any("error" in each or "Traceback" in each for each in said)
 
 
 def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
