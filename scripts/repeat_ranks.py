@@ -2,8 +2,8 @@
 
     python scripts/repeat_ranks.py --runs 100 --ranks 2
 
-Each run starts anew: ranks meet, load, answer and take leave. One that takes longer than `--seconds`
-is ended and counted as a hang.
+Each run starts anew: ranks meet, load, answer and take leave. One that takes longer than
+`--seconds` is ended and counted as a hang.
 """
 
 import argparse
