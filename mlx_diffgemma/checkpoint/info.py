@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..model.config import Config, ConfigError
+from ..model.part import ModelPart
 from ..model.sight import SightConfig
 from ..model.vision_config import BUDGETS, VisionConfig
 from .files import FLOATS, ITEM_BYTES, Headers, Tensor, read_headers
 from .quantization import quantization_of
+from .slices import Cut, cut_of, kept_shape
 
 # Part of the model by the name of the module that a tensor belongs to; the first that fits.
 _PARTS = (
@@ -121,8 +123,9 @@ def config_of(headers: Headers) -> Config:
         raise CheckpointError(f"{headers.directory}: {error}{way}") from None
 
 
-def info_of(headers: Headers, dtype: str | None = None) -> Info:
-    """Compute the same from headers that have been read.
+def info_of(headers: Headers, dtype: str | None = None, part: ModelPart | None = None) -> Info:
+    """Compute the same from headers that have been read; what is loaded and cached may be a rank's
+    part of it.
 
     Raises:
         CheckpointError: the config is not one of ours.
@@ -130,12 +133,13 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
     config = config_of(headers)
     grouped: dict[str, list[Tensor]] = {}
     for name, tensor in headers.tensors.items():
-        part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
-        grouped.setdefault(part, []).append(tensor)
-    text = [tensor for part, group in grouped.items() if part != "vision" for tensor in group]
+        kind = next(kind for kind, marks in _PARTS if any(mark in name for mark in marks))
+        grouped.setdefault(kind, []).append(tensor)
+    text = [tensor for kind, group in grouped.items() if kind != "vision" for tensor in group]
     size = number_bytes(text, dtype)
     quantized = any(tensor.name.endswith("embed_tokens.scales") for tensor in text)
-    per_token, window = _cache_bytes(config, size)
+    part = part or ModelPart.whole(config)
+    per_token, window = _cache_bytes(config, part, size)
     tower = sum(_loaded_bytes(each, size) for each in grouped.get("vision", []))
     return Info(
         layers=len(config.layers),
@@ -145,8 +149,10 @@ def info_of(headers: Headers, dtype: str | None = None) -> Info:
         parts=tuple(_part(n, grouped[n], headers) for n, _ in _PARTS if n in grouped),
         cache_bytes_per_token=per_token,
         cache_bytes_window=window,
-        loaded_bytes=sum(_loaded_bytes(tensor, size) for tensor in text),
-        table_bytes=size * config.vocab_size * config.hidden_size if quantized else 0,
+        loaded_bytes=sum(
+            _loaded_bytes(tensor, size, cut_of(tensor.name, part, config)) for tensor in text
+        ),
+        table_bytes=size * len(part.vocabulary) * config.hidden_size if quantized else 0,
         step_bytes=min(STEP_BYTES, _COPIES * 4 * config.canvas_length * config.vocab_size),
         vision_bytes=tower,
         picture_bytes=_picture_bytes(headers, size) if tower else 0,
@@ -175,9 +181,11 @@ def _part(name: str, tensors: list[Tensor], headers: Headers) -> Part:
     return Part(name, parameters, sum(t.end - t.start for t in tensors), tuple(sorted(formats)))
 
 
-def _loaded_bytes(tensor: Tensor, size: int) -> int:
-    """Return the bytes of a tensor where floating-point numbers take `size` bytes."""
-    return prod(tensor.shape) * size if tensor.dtype in FLOATS else tensor.end - tensor.start
+def _loaded_bytes(tensor: Tensor, size: int, cut: Cut | None = None) -> int:
+    """Return the bytes of a tensor, or of what is kept of it, where floating-point numbers take
+    `size` bytes."""
+    item = size if tensor.dtype in FLOATS else ITEM_BYTES[tensor.dtype]
+    return prod(kept_shape(tensor, cut)) * item
 
 
 def _picture_bytes(headers: Headers, size: int) -> int:
@@ -200,11 +208,11 @@ def _picture_tokens(headers: Headers) -> int:
         return 0
 
 
-def _cache_bytes(config: Config, size: int) -> tuple[int, int]:
+def _cache_bytes(config: Config, part: ModelPart, size: int) -> tuple[int, int]:
     """Return the bytes of the cache that each token adds, and those of all sliding windows."""
     per_token = window = 0
-    for layer in config.layers:
-        entry = 2 * size * layer.num_key_value_heads * layer.head_dim
+    for layer, own in zip(config.layers, part.layers, strict=True):
+        entry = 2 * size * len(own.keys) * layer.head_dim
         if layer.window is None:
             per_token += entry
         else:

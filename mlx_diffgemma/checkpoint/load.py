@@ -6,11 +6,15 @@ from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..arguments import SettingError, shown
+from ..diffusion.draws import sub_block
+from ..distributed.share import ALONE, Share
 from ..errors import CheckpointError
 from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma, is_text, parameter_name, sanitize
+from ..model.part import ModelPart, cut_model
 from ..model.settings import GenerationConfig, Speed
 from ..text.tokenizer import Tokenizer, TokenizerError
 from .adapter import Stored, find_adapter, put_adapter, read_adapter, with_adapter
@@ -24,11 +28,15 @@ from .files import (
     resolve,
     size_of_file,
 )
-from .fit import fit, free_memory, read_size
-from .info import info_of
+from .fit import Fit, fit, free_memory, read_size
+from .info import config_of, info_of
 from .quantization import quantization_of
+from .slices import read_part
 from .vision import sight_of
 from .weights import DType, check_parameters, read_weights, sentence
+
+# Columns that stay together where weights are not packed: as many as packed ones mostly have.
+FLOAT_GROUP = 1
 
 EMBEDDED = SHIPPED[DEFAULT]
 
@@ -41,6 +49,7 @@ def load(
     max_memory: int | str | None = None,
     speed: Speed = "faithful",
     adapter: str | Path | None = None,
+    share: Share = ALONE,
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a checkpoint: Hugging Face layout or an MLX conversion, quantized or not.
 
@@ -61,8 +70,10 @@ def load(
         adapter: what fine-tuning has written, see docs/finetune.md: a directory with
             `adapters.safetensors` and `adapter_config.json`, or a name on the hub. Its terms are
             computed beside the weights, in the type that they are stored in.
+        share: which of several ranks this is, each of which has a part of the model.
 
     Raises:
+        CutError: there are more ranks than the model can be cut for.
         TooLarge: it would not fit, before anything is loaded.
         SettingError: a setting is none of those that there are.
         CheckpointError: it cannot be found or fetched, or a file or tensor is missing, damaged or
@@ -74,16 +85,21 @@ def load(
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
     stored = None if adapter is None else read_adapter(find_adapter(str(adapter)))
-    directory = EMBEDDED
-    if path_or_repo is not None:
-        directory = resolve(str(path_or_repo), revision=revision)
+    if stored is not None and share.size > 1:
+        raise SettingError(
+            "a part of a model takes no adapter yet: make it part of the weights first "
+            "(mlx-diffgemma fuse)"
+        )
+    directory = directory_of(path_or_repo, revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
-    found = info_of(headers, dtype)
+    part = part_of(headers, share)
+    found = info_of(headers, dtype, part)
     if stored is not None:
         found = with_adapter(found, stored)
     decided = fit(found, memory)
-    model = model_of(headers, dtype, stored)
+    model = model_of(headers, dtype, stored, part)
+    decided = _in_all(share, decided)
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
     model.sight = sight_of(
@@ -95,6 +111,17 @@ def load(
     tokenizer = read_tokenizer(directory)
     check_ids(model, tokenizer)
     return model, tokenizer
+
+
+def directory_of(path_or_repo: str | Path | None, revision: str | None = None) -> Path:
+    """Find the directory of what `load` takes; a name on the hub is fetched.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    if path_or_repo is None:
+        return EMBEDDED
+    return resolve(str(path_or_repo), revision=revision)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -159,15 +186,46 @@ def load_model(directory: Path, *, dtype: DType | None = None) -> DiffusionGemma
     return model_of(read_headers(directory), dtype)
 
 
+def part_of(headers: Headers, share: Share) -> ModelPart:
+    """Which part of a model a rank has, cut between the groups that its weights are packed in.
+
+    Raises:
+        CutError: it cannot be cut for so many.
+        CheckpointError: the config is not one of ours.
+    """
+    config = config_of(headers)
+
+    def group(path: str) -> int:
+        packed = f"{path}.scales" in headers.tensors
+        return quantization_of(headers.config, path).group_size if packed else FLOAT_GROUP
+
+    return cut_model(config, share, group, sub_block(config.vocab_size))
+
+
+def _in_all(share: Share, decided: Fit) -> Fit:
+    """What fits in the memory of each rank."""
+    mine = mx.array([[[decided.context, decided.keep_table]]], dtype=mx.int32)
+    told = np.array(mx.concatenate([each for (each,) in share.gather([mine])]))
+    context, keep_table = told.min(axis=(0, 1)).tolist()
+    return Fit(context, bool(keep_table))
+
+
 def model_of(
-    headers: Headers, dtype: DType | None, adapter: Stored | None = None
+    headers: Headers,
+    dtype: DType | None,
+    adapter: Stored | None = None,
+    part: ModelPart | None = None,
 ) -> DiffusionGemma:
-    """Load a model by its headers; arguments and errors as in `load_model`."""
+    """Load a model, or a part of it, by its headers; other arguments and errors as `load_model`."""
     tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
     generation = read_generation(headers.directory, headers.config)
     model = build_model(headers.config, generation, set(tensors))
     check_tensors(model, tensors)
-    weights = sanitize(read_weights(tensors, dtype))
+    if part is None or part.share.size == 1:
+        weights = sanitize(read_weights(tensors, dtype))
+    else:
+        model = build_model(headers.config, generation, set(tensors), part)
+        weights = sanitize(read_part(tensors, part, model.config, dtype))
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:
@@ -200,13 +258,16 @@ def read_generation(directory: Path, config: dict[str, Any]) -> GenerationConfig
 
 
 def build_model(
-    config: dict[str, Any], generation: GenerationConfig, tensors: set[str]
+    config: dict[str, Any],
+    generation: GenerationConfig,
+    tensors: set[str],
+    part: ModelPart | None = None,
 ) -> DiffusionGemma:
-    """Build the model without its weights, quantized where the tensors' names say so.
+    """Build the model without its weights, quantized where the tensors' names say so; or a part.
 
     Nothing is allocated: initial values are lazy and never computed.
     """
-    model = DiffusionGemma(Config.from_dict(config), generation)
+    model = DiffusionGemma(Config.from_dict(config), generation, part)
 
     def quantization(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors:

@@ -34,13 +34,14 @@ def read_weights(tensors: dict[str, Tensor], dtype: DType | None) -> dict[str, m
             raise CheckpointError(f"{file} cannot be loaded: {sentence(error)}") from None
         assert isinstance(stored, dict)  # a safetensors file is
         weights.update((name, array) for name, array in stored.items() if name in tensors)
-    if dtype is None:
-        return weights
-    target = getattr(mx, dtype)
-    return {
-        name: array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array
-        for name, array in weights.items()
-    }
+    return {name: as_type(array, dtype) for name, array in weights.items()}
+
+
+def as_type(array: mx.array, dtype: DType | None) -> mx.array:
+    """Floating-point numbers as `dtype`, whatever else as it is; None keeps their type."""
+    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(getattr(mx, dtype))
 
 
 def check_parameters(model: nn.Module, found: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """`generate`: an answer to one prompt, or with --batch to those of a file."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,8 +83,10 @@ def generate(
     prompt = prompt_of(prompt, asked)
     system = optional_text(system, "the system message")
     if many.batch is None:
-        if place().size > 1:
-            fail("under mlx.launch, generate goes with --batch", code=2)
+        if place().size > 1 and not load.shard:
+            fail("under mlx.launch, generate goes with --batch or --shard", code=2)
+        if load.shard and prompt_cache is not None:
+            fail("--prompt-cache does not go with --shard", code=2)
         if many.output is not None:
             fail("--output goes with --batch; one answer goes to stdout", code=2)
         parts = [*pictures.parts(prompt), *_frames(video or ())]
@@ -110,7 +113,7 @@ def generate(
     if many.batch is not None:
         from .batch import answer_many
 
-        with apart() as link:
+        with nullcontext(None) if load.shard else apart() as link:
             answer_many(
                 many.batch,
                 many.output,

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import Error
 from .habits import said_to
-from .ranks import check_shared, enter, tell_defect
+from .ranks import check_shared, enter, linger, tell_defect
 from .terminal import fail, write
 
 # In the order in which --help lists their commands.
@@ -70,6 +70,15 @@ def about(
 
 def main() -> None:
     """Entry point of the console command."""
+    try:
+        _main()
+    except SystemExit as ended:
+        linger(ended.code)
+        raise
+
+
+def _main() -> None:
+    """The command, whose failures become exit codes."""
     try:
         enter()
         raise SystemExit(app(standalone_mode=False))

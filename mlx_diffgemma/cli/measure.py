@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..distributed.launch import place
 from ..files import replacing
 from .options import Encoder, Load, MaxTokens, Quiet, Steps, size, with_options
 from .ranks import apart
@@ -46,6 +47,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Exact success on held-out tasks, by steps, recipe and mode."""
+    if load.shard:
+        fail("--shard does not go with eval, whose runs ranks divide among them", code=2)
     budgets = _budgets(steps)
     from ..tasks.modes import ways_of
 
@@ -171,6 +174,8 @@ def bench(
     """Measure how fast a checkpoint is on this machine."""
     from ..tasks.modes import ways_of
 
+    if load.shard and compare is not None:
+        fail("--shard does not go with --compare", code=2)
     named = modes.split(",") if modes else ["denoise"]
     ways = ways_of(named, encoder.temperature, encoder.acceptance)
     from rich.console import Console
@@ -184,7 +189,13 @@ def bench(
     sources += [] if compare is None else [(compare, compare, None, None)]
     memory = size(load.max_memory)
     subjects = [
-        measuring.Subject(*each, dtype=load.dtype, max_memory=memory, speed=load.speed)
+        measuring.Subject(
+            *each,
+            dtype=load.dtype,
+            max_memory=memory,
+            speed=load.speed,
+            shared=load if load.shard else None,
+        )
         for each in sources
     ]
     if modes:
@@ -196,7 +207,8 @@ def bench(
         return
     about = measuring.machine()
     Console(highlight=False).print(bench_table(reports))
-    print(f"mlx-diffgemma {about['mlx_diffgemma']}, MLX {about['mlx']}, {about['system']}")
+    ranks = f", {place().size} ranks" if load.shard else ""
+    print(f"mlx-diffgemma {about['mlx_diffgemma']}, MLX {about['mlx']}, {about['system']}{ranks}")
 
 
 @app.command()

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..distributed.launch import place
 from .habits import SCHEDULE
 from .seen import first_today
 from .terminal import fail, say
 
 if TYPE_CHECKING:
     from ..diffusion.guards import Guards
+    from ..distributed.share import Share
     from ..model.diffusion_gemma import DiffusionGemma
     from ..model.settings import Sampler
     from ..tasks.request import Settings
@@ -116,6 +118,9 @@ def with_options(command: Command) -> Command:
             name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
+        for group in made.values():
+            if isinstance(group, LoadFaithful):
+                group.begin()
         command(**given, **made)
 
     run.__signature__ = Signature(shown)  # type: ignore[attr-defined]
@@ -144,9 +149,31 @@ class LoadFaithful:
     dtype: DType = None
     max_memory: MaxMemory = None
     adapter: Adapter = None
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under mlx.launch: each rank has a part of the model.")
+    ] = False
 
     def __post_init__(self) -> None:
         size(self.max_memory)  # a mistake in it should not have to wait
+        if self.shard and place().size == 1:
+            fail("--shard goes with mlx.launch", code=2)
+        if self.shard and self.adapter is not None:
+            fail("--shard takes no --adapter yet: fuse it first (mlx-diffgemma fuse)", code=2)
+
+    def begin(self) -> None:
+        """With --shard, meet the other ranks; in another than rank 0, do what that says, and end.
+
+        Raises:
+            SystemExit: it is another.
+        """
+        if not self.shard:
+            return
+        from .sharing import help_out, lead
+
+        if place().leads:
+            lead()
+        else:
+            help_out(self._load_part, self._facts)
 
     def __call__(self) -> "tuple[DiffusionGemma, Tokenizer]":
         """The model and its tokenizer.
@@ -154,9 +181,19 @@ class LoadFaithful:
         Raises:
             Error: as `checkpoint.load.load`.
         """
-        return self._load("faithful")
+        if not self.shard:
+            from ..distributed.share import ALONE
 
-    def _load(self, speed: SpeedName) -> "tuple[DiffusionGemma, Tokenizer]":
+            return self._load_part(ALONE)
+        from .sharing import share_model
+
+        return share_model(self._load_part, self._facts())
+
+    @property
+    def _speed(self) -> SpeedName:
+        return "faithful"
+
+    def _load_part(self, share: "Share") -> "tuple[DiffusionGemma, Tokenizer]":
         from ..checkpoint.load import load
 
         return load(
@@ -164,9 +201,18 @@ class LoadFaithful:
             revision=self.revision,
             dtype=self.dtype,
             max_memory=size(self.max_memory),
-            speed=speed,
+            speed=self._speed,
             adapter=self.adapter,
+            share=share,
         )
+
+    def _facts(self) -> "dict[str, Any]":
+        """What all ranks that share a model must agree on."""
+        from ..checkpoint.load import directory_of
+        from .sharing import facts_of
+
+        directory = directory_of(self.model, self.revision)
+        return facts_of(directory, dtype=self.dtype, speed=self._speed)
 
     def introduce(self) -> None:
         """Tell those who named no model which one answers, and how to get the real one; once a
@@ -188,9 +234,9 @@ class Load(LoadFaithful):
         typer.Option(help="Fewer denoising steps for a loss that docs/performance.md states."),
     ] = "faithful"
 
-    def __call__(self) -> "tuple[DiffusionGemma, Tokenizer]":
-        """The model and its tokenizer, see `LoadFaithful`."""
-        return self._load(self.speed)
+    @property
+    def _speed(self) -> SpeedName:
+        return self.speed
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,30 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from typing import TYPE_CHECKING
 
-from ..distributed.launch import LaunchError, Place, place
+from ..distributed.launch import Place, place
 from ..errors import Error
 from .terminal import fail
 
 if TYPE_CHECKING:
     from ..distributed.link import Link
 
-# Commands that several ranks can share, in some way of theirs.
-SHARED = ("generate", "eval")
+# Commands whose work several ranks divide, and those that they do together with --shard.
+APART = ("generate", "eval")
+TOGETHER = ("generate", "fill", "edit", "choose", "score", "bench")
+
+
+# Seconds in which rank 0 will have found a mistake, and characters that another rank says of it.
+PATIENCE, MOST_SAID = 20.0, 2000
+
+# Seconds in which a lost rank is noticed, if it closes its connection.
+NOTICING = 2.0
 
 
 def enter() -> Place:
@@ -28,9 +38,26 @@ def enter() -> Place:
     """
     here = place()
     if not here.leads:
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
-        sys.stdout = sys.stderr = nowhere
+        sys.stdout, sys.stderr = StringIO(), StringIO()
     return here
+
+
+def linger(code: object) -> None:
+    """In a silent rank that has failed, give rank 0 time to say why: it mostly has found the same.
+
+    The launcher ends all with the first that fails. What only this rank has found, it says then.
+    """
+    if not code or not isinstance(sys.stderr, StringIO) or place().leads:
+        return
+    time.sleep(PATIENCE)
+    if sys.__stderr__ is not None:
+        said = sys.stderr.getvalue()[-MOST_SAID:]
+        print(
+            *(f"rank {place().rank}: {line}" for line in said.splitlines()),
+            sep="\n",
+            file=sys.__stderr__,
+            flush=True,
+        )
 
 
 def check_shared(command: str | None) -> None:
@@ -39,12 +66,22 @@ def check_shared(command: str | None) -> None:
     Raises:
         SystemExit: it is one.
     """
-    if command not in SHARED and place().size > 1:
-        fail(f"{command} is for one process; under mlx.launch run {' or '.join(SHARED)}", code=2)
+    if command in APART or place().size == 1:
+        return
+    if command not in TOGETHER:
+        known = ", ".join(dict.fromkeys((*APART, *TOGETHER)))
+        fail(f"{command} is for one process; under mlx.launch run one of {known}", code=2)
+    if "--shard" not in sys.argv:
+        fail(f"under mlx.launch, {command} goes with --shard", code=2)
 
 
 def tell_defect() -> None:
-    """Print the traceback of a defect where this rank is silent, and Python would not."""
+    """Print the traceback of a defect where this rank is silent, and Python would not.
+
+    A collective fails when a rank is lost; whoever notices that ends this process meanwhile.
+    """
+    if place().size > 1:
+        time.sleep(NOTICING)
     if not place().leads:
         traceback.print_exc(file=sys.__stderr__)
 
@@ -74,22 +111,24 @@ def apart() -> "Iterator[Link | None]":
     if here.size == 1:
         yield None
         return
-    import mlx.core as mx
-
-    from ..distributed.link import end, linked
+    from ..distributed.link import all_ranks, connect, end
 
     def lost(rank: int) -> None:
         if not here.leads:
             end(f"rank {here.rank} ends, as rank 0 is lost")
 
+    def left(rank: int) -> None:
+        if not here.leads:
+            os._exit(0)  # what is not told by now is not wanted
+
+    if not here.leads:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
+    link = connect(here, all_ranks(), lost, left)
     try:
-        group = mx.distributed.init(strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
-    with linked(here, group, lost) as link:
-        try:
-            yield link
-        except Error as error:
-            if not here.leads:
-                link.send(b"!" + str(error).encode())
-            raise
+        yield link
+    except Error as error:
+        if not here.leads:
+            link.send(b"!" + str(error).encode())
+        raise
+    finally:
+        link.close()

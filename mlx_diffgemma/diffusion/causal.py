@@ -104,7 +104,8 @@ class CausalReader:
         if not self._tokens:
             return ()
         seen = read_causally(self._model, self._states[:, :-1], mx.array([self._tokens]))
-        return tuple(np.array(seen.log_probability)[0].tolist())
+        (found,) = self._model.part.share.agreed([seen.log_probability])
+        return tuple(np.array(found)[0].tolist())
 
     def doubts(self, first: int = 0) -> Doubts:
         """What the encoder says of each token that has been read, from a place on."""
@@ -112,7 +113,8 @@ class CausalReader:
             return Doubts((), (), ())
         asked = mx.array([self._tokens[first:]])
         seen = read_causally(self._model, self._states[:, first:-1], asked)
-        found = (seen.log_probability, seen.top[..., 0], seen.top_log_probability[..., 0])
+        told = (seen.log_probability, seen.top[..., 0], seen.top_log_probability[..., 0])
+        found = self._model.part.share.agreed(told)
         mx.eval(*found)
         chances, choices, preferred = (tuple(np.array(each)[0].tolist()) for each in found)
         return Doubts(chances, choices, preferred)
@@ -132,8 +134,9 @@ class CausalReader:
             mx.exp(log_probability(self._model, states, ids, temperature, seen))
             for ids in (chosen, there)
         )
-        mx.eval(chosen, chances, found, seen.entropy)
-        numbers = [np.array(each)[0].tolist() for each in (chosen, chances, seen.entropy, found)]
+        told = self._model.part.share.agreed([chosen, chances, seen.entropy, found])
+        mx.eval(*told)
+        numbers = [np.array(each)[0].tolist() for each in told]
         tokens, probabilities, entropies, behind = map(tuple, numbers)
         return Following(tokens, probabilities, entropies, behind[: len(read)])
 

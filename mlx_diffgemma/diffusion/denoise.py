@@ -6,6 +6,7 @@ the decoder; it is a `Decoding`, which yields a `Pass` and is sent the hidden st
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -147,7 +148,6 @@ def denoise(
             fixed = accepted
             argmax = constraint.choose(known.seen.choices, fixed, canvas)
             stop = stop | fixed.all(axis=-1)
-        history.append(argmax)
         probability = mx.exp(known.log_probability(model, argmax))
         if was_fixed is not None:
             probability = mx.where(was_fixed, 1.0, probability)
@@ -164,6 +164,10 @@ def denoise(
             decoded=decoded,
             first_step=start.first_step,
         )
+        now = _agreed(model, now, undecided)
+        canvas = now.canvas
+        history.append(now.argmax)
+        fixed = now.accepted if config.sampler.keeps else fixed
         last = now if last is None else _hold(last, now)
         mx.eval(vars(last), undecided.state)
         undecided.turn(last.argmax, last.entropy)
@@ -254,6 +258,23 @@ def _certain(
         expected = mx.where(fixed[..., None], model.embed(canvas), expected)
         known = replace(known, seen=replace(seen, self_conditioning=expected))
     return known, mx.where(fixed, 0.0, seen.entropy), mx.where(fixed, 1.0, confidence)
+
+
+def _agreed(model: DiffusionGemma, now: DenoisingState, undecided: Undecided) -> DenoisingState:
+    """The state as rank 0 has it: what goes into the next step, and decides whether there is one.
+
+    Equal ranks have computed the same, bit by bit; one that has not must not go its own way.
+    """
+    share = model.part.share
+    if share.size == 1:
+        return now
+    arrays = {name: each for name, each in vars(now).items() if isinstance(each, mx.array)}
+    told = share.agreed([*arrays.values(), *undecided.state])
+    same: dict[str, Any] = dict(zip(arrays, told, strict=False))
+    now = replace(now, **same)
+    undecided.settled = now.settled
+    undecided.take_state(told[len(arrays) :])
+    return now
 
 
 def _hold(last: DenoisingState, now: DenoisingState) -> DenoisingState:

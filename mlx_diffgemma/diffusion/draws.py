@@ -39,6 +39,9 @@ class Categorical(Protocol):
     def tokens(self) -> mx.array:
         """The ids drawn, (B, L)."""
 
+    def drawn(self) -> Choices:
+        """The same, (B, L, 1), and by what they won: to be compared with draws of other ids."""
+
 
 class Draws(Protocol):
     """Gives all random numbers of a run."""
@@ -98,9 +101,17 @@ class TwoStage:
         return found
 
     def tokens(self) -> mx.array:
-        number = merge(self._best).tokens[..., 0]
+        return self._id(merge(self._best))
+
+    def drawn(self) -> Choices:
+        found = merge(self._best)
+        return Choices(found.scores, self._id(found)[..., None])
+
+    def _id(self, found: Choices) -> mx.array:
         score = _perturbed(self._inside_best(), mx.array(0.0), self._inner)
-        return _id_in(number, mx.argmax(score, axis=-1), mx.array(score.shape[-1]))
+        number = found.tokens[..., 0]
+        drawn: mx.array = _id_in(number, mx.argmax(score, axis=-1), mx.array(score.shape[-1]))
+        return drawn
 
 
 @mx.compile

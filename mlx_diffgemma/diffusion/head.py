@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..model.diffusion_gemma import TABLE_BYTES, DiffusionGemma
 from .constraints import ANYTHING, NEVER, Choices, Constraint, fold, highest, merge
 from .draws import APART, Categorical, Draws, sub_block
+from .whole import Found, Noise, mass_of, slope_of
 
 # Bytes that one float32 array over a block may take: nine blocks of the real vocabulary and canvas.
 # A step holds about ten such arrays, as MLX runs ahead of the computation by up to two blocks.
@@ -69,7 +70,11 @@ def read_out(
     perturbed: list[Choices] = []
     peaks, masses, slopes = [], [], []
     soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
-    for first, table in model.vocabulary(_tokens_at_once(model, shape[0] * shape[1])):
+    count = _tokens_at_once(model, shape[0] * shape[1])
+    noise = (
+        Noise(draws, shape, count, model.config.vocab_size) if draws and constraint.joint else None
+    )
+    for first, table in model.vocabulary(count):
         raw = hidden @ table.T
         allowed = constraint.allowed(first, table.shape[0], positions)
         if allowed is not None:
@@ -77,9 +82,9 @@ def read_out(
         found = constraint.score(raw, first)
         levels = _level(found.scores, cap, divisor)
         choices.append(replace(found, scores=levels))
-        if draws is not None and constraint.joint:
-            noise = draws.gumbel(raw.shape)
-            perturbed.append(constraint.score(_level(raw, cap, divisor) + noise, first))
+        if noise is not None:
+            noisy = _level(raw, cap, divisor) + noise.at(first, table.shape[0])
+            perturbed.append(constraint.score(noisy, first))
         # With one set of all tokens, the best of it is the peak.
         peak = levels.max(axis=-1, keepdims=True) if levels.shape[-1] > 1 else levels
         weights, chances = _weigh(raw, peak, cap, divisor)
@@ -98,19 +103,28 @@ def read_out(
         # Computed before the next block is, or the blocks would pile up.
         kept = [vars(each[-1]) for each in (choices, perturbed) if each]
         mx.async_eval(kept, masses[-1], slopes[-1], soft)  # type: ignore[no-untyped-call]
+    if noise is not None:
+        noise.end()
     top = highest(peaks)
-    mass = _mass(top, peaks, masses)
     several = (slice(i, i + JOINED) for i in range(0, len(peaks), JOINED))
-    slope = [_slope(top, peaks[some], masses[some], slopes[some]) for some in several]
-    log_normalizer = _log_normalizer(top, mass)
+    read = Found(
+        top,
+        mass_of(top, peaks, masses),
+        [slope_of(top, peaks[some], masses[some], slopes[some]) for some in several],
+        merge(choices),
+        merge(perturbed) if perturbed else None,
+        categorical,
+    ).over_ranks(model.part.share)
+    log_normalizer = _log_normalizer(read.top, read.mass)
     expected = None
     if soft:
-        expected = model.scaled(_mixed(log_normalizer, *zip(*soft, strict=True)))
+        mixed = _mixed(log_normalizer, *zip(*soft, strict=True))
+        expected = model.scaled(model.part.share.sum(mixed))
     return Readout(
-        choices=merge(choices),
-        perturbed=merge(perturbed) if perturbed else None,
-        sampled=None if categorical is None else categorical.tokens(),
-        entropy=_entropy(mass, slope)[..., 0],
+        choices=read.choices,
+        perturbed=read.perturbed,
+        sampled=None if read.drawn is None else read.drawn.tokens(),
+        entropy=_entropy(read.mass, read.slopes)[..., 0],
         log_normalizer=log_normalizer[..., 0],
         self_conditioning=expected,
     )
@@ -178,27 +192,7 @@ def _times_log(weights: mx.array) -> mx.array:
     return mx.where(weights > 0, weights * mx.log(weights), 0.0)
 
 
-# Sums over blocks (B, L, 1 each), of numbers relative to exp(a block's peak).
-
-
-@mx.compile
-def _mass(top: mx.array, peaks: Sequence[mx.array], masses: Sequence[mx.array]) -> mx.array:
-    """Sum of exp(x - top) over all tokens."""
-    parts = [mx.exp(p - top) * mass for p, mass in zip(peaks, masses, strict=True)]
-    return fold(mx.add, parts)
-
-
-@mx.compile
-def _slope(
-    top: mx.array,
-    peaks: Sequence[mx.array],
-    masses: Sequence[mx.array],
-    slopes: Sequence[mx.array],
-) -> mx.array:
-    """Sum of (x - top) exp(x - top) over the tokens of these blocks."""
-    blocks = zip(peaks, masses, slopes, strict=True)
-    parts = [mx.exp(p - top) * (slope + (p - top) * mass) for p, mass, slope in blocks]
-    return fold(mx.add, parts)
+# Of sums over all blocks.
 
 
 @mx.compile
@@ -299,4 +293,10 @@ def _highest_logits(
         mx.async_eval(scores, ids)  # type: ignore[no-untyped-call]
     assert scores is not None
     assert ids is not None
+    share = model.part.share
+    if share.size > 1:
+        found = share.gather([scores.astype(mx.float32), ids])
+        scores, ids = (mx.concatenate(list(each), -1) for each in zip(*found, strict=True))
+        at = mx.argpartition(-scores, count - 1, axis=-1)[..., :count]
+        scores, ids = mx.take_along_axis(scores, at, -1), mx.take_along_axis(ids, at, -1)
     return scores, ids

@@ -4,6 +4,7 @@ What a settled position held when it was last decoded stays known: its hidden st
 expected embedding here, its keys and values in the prompt cache.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import overload
@@ -221,6 +222,10 @@ class Undecided:
     def state(self) -> list[mx.array]:
         """Lists what the next step needs, for the caller to evaluate."""
         return [self._agreed, self._due, self._whole]
+
+    def take_state(self, state: Sequence[mx.array]) -> None:
+        """Go on from what another rank has."""
+        self._agreed, self._due, self._whole = state
 
     def turn(self, argmax: mx.array, entropies: mx.array) -> None:
         """Choose what the next pass decodes; all arrays have been computed."""

@@ -27,34 +27,40 @@ GATHERING = 120.0
 # Bytes of one message: a file of prompts is one.
 MOST_MESSAGE = (1 << 31) - 1
 
+# What a message begins with, and the whole of the last one; a sign of life is empty.
+_MESSAGE, _FAREWELL = b".", b"-"
+
 _WORDS = 8  # of the key, 32 bits each
 
 
 class Link:
     """Rank 0's connections to all others, or the one of another rank to rank 0.
 
-    `received` gives pairs of a rank and its message, None once the rank is lost; what it had sent
-    before comes before. `lost` is called at once, in another thread.
+    `received` gives pairs of a rank and its message, None once the rank has left or is lost; what
+    it had sent before comes before. `lost` or `left` is called at once, in another thread.
     """
 
-    def __init__(self, place: Place, peers: dict[int, Connection], lost: Callable[[int], None]):
+    def __init__(
+        self,
+        place: Place,
+        peers: dict[int, Connection],
+        lost: Callable[[int], None],
+        left: Callable[[int], None] = lambda rank: None,
+    ):
         self.place = place
         self._peers = peers
         self._locks = {rank: threading.Lock() for rank in peers}
         self._queue: Queue[tuple[int, bytes | None]] = Queue()
-        self._lost = lost
+        self._lost, self._left = lost, left
         self._closed = threading.Event()
         for rank in peers:
             threading.Thread(target=self._hear, args=(rank,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, message: bytes, rank: int = 0) -> None:
-        """Send a message to rank 0, or from it to another; one to a rank that is lost is dropped.
-
-        The first byte tells a message from a sign of life.
-        """
+        """Send a message to rank 0, or from it to another; who is lost is sent nothing."""
         with self._locks[rank], suppress(OSError):
-            self._peers[rank].send_bytes(b"." + message)
+            self._peers[rank].send_bytes(_MESSAGE + message)
 
     def received(self, seconds: float | None = None) -> tuple[int, bytes | None] | None:
         """The next message that has come; None where none does in so many seconds."""
@@ -64,21 +70,27 @@ class Link:
             return None
 
     def close(self) -> None:
-        """Say no more; what was sent still arrives."""
+        """Take leave; what was sent still arrives."""
         self._closed.set()
         for rank, peer in self._peers.items():
             with self._locks[rank], suppress(OSError):
+                peer.send_bytes(_FAREWELL)
                 peer.close()
 
     def _hear(self, rank: int) -> None:
         peer = self._peers[rank]
         with suppress(OSError, EOFError):
             while peer.poll(SILENCE):
-                if message := peer.recv_bytes(MOST_MESSAGE):
-                    self._queue.put((rank, message[1:]))
+                message = peer.recv_bytes(MOST_MESSAGE)
+                if message == _FAREWELL:
+                    self._left(rank)
+                    self._queue.put((rank, None))
+                    return
+                if message:
+                    self._queue.put((rank, message[len(_MESSAGE) :]))
         if not self._closed.is_set():
+            self._lost(rank)  # before the main thread hears of it, and ends by itself
             self._queue.put((rank, None))
-            self._lost(rank)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
@@ -93,7 +105,8 @@ class Link:
 def end(sentence: str) -> None:
     """End this process from any thread: the main one may wait in a collective for ever."""
     with suppress(OSError):
-        os.write(2, f"error: {sentence}\n".encode())
+        shown = b"\r\x1b[?25h" if os.isatty(2) else b""  # the cursor, should it be hidden
+        os.write(2, shown + f"error: {sentence}\n".encode())
     os._exit(1)
 
 
@@ -109,11 +122,26 @@ def within(seconds: float, sentence: str) -> Iterator[None]:
         timer.cancel()
 
 
-@contextmanager
-def linked(
-    place: Place, group: mx.distributed.Group, lost: Callable[[int], None]
-) -> Iterator[Link]:
-    """Connect all ranks of a group with rank 0.
+def all_ranks() -> mx.distributed.Group:
+    """The group of all, which MLX connects.
+
+    Raises:
+        LaunchError: it cannot.
+    """
+    with within(GATHERING, f"not all ranks were there after {GATHERING:.0f} s"):
+        try:
+            return mx.distributed.init(strict=True)
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(f"mlx.distributed cannot begin: {error}") from None
+
+
+def connect(
+    place: Place,
+    group: mx.distributed.Group,
+    lost: Callable[[int], None],
+    left: Callable[[int], None] = lambda rank: None,
+) -> Link:
+    """Connect all ranks of a group with rank 0, until it is closed.
 
     Port and key go through the group's only collective, so that nobody else can speak here.
 
@@ -122,16 +150,13 @@ def linked(
     """
     with within(GATHERING, f"not all {place.size} ranks were there after {GATHERING:.0f} s"):
         try:
-            link = _lead(place, group, lost) if place.leads else _follow(place, group, lost)
+            peers = _lead(place, group) if place.leads else _follow(place, group)
         except (OSError, EOFError, AuthenticationError) as error:
             raise LaunchError(f"ranks cannot be connected at {place.host}: {error}") from None
-    try:
-        yield link
-    finally:
-        link.close()
+    return Link(place, peers, lost, left)
 
 
-def _lead(place: Place, group: mx.distributed.Group, lost: Callable[[int], None]) -> Link:
+def _lead(place: Place, group: mx.distributed.Group) -> dict[int, Connection]:
     key = secrets.token_bytes(4 * _WORDS)
     family = "AF_INET"
     with Listener((place.host, 0), family, backlog=place.size, authkey=key) as listener:
@@ -145,15 +170,15 @@ def _lead(place: Place, group: mx.distributed.Group, lost: Callable[[int], None]
             except (AuthenticationError, EOFError, ConnectionError):
                 continue  # a stranger
             peers[rank] = peer
-    return Link(place, peers, lost)
+    return peers
 
 
-def _follow(place: Place, group: mx.distributed.Group, lost: Callable[[int], None]) -> Link:
+def _follow(place: Place, group: mx.distributed.Group) -> dict[int, Connection]:
     port, *words = _told(group, np.zeros(1 + _WORDS, np.uint32)).tolist()
     key = np.array(words, np.uint32).tobytes()
     peer = Client((place.host, port), "AF_INET", authkey=key)
     peer.send_bytes(place.rank.to_bytes(8, "little"))
-    return Link(place, {0: peer}, lost)
+    return {0: peer}
 
 
 def _told(group: mx.distributed.Group, words: np.ndarray) -> np.ndarray:

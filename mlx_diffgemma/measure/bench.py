@@ -70,19 +70,24 @@ class Subject:
         dtype: DType | None,
         max_memory: int | None,
         speed: Speed,
+        shared: Callable[[], tuple[DiffusionGemma, Tokenizer]] | None = None,
     ):
+        """`shared` loads it where several ranks share it, in place of `load`."""
         self.name = name
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         started = time.perf_counter()
-        self._model, self._tokenizer = load(
-            path,
-            revision=revision,
-            dtype=dtype,
-            max_memory=max_memory,
-            speed=speed,
-            adapter=adapter,
-        )
+        if shared is not None:
+            self._model, self._tokenizer = shared()
+        else:
+            self._model, self._tokenizer = load(
+                path,
+                revision=revision,
+                dtype=dtype,
+                max_memory=max_memory,
+                speed=speed,
+                adapter=adapter,
+            )
         self._load_seconds = time.perf_counter() - started
         self._load_peak = mx.get_peak_memory() - before
         self._weights = mx.get_active_memory() - before

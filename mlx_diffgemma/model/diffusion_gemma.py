@@ -18,6 +18,7 @@ from .adapters import Side
 from .cache import EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
+from .part import ModelPart
 from .placeholders import Pixels
 from .settings import GenerationConfig
 from .sight import Sight
@@ -34,12 +35,13 @@ TABLE_BYTES = 1 << 26
 class Decoder(nn.Module):
     """All weights but the encoder's layer scalars."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, part: ModelPart):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config, layer) for layer in config.layers]
+        pairs = zip(config.layers, part.layers, strict=True)
+        self.layers = [Block(config, layer, own) for layer, own in pairs]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_conditioning = SelfConditioning(config)
+        self.self_conditioning = SelfConditioning(config, len(part.conditioning), part.share)
 
 
 class LayerScalar(nn.Module):
@@ -69,9 +71,9 @@ class Encoder(nn.Module):
 class Backbone(nn.Module):
     """`decoder` and `encoder` as the checkpoint names them; the encoder owns only its scalars."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, part: ModelPart):
         super().__init__()
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, part)
         self.encoder = Encoder(config)
 
 
@@ -119,13 +121,17 @@ class Pass:
 
 
 class DiffusionGemma(nn.Module):
-    """The text model: `encode` writes a prompt to the cache, a call denoises a canvas."""
+    """The text model: `encode` writes a prompt to the cache, a call denoises a canvas.
 
-    def __init__(self, config: Config, generation: GenerationConfig):
+    One of several ranks has a `part` of it, and what comes out is the same on all.
+    """
+
+    def __init__(self, config: Config, generation: GenerationConfig, part: ModelPart | None = None):
         super().__init__()
         self.config = config
         self.generation = generation
-        self.model = Backbone(config)
+        self.part = part or ModelPart.whole(config)
+        self.model = Backbone(config, self.part)
         self.context = config.max_position_embeddings  # tokens, or fewer where memory is short
         self.sight: Sight | None = None  # of a checkpoint that has a vision tower
         self.side = Side()
@@ -289,32 +295,36 @@ class DiffusionGemma(nn.Module):
         return quantized and self._table is None
 
     def keep_table(self, evaluate: Evaluate) -> None:
-        """Hold the embedding table dequantized, beside its packed form.
+        """Hold the embedding table dequantized, beside its packed form: the rows read off here.
 
         `evaluate` is called with the table after each block of it.
         """
-        width = self.config.hidden_size
-        table = mx.zeros((self.config.vocab_size, width), self.model.decoder.norm.weight.dtype)
+        width, own = self.config.hidden_size, self.part.vocabulary
+        table = mx.zeros((len(own), width), self.model.decoder.norm.weight.dtype)
         for first, rows in self.vocabulary(TABLE_BYTES // (32 * width)):
-            table[first : first + len(rows)] = rows
+            at = first - own.start
+            table[at : at + len(rows)] = rows
             evaluate(table)  # in place: at once, temporaries would be several times as large
         self._table = table
 
     def vocabulary(self, count: int) -> Iterator[tuple[int, mx.array]]:
         """The embedding table, `count` ids at a time: the first id and rows (count, hidden).
 
+        Of several ranks each has some of the ids: parts of the same blocks.
+
         Rows are dequantized once for the head and for self-conditioning: on Apple GPUs that is
         faster than a quantized product with the table not transposed.
         """
         embed = self.model.decoder.embed_tokens
-        whole = self._table
+        whole, own = self._table, self.part.vocabulary
         if not isinstance(embed, nn.QuantizedEmbedding):
-            whole = embed.weight
-        for first in range(0, self.config.vocab_size, count):
-            some = slice(first, first + count)
+            whole = embed.weight[own.start : own.stop] if self.part.share.size > 1 else embed.weight
+        for block in range(own.start // count * count, own.stop, count):
+            first, end = max(block, own.start), min(block + count, own.stop)
             if whole is not None:
-                yield first, whole[some]
+                yield first, whole[first - own.start : end - own.start]
                 continue
+            some = slice(first, end)
             rows = mx.dequantize(
                 embed.weight[some],
                 embed.scales[some],

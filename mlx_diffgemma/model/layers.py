@@ -13,9 +13,11 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..distributed.share import Share
 from .adapters import LoRAExperts, gathered
 from .cache import CacheUpdate, Evaluate, Mask
 from .config import Config, LayerConfig
+from .part import LayerPart
 
 # Bytes that the scores of one product of queries and keys may take.
 SCORE_BYTES = 1 << 27
@@ -113,11 +115,14 @@ class Attention(nn.Module):
     A full layer has no `v_proj`: its values are the raw key projection through the value norm.
     """
 
-    def __init__(self, config: Config, layer: LayerConfig):
+    def __init__(self, config: Config, layer: LayerConfig, part: LayerPart | None = None):
         super().__init__()
+        part = part or LayerPart.whole(config, layer)
+        layer = part.of(layer)
         self.layer = layer
         self.eps = config.rms_norm_eps
-        self.heads = config.num_attention_heads
+        self.heads = len(part.heads)
+        self._share = part.share
         queries = self.heads * layer.head_dim
         keys = layer.num_key_value_heads * layer.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -189,7 +194,7 @@ class Attention(nn.Module):
             seen = mx.concatenate(
                 [mx.flatten(self._attend(*_in_rows(*part)), 0, 1) for part in parts]
             )
-        return self.o_proj(seen.reshape(*queries.shape[:2], -1))
+        return self._share.sum(self.o_proj(seen.reshape(*queries.shape[:2], -1)))
 
     def _attend(self, queries: mx.array, new: mx.array, view: View) -> mx.array:
         """What (rows, count, heads, head_dim) see, of this shape."""
@@ -389,11 +394,14 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed half of the feed-forward layer: `top_k` experts a token, summed by weight."""
+    """The routed half of the feed-forward layer: `top_k` experts a token, summed by weight.
 
-    def __init__(self, config: Config):
+    Each is `inner` wide; ranks that share a layer have columns of all experts.
+    """
+
+    def __init__(self, config: Config, inner: int):
         super().__init__()
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        hidden = config.hidden_size
         # Gate rows first, then up rows. Never slice the packed matrix before the product:
         # a lazily sliced operand has given wrong experts in other ports.
         self.gate_up_proj = ExpertLinear(config.num_experts, hidden, 2 * inner)
@@ -419,13 +427,14 @@ class Experts(nn.Module):
 class Block(nn.Module):
     """One layer; encoder and decoder call it with their own mask, scalar and cache verb."""
 
-    def __init__(self, config: Config, layer: LayerConfig):
+    def __init__(self, config: Config, layer: LayerConfig, part: LayerPart):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, layer)
-        self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.self_attn = Attention(config, layer, part)
+        self.mlp = GatedMLP(hidden, len(part.inner))
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, len(part.expert))
+        self._share = part.share
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
@@ -476,8 +485,9 @@ class Block(nn.Module):
         # Three norms of one input are one norm and one product with three scales.
         scales = self._scales(*self._three)
         to_mlp, to_experts, to_router = rms_norm(x, self.eps) * scales
-        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
         routed = self.experts(to_experts, *self.router(to_router), self.router.per_expert_scale)
+        dense, routed = self._share.sums(self.mlp(to_mlp), routed)
+        dense = self.post_feedforward_layernorm_1(dense)
         routed = self.post_feedforward_layernorm_2(routed)
         return scaled_sum(x, self.post_feedforward_layernorm(dense + routed), scalar)
 
@@ -490,8 +500,9 @@ def _stacked(mlp: mx.array, experts: mx.array, router: mx.array) -> mx.array:
 class SelfConditioning(GatedMLP):
     """Adds what the previous step believed to the canvas embedding (decoder only)."""
 
-    def __init__(self, config: Config):
-        super().__init__(config.hidden_size, config.intermediate_size)
+    def __init__(self, config: Config, inner: int, share: Share):
+        super().__init__(config.hidden_size, inner)
+        self._share = share
         self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eps = config.rms_norm_eps
 
@@ -501,5 +512,6 @@ class SelfConditioning(GatedMLP):
         That is the first step; the norm applies there too.
         """
         if self_conditioning is not None:
-            embedded = embedded + super().__call__(self.pre_norm(self_conditioning))
+            believed = super().__call__(self.pre_norm(self_conditioning))
+            embedded = embedded + self._share.sum(believed)
         return rms_norm(embedded, self.eps)

@@ -12,6 +12,7 @@ from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
 from .generate import Request
 from .request import Item, Task
+from .together import together
 
 # Requests that `batch_generate` lets in at once.
 MAX_BATCH = 8
@@ -27,9 +28,18 @@ def stream_batch(
     """Answer requests, up to `max_batch` side by side: (index of the request, event).
 
     A request ends with its last event, or with the error that it alone would have raised. The next
-    one is taken from `requests` as soon as there is room.
+    one is taken from `requests` as soon as there is room; where ranks share a model, all at once.
     """
     whole_number("max_batch", max_batch, 1)
+    if model.part.share.size > 1:
+        requests = list(requests)
+    answers = _answers(model, tokenizer, requests, max_batch)
+    yield from together(model, "batch", (requests, max_batch), answers)
+
+
+def _answers(
+    model: DiffusionGemma, tokenizer: Tokenizer, requests: Iterable[Task[Item]], max_batch: int
+) -> Generator[tuple[int, Item | Error], None, None]:
     batch = Batch[Item](model)
     vocabulary = Vocabulary(model, tokenizer)
     waiting = enumerate(requests)

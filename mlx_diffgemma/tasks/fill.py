@@ -669,7 +669,8 @@ def surprisal(
         assert states is not None
         tokens = mx.broadcast_to(canvas, states.shape[:2])
         seen = read_out(model, states, 1.0)
-        found += np.array(-log_probability(model, states, tokens, 1.0, seen)).tolist()
+        told = model.part.share.agreed([-log_probability(model, states, tokens, 1.0, seen)])
+        found += np.array(told[0]).tolist()
     return found
 
 

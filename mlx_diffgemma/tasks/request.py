@@ -37,6 +37,7 @@ from .notebook import Cell, html_of
 from .pictures import bare, markers_of, pictures_of, placed_ids, shown_messages, times_of
 from .speculation import Acceptance
 from .starts import Pieces
+from .together import together
 
 if TYPE_CHECKING:
     from ..text.schema import Compiled, Parsed, Schema
@@ -89,9 +90,16 @@ def stream(
     task: Task[Item],
     prompt_cache: PromptCache | None = None,
 ) -> Generator[Item, None, None]:
-    """Prepare a request at once, and answer it lazily."""
+    """Prepare a request at once, and answer it lazily.
+
+    Raises:
+        SettingError: several ranks answer, and the prompt cache is rank 0's alone.
+    """
     check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
-    return run_prepared(model, task.prepare(model, Vocabulary(model, tokenizer)), prompt_cache)
+    if model.part.share.size > 1 and prompt_cache is not None and len(prompt_cache):
+        raise SettingError("several ranks that share a model begin each prompt anew")
+    prepared = task.prepare(model, Vocabulary(model, tokenizer))
+    return together(model, "stream", task, run_prepared(model, prepared, prompt_cache))
 
 
 def run_prepared(
@@ -355,7 +363,9 @@ def checked_seed(seed: int | None) -> int | None:
 def fresh_draws(model: DiffusionGemma, seed: int | None) -> SeededDraws:
     """Draws from a seed, or from one that the system draws."""
     if seed is None:
-        seed = int.from_bytes(os.urandom(4))
+        drawn = mx.array([int.from_bytes(os.urandom(4))], dtype=mx.uint32)
+        (agreed,) = model.part.share.agreed([drawn])
+        seed = int(np.array(agreed)[0])
     return SeededDraws(seed, model.config.vocab_size)
 
 

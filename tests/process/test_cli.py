@@ -374,9 +374,9 @@ def test_a_group_of_options_stands_where_the_command_names_it() -> None:
     def command(first: str, *, load: Load, last: bool = False) -> None:
         seen.append((first, load, last))
 
-    options = ["model", "revision", "dtype", "max_memory", "speed"]
+    options = ["model", "revision", "dtype", "max_memory", "shard", "speed"]
     assert list(signature(command).parameters) == ["first", *options, "last"]
-    values = dict.fromkeys(options[:4]) | {"model": "there", "speed": "fast"}
+    values = dict.fromkeys(options[:4]) | {"model": "there", "shard": False, "speed": "fast"}
     command(first="x", last=True, **values)
     assert seen == [("x", Load(model="there", speed="fast"), True)]
 

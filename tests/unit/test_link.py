@@ -11,7 +11,7 @@ import pytest
 
 from mlx_diffgemma.distributed import link as linking
 from mlx_diffgemma.distributed.launch import Place
-from mlx_diffgemma.distributed.link import Link
+from mlx_diffgemma.distributed.link import Link, connect
 
 GROUP: Any = None
 
@@ -34,10 +34,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> "Queue[np.ndarray]":
 def pair(lost: "Queue[int]") -> tuple[Link, Link]:
     """Rank 0's end, and rank 1's."""
     made: Queue[Link] = Queue()
-    lead = threading.Thread(target=lambda: made.put(linking._lead(Place(0, 2), GROUP, lost.put)))
+    lead = threading.Thread(target=lambda: made.put(connect(Place(0, 2), GROUP, lost.put)))
     lead.start()
-    other = linking._follow(Place(1, 2), GROUP, lambda rank: None)
-    lead.join(10)
+    other = connect(Place(1, 2), GROUP, lambda rank: None)
     return made.get(timeout=10), other
 
 
@@ -50,8 +49,18 @@ def test_messages_arrive_whole_and_before_the_end(told: "Queue[np.ndarray]") -> 
     other.send(b"last")
     other.close()
     assert [first.received(10), first.received(10)] == [(1, b"last"), (1, None)]
-    assert lost.get(timeout=10) == 1
     first.send(b"to nobody", 1)
+    first.close()
+    assert lost.empty()  # it has taken leave
+
+
+def test_an_end_without_leave_is_a_loss(told: "Queue[np.ndarray]") -> None:
+    lost: Queue[int] = Queue()
+    first, other = pair(lost)
+    other.send(b"last")
+    other._peers[0].close()  # as the system does for who is killed
+    assert [first.received(10), first.received(10)] == [(1, b"last"), (1, None)]
+    assert lost.get(timeout=10) == 1
     first.close()
 
 
@@ -69,15 +78,13 @@ def test_silence_is_an_end(told: "Queue[np.ndarray]", monkeypatch: pytest.Monkey
 
 def test_strangers_are_not_heard(told: "Queue[np.ndarray]") -> None:
     made: Queue[Link] = Queue()
-    lead = threading.Thread(
-        target=lambda: made.put(linking._lead(Place(0, 2), GROUP, lambda rank: None))
-    )
+    lead = threading.Thread(target=lambda: made.put(connect(Place(0, 2), GROUP, print)))
     lead.start()
     words = told.get(timeout=10)
     with pytest.raises((AuthenticationError, EOFError, ConnectionError)):
         Client(("127.0.0.1", int(words[0])), authkey=b"guessed").recv_bytes()
     told.put(words)
-    other = linking._follow(Place(1, 2), GROUP, lambda rank: None)
+    other = connect(Place(1, 2), GROUP, print)
     other.send(b"known")
     first = made.get(timeout=10)
     assert first.received(10) == (1, b"known")

@@ -13,7 +13,7 @@ from random_model import untrained
 from slow import best_canvas, entropy, soft_embedding
 
 from mlx_diffgemma import DiffusionGemma
-from mlx_diffgemma.diffusion import constraints, draws, head
+from mlx_diffgemma.diffusion import constraints, draws, head, whole
 from mlx_diffgemma.diffusion.automaton import Concat, Plans, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ANYTHING, NEVER, Constraint, ForbidFirst
 from mlx_diffgemma.diffusion.draws import SeededDraws
@@ -237,8 +237,8 @@ def test_blocks_are_joined_by_one_kernel() -> None:
         "highest": constraints.highest(peaks),
         "_best_id": constraints._best_id(peaks, places, [100 * i for i in blocks]),
         "_of_best": constraints._of_best(peaks, soft),
-        "_mass": head._mass(top, peaks, masses),
-        "_slope": head._slope(top, peaks[few], masses[few], slopes[few]),
+        "mass_of": whole.mass_of(top, peaks, masses),
+        "slope_of": whole.slope_of(top, peaks[few], masses[few], slopes[few]),
         "_mixed": head._mixed(top, peaks, soft),
     }
     for name, joined in joins.items():

@@ -1,0 +1,97 @@
+"""Ranks that share one model: --shard under `mlx.launch`, and what ends them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import run
+from paths import SUDOKU
+from ranks import COMMAND, launched, started
+
+from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
+from mlx_diffgemma.convert import RECIPES, convert
+from mlx_diffgemma.distributed.launch import LaunchError
+
+PROGRAM = Path(__file__).parent.parent / "shared_program.py"
+PUZZLE = (SUDOKU / "puzzles.txt").read_text()[:36]
+SECONDS = 10  # in which all have ended once one has
+
+
+def test_four_ranks_write_what_one_does() -> None:
+    """Two heads of keys, in full layers one: some ranks have the same."""
+    asked = ["generate", "-m", SUDOKU, "--seed", "3", "--steps", "2", "--json", PUZZLE]
+    done = launched(4, *COMMAND, *asked, "--shard")
+    found, wanted = json.loads(done.stdout), json.loads(run(*asked).stdout)
+    for key in ("text", "denoising_steps", "finish_reason", "generated_tokens"):
+        assert found[key] == wanted[key]
+    assert done.stderr.count("prompt tokens in") == 1
+
+
+def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
+    """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for."""
+    convert(SUDOKU, tmp_path / "packed", recipe=RECIPES["mxfp4"])
+    program = [sys.executable, PROGRAM, tmp_path / "packed"]
+    shared = launched(2, *program)
+    alone = subprocess.run([*map(str, program)], capture_output=True, text=True, check=True)
+    assert shared.stdout == alone.stdout, shared.stderr
+    assert "does not fit" in alone.stdout
+
+
+def under_way(folder: Path) -> "list[subprocess.Popen[str]]":
+    """Two ranks in the midst of long work."""
+    command = [*COMMAND, "bench", "-m", SUDOKU, "--shard", "--repeats", "1000", "--steps", "2"]
+    ranks = started(2, folder, *command)
+    said = ranks[0].stderr
+    assert said is not None
+    next(line for line in said if line.startswith("run 1 "))
+    return ranks
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_all_end_with_one_that_is_killed(tmp_path: Path, killed: int) -> None:
+    """A collective of theirs may wait for ever."""
+    ranks = under_way(tmp_path)
+    ranks[killed].kill()
+    begun = time.monotonic()
+    other = ranks[1 - killed]
+    said = other.communicate(timeout=30)[1]
+    assert time.monotonic() - begun < SECONDS
+    assert other.returncode == 1
+    sentences = (
+        "rank 1 ends, as rank 0 is lost",
+        "rank 1 is lost, and with it a part of the model",
+    )
+    assert f"error: {sentences[killed]}" in said
+    assert "Traceback" not in said
+
+
+def test_interrupted_all_end_without_a_word(tmp_path: Path) -> None:
+    """A terminal interrupts all; a rank that ended by itself was taken for lost."""
+    ranks = under_way(tmp_path)
+    for each in ranks:
+        each.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    said = [each.communicate(timeout=30)[1] for each in ranks]
+    assert time.monotonic() - begun < SECONDS
+    assert ranks[0].returncode == 130
+    assert not any("error" in each or "Traceback" in each for each in said)
+
+
+def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = facts_of(SUDOKU, speed="faithful")
+    _check_equal(mine, 1, dict(mine))
+    with pytest.raises(LaunchError, match="the speed of rank 0 is faithful, that of rank 1 fast"):
+        _check_equal(mine, 1, {**mine, "speed": "fast"})
+    other = {**mine, "chip": "Apple M9"}
+    with pytest.raises(LaunchError, match=r"chip of rank 0 .* different experts"):
+        _check_equal(mine, 1, other)
+    monkeypatch.setenv(MIXED, "1")
+    _check_equal(mine, 1, other)
+
+
+def test_what_does_not_go_with_shard() -> None:
+    assert "--shard goes with mlx.launch" in run("generate", "hello", "--shard").stderr
