@@ -61,7 +61,7 @@ class Bounds:
 @app.command()
 @with_options
 def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
-    """Serve OpenAI's API, a page to chat on, and routes for filling and choosing."""
+    """Serve OpenAI's, Anthropic's and Ollama's APIs, a page, and routes to fill and choose."""
     try:
         import uvicorn
 

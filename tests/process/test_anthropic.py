@@ -451,8 +451,13 @@ def test_a_coding_agent_works_for_more_than_ten_turns(tmp_path: Path, stream: bo
 
 
 def test_the_command_serves_it() -> None:
-    """A process of its own answers, streams, and ends while it is asked."""
+    """A process of its own, asked by every client that there is, gives each the same text."""
     with process() as server:
-        client = server.anthropic()
-        assert client.messages.create(**ASK, extra_body={"steps": 2}).content
+        seed: dict[str, Any] = {"extra_body": {"seed": 0}}
+        (block,) = server.anthropic().messages.create(**ASK, **seed).content
+        chat = server.client().chat.completions.create(model="x", messages=HELLO, **seed)
+        response = server.client().responses.create(model="x", input=HELLO, **seed)
+        told = server.ollama().chat("x", HELLO, options={"seed": 0})
+        texts = {chat.choices[0].message.content, response.output_text, told.message.content}
+        assert texts == {block.text}  # type: ignore[union-attr]
         assert httpx.get(f"{server.url}/v1/messages").status_code == 405
