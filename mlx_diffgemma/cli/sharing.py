@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Set to 1 for all, Macs of different chips may share a model.
 MIXED = "MLX_DIFFGEMMA_MIXED"
 
+# Set to 1 for all, ranks compare hidden states and chosen experts: slow, to find out what differs.
+CHECK = "MLX_DIFFGEMMA_CHECK"
+
 # Seconds in which the others end by themselves, once rank 0 has.
 LAST = 2.0
 
@@ -113,7 +116,8 @@ def _joined(
     from ..distributed.share import Ranks, Share
 
     here, group = place(), all_ranks()
-    return Share(here.rank, here.size, Ranks(group)), connect(here, group, lost, left)
+    share = Share(here.rank, here.size, Ranks(group), check=os.environ.get(CHECK) == "1")
+    return share, connect(here, group, lost, left)
 
 
 def _next(link: "Link") -> bytes | None:
@@ -137,6 +141,7 @@ def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:
     told = json.dumps([headers.config, tensors], sort_keys=True)
     chip = mx.device_info().get("device_name") or platform.machine()
     return {
+        CHECK: os.environ.get(CHECK) == "1",
         "checkpoint": sha256(told.encode()).hexdigest()[:16],
         "version of mlx-diffgemma": __version__,
         "version of MLX": version("mlx"),
