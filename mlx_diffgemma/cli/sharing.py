@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -31,6 +32,11 @@ CHECK = "MLX_DIFFGEMMA_CHECK"
 
 # Seconds in which the others end by themselves, once rank 0 has.
 LAST = 2.0
+
+# Seconds after which another rank says what it alone has found.
+ALONE = 5.0
+
+_FAILED = b"!"
 
 Loader = Callable[["Share"], "tuple[DiffusionGemma, Tokenizer]"]
 
@@ -70,7 +76,10 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         found = link.received()
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
-        _check_equal(facts, found[0], json.loads(found[1]))
+        rank, told = found[0], found[1]
+        if told.startswith(_FAILED):
+            raise LaunchError(f"rank {rank}: {told[len(_FAILED) :].decode()}")
+        _check_equal(facts, rank, json.loads(told))
     tell(b"")
     return load(replace(share, tell=tell))
 
@@ -104,6 +113,8 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
         while (message := _next(link)) is not None:
             follow(message, run)
     except Error as error:
+        link.send(_FAILED + str(error).encode())
+        time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
         end(f"rank {here.rank}: {error}")
     raise SystemExit(0)
 

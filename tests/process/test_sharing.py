@@ -93,5 +93,14 @@ def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _check_equal(mine, 1, other)
 
 
+def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
+    """Another rank's end hid what rank 0 had found."""
+    ranks = started(2, tmp_path, *COMMAND, "generate", "-m", tmp_path / "none", "--shard", "x")
+    said = [each.communicate(timeout=60)[1] for each in ranks]
+    assert said[0].count("error: ") == 1
+    assert "is neither a directory nor a name on the hub" in said[0]
+    assert said[1] == ""
+
+
 def test_what_does_not_go_with_shard() -> None:
     assert "--shard goes with mlx.launch" in run("generate", "hello", "--shard").stderr
