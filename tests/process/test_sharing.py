@@ -41,6 +41,16 @@ def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
     assert "does not fit" in alone.stdout
 
 
+def test_pictures_are_seen_by_all_ranks(tmp_path: Path) -> None:
+    vision = SUDOKU.parent / "tiny_vision"
+    seen = ["--image", vision / "pictures.png", "--steps", "2", "--max-tokens", "64", "--json"]
+    asked = ["generate", "-m", vision, *seen, "--seed", "1", "How many circles are there?"]
+    first, _ = started(2, tmp_path, *COMMAND, *asked, "--shard")
+    found, wanted = json.loads(first.communicate(timeout=60)[0]), json.loads(run(*asked).stdout)
+    for key in ("text", "denoising_steps", "prompt_tokens"):
+        assert found[key] == wanted[key]
+
+
 def under_way(folder: Path) -> "list[subprocess.Popen[str]]":
     """Two ranks in the midst of long work."""
     command = [*COMMAND, "bench", "-m", SUDOKU, "--shard", "--repeats", "1000", "--steps", "2"]
