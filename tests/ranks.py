@@ -10,7 +10,7 @@ from pathlib import Path
 
 LAUNCH = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
 COMMAND = [sys.executable, "-m", "mlx_diffgemma"]
-TIMEOUT = 100
+TIMEOUT = 300
 
 
 def free_ports(count: int) -> list[int]:

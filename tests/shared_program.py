@@ -38,10 +38,10 @@ def main(directory: Path) -> None:
     next(begun)
     begun.close()
     asked = [
-        Request("1.\n2.", seed=0, steps=2),
+        Request("1.\n2.", seed=0, steps=2, max_tokens=40),
         Request("1" * 9000),  # more than fits
-        Request("1" * 90, seed=1, steps=2, max_tokens=60),
-        Request("5.", mode="speculative", steps=2, max_tokens=9),
+        Request("1" * 90, seed=1, steps=1, max_tokens=60),
+        Request("5.", mode="causal", max_tokens=3),
     ]
     texts, ends = [""] * 4, [""] * 4
     for number, event in stream_batch(model, tokenizer, asked, max_batch=2):
@@ -52,7 +52,7 @@ def main(directory: Path) -> None:
         elif isinstance(event, Exception):
             ends[number] = str(event)
     found["batch"] = texts, ends
-    request = EditRequest("643521\n521463", "12", seed=3, steps=2, verify=True)
+    request = EditRequest("643521\n521463", "12", seed=3, steps=1)
     (*_, edited) = stream(model, tokenizer, request)
     found["edit"] = edited.text
     print(json.dumps(found))

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -26,8 +27,16 @@ if TYPE_CHECKING:
 # Set to 1 for all, Macs of different chips may share a model.
 MIXED = "MLX_DIFFGEMMA_MIXED"
 
+# Set to 1 for all, ranks compare hidden states and chosen experts: slow, to find out what differs.
+CHECK = "MLX_DIFFGEMMA_CHECK"
+
 # Seconds in which the others end by themselves, once rank 0 has.
 LAST = 2.0
+
+# Seconds after which another rank says what it alone has found.
+ALONE = 5.0
+
+_FAILED = b"!"
 
 Loader = Callable[["Share"], "tuple[DiffusionGemma, Tokenizer]"]
 
@@ -67,7 +76,10 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         found = link.received()
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
-        _check_equal(facts, found[0], json.loads(found[1]))
+        rank, told = found[0], found[1]
+        if told.startswith(_FAILED):
+            raise LaunchError(f"rank {rank}: {told[len(_FAILED) :].decode()}")
+        _check_equal(facts, rank, json.loads(told))
     tell(b"")
     return load(replace(share, tell=tell))
 
@@ -101,6 +113,8 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
         while (message := _next(link)) is not None:
             follow(message, run)
     except Error as error:
+        link.send(_FAILED + str(error).encode())
+        time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
         end(f"rank {here.rank}: {error}")
     raise SystemExit(0)
 
@@ -113,7 +127,8 @@ def _joined(
     from ..distributed.share import Ranks, Share
 
     here, group = place(), all_ranks()
-    return Share(here.rank, here.size, Ranks(group)), connect(here, group, lost, left)
+    share = Share(here.rank, here.size, Ranks(group), check=os.environ.get(CHECK) == "1")
+    return share, connect(here, group, lost, left)
 
 
 def _next(link: "Link") -> bytes | None:
@@ -137,6 +152,7 @@ def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:
     told = json.dumps([headers.config, tensors], sort_keys=True)
     chip = mx.device_info().get("device_name") or platform.machine()
     return {
+        CHECK: os.environ.get(CHECK) == "1",
         "checkpoint": sha256(told.encode()).hexdigest()[:16],
         "version of mlx-diffgemma": __version__,
         "version of MLX": version("mlx"),

@@ -6,6 +6,9 @@ from itertools import accumulate
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+
+from .launch import LaunchError
 
 
 class Group(Protocol):
@@ -43,13 +46,15 @@ class Ranks:
 class Share:
     """Rank `rank` of `size`; one rank alone has everything, and needs no group.
 
-    `tell` is rank 0's: the others hear what they are to do.
+    `tell` is rank 0's: the others hear what they are to do. With `check`, what must be the same on
+    all ranks is compared, which takes its time.
     """
 
     rank: int = 0
     size: int = 1
     group: Group | None = field(default=None, compare=False)
     tell: Callable[[bytes], None] | None = field(default=None, compare=False)
+    check: bool = False
 
     def cut(self, count: int, unit: int = 1) -> range:
         """Its part of `count` things, whose borders are multiples of `unit`; maybe an empty one."""
@@ -64,6 +69,20 @@ class Share:
     def sums(self, *parts: mx.array) -> Sequence[mx.array]:
         """The sum of each part, which have one shape, in one go."""
         return parts if self.group is None else list(self.group.sum(mx.stack(list(parts))))
+
+    def compare(self, x: mx.array, what: str) -> None:
+        """With `check`, see whether all ranks have the same bits.
+
+        Raises:
+            LaunchError: they have not.
+        """
+        if self.group is None or not self.check:
+            return
+        bits = mx.flatten(mx.contiguous(x)).view(mx.uint8).astype(mx.uint32)
+        mixed = ((bits + 1) * (mx.arange(len(bits)) % 65521 + 1)).astype(mx.uint32)
+        sums = np.array(self.group.gather(mixed.sum()[None]))[:, 0].tolist()
+        if len(set(sums)) > 1:
+            raise LaunchError(f"ranks differ in {what}: checksums {sums}")
 
     def gather(self, arrays: Sequence[mx.array]) -> list[list[mx.array]]:
         """What each rank has, in one go: (B, L, n) of 32 bits each, and of the same kinds."""

@@ -238,6 +238,7 @@ class DiffusionGemma(nn.Module):
             kept = wanted if block is last else None
             views = [each.view(i, all_look=kept is None) for each in passes]
             x = block(x, views, rotations[block.self_attn.layer], block.layer_scalar, kept)
+            self.part.share.compare(x, f"what layer {i} gives")
             if evaluate is not None:
                 evaluate(x)
         x = self.model.decoder.norm(x)

@@ -485,7 +485,9 @@ class Block(nn.Module):
         # Three norms of one input are one norm and one product with three scales.
         scales = self._scales(*self._three)
         to_mlp, to_experts, to_router = rms_norm(x, self.eps) * scales
-        routed = self.experts(to_experts, *self.router(to_router), self.router.per_expert_scale)
+        top, weights = self.router(to_router)
+        self._share.compare(top, "the experts that a layer chooses")
+        routed = self.experts(to_experts, top, weights, self.router.per_expert_scale)
         dense, routed = self._share.sums(self.mlp(to_mlp), routed)
         dense = self.post_feedforward_layernorm_1(dense)
         routed = self.post_feedforward_layernorm_2(routed)

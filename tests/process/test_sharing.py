@@ -41,6 +41,16 @@ def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
     assert "does not fit" in alone.stdout
 
 
+def test_pictures_are_seen_by_all_ranks(tmp_path: Path) -> None:
+    vision = SUDOKU.parent / "tiny_vision"
+    seen = ["--image", vision / "pictures.png", "--steps", "2", "--max-tokens", "64", "--json"]
+    asked = ["generate", "-m", vision, *seen, "--seed", "1", "How many circles are there?"]
+    first, _ = started(2, tmp_path, *COMMAND, *asked, "--shard")
+    found, wanted = json.loads(first.communicate(timeout=60)[0]), json.loads(run(*asked).stdout)
+    for key in ("text", "denoising_steps", "prompt_tokens"):
+        assert found[key] == wanted[key]
+
+
 def under_way(folder: Path) -> "list[subprocess.Popen[str]]":
     """Two ranks in the midst of long work."""
     command = [*COMMAND, "bench", "-m", SUDOKU, "--shard", "--repeats", "1000", "--steps", "2"]
@@ -91,6 +101,15 @@ def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         _check_equal(mine, 1, other)
     monkeypatch.setenv(MIXED, "1")
     _check_equal(mine, 1, other)
+
+
+def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
+    """Another rank's end hid what rank 0 had found."""
+    ranks = started(2, tmp_path, *COMMAND, "generate", "-m", tmp_path / "none", "--shard", "x")
+    said = [each.communicate(timeout=60)[1] for each in ranks]
+    assert said[0].count("error: ") == 1
+    assert "is neither a directory nor a name on the hub" in said[0]
+    assert said[1] == ""
 
 
 def test_what_does_not_go_with_shard() -> None:

@@ -1,5 +1,6 @@
 """A model that ranks share computes what it computes alone, of weights each reads its part of."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlx_diffgemma.diffusion.denoise import Start, denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.head import read_causally
 from mlx_diffgemma.diffusion.prompt_cache import PromptCache
+from mlx_diffgemma.distributed.launch import LaunchError
 from mlx_diffgemma.distributed.share import Share
 from mlx_diffgemma.model.config import Config, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import Pass
@@ -107,6 +109,25 @@ def test_shares_give_what_one_gives(
                     np.testing.assert_allclose(each, own, rtol=1e-4, atol=1e-4)
                 else:
                     np.testing.assert_array_equal(each, own)
+
+
+def test_ranks_that_differ_are_found(tmp_path: Path) -> None:
+    """Sums are the same on all even where one has chosen other experts: their choice tells."""
+    directory = write_model(tmp_path / "model")
+
+    def run(share: Share, changed: str) -> None:
+        model = loaded(directory, replace(share, check=True))
+        if share.rank and changed:
+            weights = dict(tree_flatten(model.parameters()))
+            model.load_weights([(changed, -weights[changed])], strict=False)
+        canvases(model, model.generation.override(max_denoising_steps=2), Anything())
+
+    on_all(2, lambda share: run(share, ""))
+    layer = "model.decoder.layers.1."
+    with pytest.raises(LaunchError, match="ranks differ in the experts that a layer chooses"):
+        on_all(2, lambda share: run(share, f"{layer}router.proj.weight"))
+    with pytest.raises(LaunchError, match="ranks differ in what layer 1 gives"):
+        on_all(2, lambda share: run(share, f"{layer}layer_scalar"))
 
 
 def test_what_a_step_exchanges(tmp_path: Path) -> None:
