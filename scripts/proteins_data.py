@@ -3,7 +3,7 @@
     python scripts/proteins_data.py make DIR [--source peptides --work DIR]
     python scripts/proteins_data.py score DIR --model MODEL --adapter A
 
-`hairpins` come from a grammar: a strand of 14 residues, the turn GPDG, and a strand whose residues
+`hairpins` come from a grammar: a strand of ten residues, the turn GPDG, and a strand whose residues
 are the partners of the first strand's, in the same order. Partners are of opposite charge or of one
 kind (PARTNERS). `peptides` are the antimicrobial ones that modlAMP (BSD-3-Clause) holds, from APD3.
 Peptides that share half of their stretches of four residues, also by way of others, are one family,
@@ -34,7 +34,7 @@ PARTNERS = dict(
     for a, b in ("EK", "DR", "LV", "IF", "AG", "ST", "NQ", "CM", "HY", "WP")
     for pair in (a + b, b + a)
 )
-STRAND, TURN = 14, "GPDG"
+STRAND, TURN = 10, "GPDG"
 
 # What is fetched, and its SHA-256.
 PACKAGE = "modlamp-4.3.3.tar.gz"
@@ -96,10 +96,18 @@ def families(sequences: list[str], length: int = 4, shared: float = SHARED) -> d
 
 
 def cases(rng: random.Random, sequences: list[str], gap: int) -> Iterator[dict[str, object]]:
-    """Sequences without a stretch, which has at least four residues on either side."""
+    """Sequences without a stretch, which has at least two residues on either side."""
     for sequence in sequences:
-        start = rng.randint(4, len(sequence) - gap - 4)
+        start = rng.randint(2, len(sequence) - gap - 2)
         yield {"sequence": sequence, "start": start, "end": start + gap}
+
+
+def part_of(sequence: str, place: int) -> str:
+    """What a residue belongs to; the parts of a hairpin are counted apart."""
+    turn = range(STRAND, STRAND + len(TURN))
+    if len(sequence) != 2 * STRAND + len(TURN) or sequence[turn.start : turn.stop] != TURN:
+        return "peptide"
+    return "first strand" if place < turn.start else "turn" if place in turn else "second strand"
 
 
 def score(given: argparse.Namespace) -> None:
@@ -117,10 +125,10 @@ def score(given: argparse.Namespace) -> None:
         template = f"{sequence[:start]}{{{{gap:{end - start}}}}}{sequence[end:]}"
         filled = fill(model, tokenizer, template, prompt=PROMPT, seed=number)
         written = str(filled.values["gap"])
-        best = [top[0][0] for top in read(model, tokenizer, sequence, prompt=PROMPT).top]
+        best = [top[0][0] for top in read(model, tokenizer, PROMPT, sequence).top]
         causal = [tokenizer.decode([each]) for each in best]
         for i in range(start, end):
-            part = "all" if given.halves is None else "first" if i < given.halves else "second"
+            part = part_of(sequence, i)
             told[part] += 1
             right[f"{part}, both sides"] += written[i - start : i - start + 1] == sequence[i]
             right[f"{part}, left alone"] += causal[i] == sequence[i]
@@ -170,7 +178,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="that is asked")
     parser.add_argument("--adapter", help="of the model that is asked")
     parser.add_argument("--cases", default="cases", choices=["cases", "valid-cases"])
-    parser.add_argument("--halves", type=int, help="count residues before this one apart")
     parser.add_argument("--limit", type=int, help="most cases that are asked")
     given = parser.parse_args()
     if given.what == "make" and given.source == "peptides" and given.work is None:

@@ -111,6 +111,9 @@ def test_a_hairpin_pairs_in_register() -> None:
     for sequence in made["test"]:
         assert all(partners[a] == b for a, b in zip(sequence, sequence[strand + 4 :], strict=False))
         assert sequence[strand : strand + 4] == proteins_data.TURN
+    parts = [proteins_data.part_of(made["test"][0], i) for i in range(2 * strand + 4)]
+    assert [parts.count(each) for each in ("first strand", "turn", "second strand")] == [10, 4, 10]
+    assert proteins_data.part_of("GLWSKIKEVGKEAAKAAAKAAGKA", 3) == "peptide"
     assert sorted(partners) == sorted(partners.values()) == list(proteins_data.LETTERS)
 
 
