@@ -1,14 +1,14 @@
 """Describes the tools that agents are offered over MCP: what each takes, and what it gives."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..diffusion.prompt_cache import Reading
-from ..tasks.choose import ChooseRequest
+from ..tasks.choose import Choice, ChooseRequest
 from ..tasks.edit import STRENGTH, EditRequest, EditResult
 from ..tasks.fill import FillRequest, FillResult
 from ..tasks.generate import Request
@@ -138,8 +138,8 @@ def _written(events: Sequence[object]) -> dict[str, Any]:
 
 
 def _weighed(events: Sequence[object]) -> dict[str, Any]:
-    (found,) = (each for each in events if isinstance(each, Mapping))
-    return {"probabilities": dict(found)}
+    (found,) = (each for each in events if isinstance(each, Choice))
+    return found.facts()
 
 
 def _read(events: Sequence[object]) -> dict[str, Any]:
