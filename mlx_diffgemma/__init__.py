@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # an alias says to type checkers that a name is exported
     from .tasks.asynchronous import in_mlx_thread as in_mlx_thread
     from .tasks.batch import batch_generate as batch_generate
     from .tasks.batch import stream_batch as stream_batch
+    from .tasks.choose import Choice as Choice
     from .tasks.choose import ChooseError as ChooseError
     from .tasks.choose import ChooseRequest as ChooseRequest
     from .tasks.choose import choose as choose
@@ -93,7 +94,7 @@ _EXPORTS = {
     "tasks.asynchronous": "abatch_generate achoose aedit afill agenerate astream astream_batch "
     "astream_edit astream_fill astream_generate in_mlx_thread",
     "tasks.batch": "batch_generate stream_batch",
-    "tasks.choose": "ChooseError ChooseRequest choose",
+    "tasks.choose": "Choice ChooseError ChooseRequest choose",
     "tasks.edit": "EditError EditRequest EditResult edit stream_edit",
     "tasks.fill": "FillRequest FillResult fill stream_fill",
     "tasks.generate": "Request generate stream_generate",

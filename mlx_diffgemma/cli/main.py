@@ -24,6 +24,7 @@ FILES = [
     "write",
     "score",
     "serve",
+    "mcp",
     "demo",
     "measure",
     "checkpoints",

@@ -1,5 +1,7 @@
 """`serve`: the server as a command."""
 
+import os
+import sys
 from dataclasses import dataclass
 from errno import EADDRINUSE
 from typing import Annotated, Any
@@ -7,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Load, with_options
-from .terminal import fail, say
+from .terminal import fail, put, say
 
 app = typer.Typer()
 
@@ -60,7 +62,16 @@ class Bounds:
 
 @app.command()
 @with_options
-def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
+def serve(
+    *,
+    load: Load,
+    reach: Reach,
+    bounds: Bounds,
+    print_launchd: Annotated[
+        bool,
+        typer.Option("--print-launchd", help="Print a launch agent of macOS that serves so."),
+    ] = False,
+) -> None:
     """Serve OpenAI's, Anthropic's and Ollama's APIs, a page, and routes to fill and choose."""
     try:
         import uvicorn
@@ -69,6 +80,9 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         from ..server.connections import Connection
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
+    if print_launchd:
+        _print_agent()
+        return
     from ..checkpoint.files import aliases_of, name_of
     from ..server.worker import Worker
 
@@ -107,6 +121,15 @@ def serve(*, load: Load, reach: Reach, bounds: Bounds) -> None:
         )
     finally:
         worker.stop()
+
+
+def _print_agent() -> None:
+    """Print an agent with the arguments of this command, and how to load it."""
+    from .launchd import HOW_TO_LOAD, launch_agent
+
+    given = [each for each in sys.argv[1:] if each != "--print-launchd"]
+    put(launch_agent(given, os.environ), end="")
+    say(HOW_TO_LOAD)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -26,7 +26,7 @@ from .strict import Strict, tell_unsettled
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
-    from ..tasks.choose import Chances
+    from ..tasks.choose import Choice
     from ..tasks.edit import EditResult
     from ..tasks.fill import FillResult
     from ..tasks.request import Task
@@ -268,13 +268,18 @@ def choose(
     answer = optional_text(template, "the template")
     request = ChooseRequest(messages, slots, answer, isolated, seed, draws)
     request.check_options()
-    chances: Chances = _result(request, load, show=False, quiet=quiet)
+    found: Choice = _result(request, load, show=False, quiet=quiet)
     if as_json:
-        put(json.dumps(chances, ensure_ascii=False))
+        put(json.dumps(found.facts() if found.errors else found, ensure_ascii=False))
         return
-    for name, known in chances.items():
+    for name, known in found.items():
+        begun = f"{name}: " if len(found) > 1 else ""
         for label, chance in sorted(known.items(), key=lambda pair: -pair[1]):
-            put(f"{name + ': ' if len(chances) > 1 else ''}{label}\t{chance:.4f}")
+            error = f"\t±{found.errors[name][label]:.4f}" if found.errors else ""
+            put(f"{begun}{label}\t{chance:.4f}{error}")
+        if found.errors and not quiet:
+            agreed = round(found.agreement[name] * draws)
+            say(f"{begun}{agreed} of {draws} draws find the same label likeliest")
 
 
 def _slots(given: list[str]) -> dict[str, list[str]]:

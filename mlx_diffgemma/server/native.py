@@ -8,9 +8,8 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from ..diffusion.prompt_cache import Reading
 from ..images.picture import Picture
-from ..tasks.choose import ChooseRequest
+from ..tasks.choose import Choice, ChooseRequest
 from ..tasks.edit import STRENGTH, EditRequest, EditResult
 from ..tasks.fill import FillRequest, FillResult
 from ..tasks.generate import Request
@@ -220,7 +219,7 @@ class FillFacts:
 
 def choose_facts(event: object) -> dict[str, Any]:
     """Give probabilities as JSON."""
-    return {} if isinstance(event, Reading) else {"probabilities": event}
+    return event.facts() if isinstance(event, Choice) else {}
 
 
 def edit_facts(event: object) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+import mlx.core as mx
+
 from ..diffusion.decoding import Batch
 from ..diffusion.prompt_cache import PrefixCache, PromptCache
 from ..errors import Error
@@ -142,7 +144,7 @@ class Worker:
         self._failure: Exception | None = None
         self._running: dict[int, _Running] = {}
         self.counters = Counters()
-        self._thread = threading.Thread(target=self._run, name="mlx")
+        self._thread = threading.Thread(target=self._own, name="mlx")
         self.tokenizer: Tokenizer
 
     def start(self) -> None:
@@ -227,6 +229,13 @@ class Worker:
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request that nobody waits for any more, within one denoising step."""
         ticket.cancelled = True
+
+    def _own(self) -> None:
+        try:
+            self._run()
+        finally:
+            # Without it MLX (0.32.4) may abort the process at its exit, with code 134.
+            mx.clear_streams()
 
     def _run(self) -> None:
         try:

@@ -23,7 +23,7 @@ from ..text.tokenizer import Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
 from .batch import MAX_BATCH, stream_batch, stream_texts
-from .choose import Chances, ChooseRequest
+from .choose import Choice, ChooseRequest
 from .edit import EditOptions, EditRequest, EditResult
 from .fill import FillOptions, FillRequest, FillResult
 from .generate import Request
@@ -226,11 +226,11 @@ async def achoose(
     isolated: bool = False,
     seed: int = 0,
     draws: int = 1,
-) -> Chances:
+) -> Choice:
     """As `choose`, for asyncio."""
     request = ChooseRequest(prompt, slots, template, isolated, seed, draws)
     result = await _last(astream_task(model, tokenizer, request))
-    assert isinstance(result, dict)
+    assert isinstance(result, Choice)
     return result
 
 

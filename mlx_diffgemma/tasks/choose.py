@@ -13,8 +13,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 from types import NoneType
-from typing import Never
+from typing import Any, Never
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +42,51 @@ Chances = dict[str, dict[str, float]]  # by slot and label
 
 class ChooseError(Error):
     """Slots or labels that cannot be scored."""
+
+
+class Choice(dict[str, dict[str, float]]):
+    """How likely labels are: means over the draws by slot and label; those of a slot sum to 1.
+
+    Attributes:
+        errors: the standard errors of those means, None of one draw: how far other noise might
+            move them, which says nothing of how right the model is.
+        agreement: by slot, the share of draws whose likeliest label is that of the means.
+        draws: noises that were read.
+    """
+
+    def __init__(self, draws: Sequence[Chances]) -> None:
+        self.draws = count = len(draws)
+        seen = {
+            slot: {label: [each[slot][label] for each in draws] for label in known}
+            for slot, known in draws[0].items()
+        }
+        super().__init__({s: {x: mean(p) for x, p in known.items()} for s, known in seen.items()})
+        self.errors: Chances | None = None
+        if count > 1:
+            self.errors = {
+                slot: {label: stdev(p) / math.sqrt(count) for label, p in known.items()}
+                for slot, known in seen.items()
+            }
+        self.agreement = {
+            slot: sum(likeliest(each[slot]) == likeliest(known) for each in draws) / count
+            for slot, known in self.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON; errors and agreement only where several draws tell of them."""
+        if self.errors is None:
+            return {"probabilities": self}
+        return {
+            "probabilities": self,
+            "errors": self.errors,
+            "agreement": self.agreement,
+            "draws": self.draws,
+        }
+
+
+def likeliest(chances: Mapping[str, float]) -> str:
+    """The label with the highest probability; of equal ones the first."""
+    return max(chances, key=chances.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -150,27 +196,32 @@ class Question:
     seed: int
     draws: int
 
-    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Chances, None]:
-        """The probabilities, which are the last item."""
+    def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Choice, None]:
+        """The choice, which is the last item."""
         model = self.model
         yield from prompt_cache.reading(self.prompt)
         source = SeededDraws(self.seed, model.config.vocab_size)
-        chances: Chances = {name: dict.fromkeys(known, 0.0) for name, known in self.slots.items()}
+        draws: list[Chances] = []
         for _ in range(self.draws):
             # One noise for all rows: labels are compared under the same circumstances.
             noise = source.tokens((1, model.config.canvas_length))
-            scores: Chances = {name: dict.fromkeys(known, 0.0) for name, known in chances.items()}
+            scores: Chances = {
+                name: dict.fromkeys(known, 0.0) for name, known in self.slots.items()
+            }
             read = yield from _read(model, prompt_cache.cache, self.rows, noise)
             for row, log_p in zip(self.rows, read, strict=True):
                 for (label, _), score in zip(row.asked, log_p, strict=True):
                     scores[row.slot][label] += score
-            for name, known in scores.items():
-                top = max(known.values())
-                weights = {label: math.exp(score - top) for label, score in known.items()}
-                total = sum(weights.values())
-                for label, weight in weights.items():
-                    chances[name][label] += weight / total / self.draws
-        yield chances
+            draws.append({name: _normalised(known) for name, known in scores.items()})
+        yield Choice(draws)
+
+
+def _normalised(scores: Mapping[str, float]) -> dict[str, float]:
+    """Probabilities that sum to 1, of log-probabilities."""
+    top = max(scores.values())
+    weights = {label: math.exp(score - top) for label, score in scores.items()}
+    total = sum(weights.values())
+    return {label: weight / total for label, weight in weights.items()}
 
 
 @dataclass
@@ -307,8 +358,8 @@ def choose(
     isolated: bool = False,
     seed: int = 0,
     draws: int = 1,
-) -> Chances:
-    """The probability of each label in each slot; those of a slot sum to 1.
+) -> Choice:
+    """The probability of each label in each slot; those of a slot sum to 1. See `Choice`.
 
     Args:
         prompt: as in `stream_generate`.
@@ -318,13 +369,14 @@ def choose(
             of their first label's length.
         isolated: score each slot in a text that ends at its neighbours.
         seed: of the noise.
-        draws: noise canvases to average over; each is one more pass.
+        draws: noise canvases to average over; each is one more pass, and from two on they tell
+            how much noise matters: `errors` and `agreement`.
 
     Raises:
         ChooseError: no slot, fewer than two labels, or a template without a slot, or too long.
         ContextError: the prompt does not fit.
     """
     request = ChooseRequest(prompt, slots, template, isolated, seed, draws)
-    items: Iterator[Reading | Chances] = stream(model, tokenizer, request)
+    items: Iterator[Reading | Choice] = stream(model, tokenizer, request)
     (found,) = (item for item in items if not isinstance(item, Reading))
     return found

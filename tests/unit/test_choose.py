@@ -10,7 +10,14 @@ from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.diffusion_gemma import Pass
-from mlx_diffgemma.tasks.choose import MOST_CANVASES, ChooseError, ChooseRequest, _read, choose
+from mlx_diffgemma.tasks.choose import (
+    MOST_CANVASES,
+    Choice,
+    ChooseError,
+    ChooseRequest,
+    _read,
+    choose,
+)
 from mlx_diffgemma.tasks.request import encode_prompt
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
@@ -160,3 +167,29 @@ def test_what_is_read_of_a_canvas_is_a_number_for_each_label(
         run.send(model.decode([asked])[0])
     assert [len(read) for read in ended.value.value] == [len(r.asked) for r in question.rows]
     assert all(log_p < 0 for read in ended.value.value for log_p in read)
+
+
+def test_means_errors_and_agreement_by_hand() -> None:
+    draws = [{"x": {"a": p, "b": 1 - p}, "y": {"c": 0.6, "d": 0.4}} for p in (0.9, 0.8, 0.4, 0.7)]
+    found = Choice(draws)
+    assert found == {"x": pytest.approx({"a": 0.7, "b": 0.3}), "y": {"c": 0.6, "d": 0.4}}
+    # Deviations 0.2, 0.1, -0.3, 0: a variance of 0.14 / 3, of which a mean of four has a quarter.
+    assert found.errors is not None
+    assert found.errors["x"] == pytest.approx(dict.fromkeys("ab", math.sqrt(0.14 / 12)))
+    assert found.errors["y"] == pytest.approx({"c": 0, "d": 0})
+    assert found.agreement == {"x": 0.75, "y": 1}
+    alone = Choice(draws[:1])
+    assert (alone.errors, alone.facts()) == (None, {"probabilities": draws[0]})
+
+
+def test_several_noises_are_those_that_are_drawn_one_by_one(
+    loaded: tuple[DiffusionGemma, Tokenizer],
+) -> None:
+    slots = {"x": ["1", "2", "3"]}
+    both = choose(*loaded, "Is it so?", slots, seed=5, draws=2)
+    first = choose(*loaded, "Is it so?", slots, seed=5)["x"]
+    assert both.errors is not None
+    for label, chance in both["x"].items():
+        # Of two numbers, half their distance is the error of their mean.
+        assert abs(first[label] - chance) == pytest.approx(both.errors["x"][label], rel=1e-3)
+    assert both.draws == 2

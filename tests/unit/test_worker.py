@@ -1,5 +1,7 @@
 """The worker's thread: who is told what when, with a model that takes its time."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -329,3 +331,21 @@ def test_jobs_leave_places_to_requests() -> None:
         assert second.events.empty()
         worker.cancel(first.ticket)
         assert isinstance(second.until(Reading), Reading)
+
+
+def test_the_process_ends_well() -> None:
+    """MLX aborted when a server ended: its worker's thread ended without `clear_streams`."""
+    script = (
+        "import threading\n"
+        "from mlx_diffgemma import EditRequest, load\n"
+        "from mlx_diffgemma.server.worker import Worker\n"
+        "worker = Worker(load, max_batch=1, max_queue=1, timeout=60, cache_bytes=0)\n"
+        "worker.start()\n"
+        "ended = threading.Event()\n"
+        "work = worker.prepare(EditRequest('a small hosue', 'Fix', seed=0))\n"
+        "worker.submit(work, lambda event: event is None and ended.set())\n"
+        "print(ended.wait(60))\n"
+        "worker.stop()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
