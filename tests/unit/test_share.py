@@ -220,3 +220,26 @@ def test_what_a_rank_is_told_to_need(tmp_path: Path) -> None:
         assert half.loaded_bytes == held < 0.65 * whole.loaded_bytes
         assert 2 * half.cache_bytes_per_token == whole.cache_bytes_per_token
     assert sum(half.table_bytes for half in halves) == whole.table_bytes
+
+
+def test_rank_0_decides() -> None:
+    """Of numbers, flags and shapes of all kinds; a rank that has drawn others goes rank 0's way."""
+
+    def run(share: Share) -> list[np.ndarray]:
+        off = share.rank * 7
+        mine = [
+            mx.arange(6).reshape(2, 3) + off,
+            mx.array([[0.5, float("-inf"), -0.0]]) + off,
+            mx.array([True, False, bool(off)]),
+            mx.array(off == 0),
+            mx.arange(4).astype(mx.uint32)[::-1] + off,
+        ]
+        return [np.array(each) for each in share.agreed(mine)]
+
+    found, _ = on_all(3, run)
+    for rank in found[1:]:
+        for each, own in zip(rank, found[0], strict=True):
+            assert each.dtype == own.dtype
+            np.testing.assert_array_equal(each, own)
+    assert found[0][0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found[0][4].tolist() == [3, 2, 1, 0]
