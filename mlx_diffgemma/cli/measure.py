@@ -146,6 +146,13 @@ def _tell_score(recipe: str, score: "Score", *, as_json: bool) -> None:
         f"{recipe:<11}{task:<17}{score.steps:>5}{success:>16}"
         f"{score.steps_per_canvas:>14.1f}{score.decoded_per_canvas:>9.2f}{score.tokens_per_forward:>13.1f}{repair}"
     )
+    if score.calibration_error is not None:
+        put(f"{'':<11}calibration error {100 * score.calibration_error:.1f} %")
+    for each in score.reliability:
+        put(
+            f"{'':<11}  {100 * each.low:.0f} to {100 * each.high:.0f} % sure: {each.count:>5} "
+            f"answers, {100 * each.confidence:5.1f} % sure, {100 * each.right:5.1f} % right"
+        )
 
 
 @app.command()
