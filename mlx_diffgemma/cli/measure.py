@@ -172,12 +172,20 @@ def bench(
         typer.Option(help="Measure these in turns: denoise, verify, causal, speculative."),
     ] = None,
     encoder: Encoder,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Measure how long an editor waits for a short hole.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast a checkpoint is on this machine."""
     from ..tasks.modes import ways_of
 
+    if fill:
+        if compare is not None or modes is not None:
+            fail("--fill goes with neither --compare nor --modes", code=2)
+        _bench_fill(load, max_tokens, steps, repeats, as_json=as_json, quiet=quiet)
+        return
     named = modes.split(",") if modes else ["denoise"]
     ways = ways_of(named, encoder.temperature, encoder.acceptance)
     from rich.console import Console
@@ -204,6 +212,32 @@ def bench(
     about = measuring.machine()
     Console(highlight=False).print(bench_table(reports))
     print(f"mlx-diffgemma {about['mlx_diffgemma']}, MLX {about['mlx']}, {about['system']}")
+
+
+def _bench_fill(
+    load: Load,
+    max_tokens: int | None,
+    steps: int | None,
+    repeats: int,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure completions with a suffix, of 16 tokens at most unless --max-tokens says."""
+    from dataclasses import asdict
+
+    from ..measure.bench import machine
+    from ..measure.bench_fill import MOST, fill_latency
+
+    if not quiet:
+        load.introduce()
+    found = fill_latency(*load(), MOST if max_tokens is None else max_tokens, steps, repeats)
+    if as_json:
+        put(json.dumps({**machine(), "fill": asdict(found)}, ensure_ascii=False))
+        return
+    put(f"first draft\t{found.first_draft_seconds:.3f} s")
+    put(f"whole\t{found.whole_seconds:.3f} s")
+    put(f"steps\t{found.steps}, of at most {found.most_tokens} tokens")
 
 
 @app.command()
