@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ MOST_LINE = 1 << 26
 
 # How a line of answers begins, apart from its number: what a killed run leaves does so too.
 _BEGINNINGS = tuple(b'{"index": 0, "%s": "' % name for name in (b"id", b"text", b"error"))
+_BEGINNINGS += (b'{"index": 0, "labels": {"',)
 
 
 class BatchError(Error):
@@ -99,6 +101,11 @@ def _numbered(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Lines that are not empty, with their numbers."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def json_lines(content: bytes) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """Lines that are not empty: their numbers, and what reads their objects or raises."""
+    return ((number, partial(_object, line)) for number, line in _numbered(content))
 
 
 def _request(
@@ -361,6 +368,7 @@ def _answered(line: bytes, count: int) -> int | None:
     value = _object(line)
     index = value.get("index")
     known = isinstance(value.get("text"), str) or isinstance(value.get("error"), str)
+    known = known or isinstance(value.get("labels"), dict)
     if type(index) is not int or not known:
         raise BatchError("but something else")
     if not 0 <= index < count:

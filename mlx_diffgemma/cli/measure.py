@@ -149,6 +149,13 @@ def _tell_score(recipe: str, score: "Score", *, as_json: bool) -> None:
         f"{recipe:<11}{task:<17}{score.steps:>5}{success:>16}"
         f"{score.steps_per_canvas:>14.1f}{score.decoded_per_canvas:>9.2f}{score.tokens_per_forward:>13.1f}{repair}"
     )
+    if score.calibration_error is not None:
+        put(f"{'':<11}calibration error {100 * score.calibration_error:.1f} %")
+    for each in score.reliability:
+        put(
+            f"{'':<11}  {100 * each.low:.0f} to {100 * each.high:.0f} % sure: {each.count:>5} "
+            f"answers, {100 * each.confidence:5.1f} % sure, {100 * each.right:5.1f} % right"
+        )
 
 
 @app.command()
@@ -168,14 +175,22 @@ def bench(
         typer.Option(help="Measure these in turns: denoise, verify, causal, speculative."),
     ] = None,
     encoder: Encoder,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Measure how long an editor waits for a short hole.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast a checkpoint is on this machine."""
     from ..tasks.modes import ways_of
 
-    if load.shard and compare is not None:
-        fail("--shard does not go with --compare", code=2)
+    if load.shard and (compare is not None or fill):
+        fail("--shard goes with neither --compare nor --fill", code=2)
+    if fill:
+        if compare is not None or modes is not None:
+            fail("--fill goes with neither --compare nor --modes", code=2)
+        _bench_fill(load, max_tokens, steps, repeats, as_json=as_json, quiet=quiet)
+        return
     named = modes.split(",") if modes else ["denoise"]
     ways = ways_of(named, encoder.temperature, encoder.acceptance)
     from rich.console import Console
@@ -209,6 +224,32 @@ def bench(
     Console(highlight=False).print(bench_table(reports))
     ranks = f", {place().size} ranks" if load.shard else ""
     print(f"mlx-diffgemma {about['mlx_diffgemma']}, MLX {about['mlx']}, {about['system']}{ranks}")
+
+
+def _bench_fill(
+    load: Load,
+    max_tokens: int | None,
+    steps: int | None,
+    repeats: int,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure completions with a suffix, of 16 tokens at most unless --max-tokens says."""
+    from dataclasses import asdict
+
+    from ..measure.bench import machine
+    from ..measure.bench_fill import MOST, fill_latency
+
+    if not quiet:
+        load.introduce()
+    found = fill_latency(*load(), MOST if max_tokens is None else max_tokens, steps, repeats)
+    if as_json:
+        put(json.dumps({**machine(), "fill": asdict(found)}, ensure_ascii=False))
+        return
+    put(f"first draft\t{found.first_draft_seconds:.3f} s")
+    put(f"whole\t{found.whole_seconds:.3f} s")
+    put(f"steps\t{found.steps}, of at most {found.most_tokens} tokens")
 
 
 @app.command()

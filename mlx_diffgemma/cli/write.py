@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,21 @@ app = typer.Typer()
 Verify = Annotated[
     bool, typer.Option("--verify", help="The encoder reads what is written, and corrects it.")
 ]
+
+
+@dataclass(frozen=True)
+class Many:
+    """A file of items, where their labels go, and how many are weighed side by side."""
+
+    batch: Annotated[
+        Path | None, typer.Option(help="Weigh for all items of this file, JSON lines or .csv.")
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option(help="With --batch: labels go here; run again to go on.")
+    ] = None
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="With --batch: items that are weighed side by side.")
+    ] = 8
 
 
 @app.command()
@@ -255,12 +271,20 @@ def choose(
     pictures: Pictures,
     load: LoadFaithful,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    many: Many,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Say how likely each label is, in one pass and without writing anything."""
     slots = _slots(labels)
     prompt = prompt_of(prompt, asked)
+    if many.batch is not None:
+        if prompt != "-" or pictures.image:
+            fail("--batch goes with no prompt and no --image", code=2)
+        _choose_many(many.batch, many, load, slots, template, isolated, draws, seed, quiet)
+        return
+    if many.output is not None:
+        fail("--output goes with --batch; one choice goes to stdout", code=2)
     parts = pictures.parts(prompt)
     messages = messages_of(text_of(prompt, "the prompt"), None, parts)
     from ..tasks.choose import ChooseRequest
@@ -280,6 +304,33 @@ def choose(
         if found.errors and not quiet:
             agreed = round(found.agreement[name] * draws)
             say(f"{begun}{agreed} of {draws} draws find the same label likeliest")
+
+
+def _choose_many(
+    file: Path,
+    many: Many,
+    load: LoadFaithful,
+    slots: dict[str, list[str]],
+    template: str | None,
+    isolated: bool,
+    draws: int,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Choose for each item of a file. The seed counts up, else one noise would sway all alike."""
+    from ..tasks.choose import ChooseRequest
+    from .choosing import choose_many
+
+    answer = optional_text(template, "the template")
+
+    def make(prompt: str, number: int) -> ChooseRequest:
+        messages = messages_of(prompt, None)
+        return ChooseRequest(messages, slots, answer, isolated, seed + number, draws)
+
+    make("x", 0).check_options()
+    if not quiet:
+        load.introduce()
+    choose_many(file, many.output, many.max_batch, load, make, quiet=quiet)
 
 
 def _slots(given: list[str]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Exact success on held-out tasks: what a recipe or a step budget costs in quality."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from ..diffusion.draws import SeededDraws
 from ..errors import Error
 from ..files import read_text
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.choose import Choice, ChooseRequest, likeliest
 from ..tasks.edit import STRENGTH, EditResult, Revision, edit_start
 from ..tasks.fill import FillResult, stream_fill
 from ..tasks.generate import stream_generate
@@ -23,6 +25,7 @@ from ..tasks.starts import Pieces
 from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import Text
 from ..text.vocabulary import Vocabulary
+from .calibration import Bin, calibration_error, reliability
 
 # Rows of clues and dots.
 _SUDOKU = re.compile(r"[\d.]+(?:\n[\d.]+)+")
@@ -40,7 +43,8 @@ class Case:
 
     `pieces` pins parts of the canvas (see `starts.Pieces`); `start` is text to be repaired;
     `template` is a text whose holes are filled, see `text/template.py`; `history` has roles and
-    texts of what was said before the prompt.
+    texts of what was said before the prompt. Of `labels`, one is chosen; a template then is a text
+    with `{label}` in it, see `tasks/choose.py`.
     """
 
     task: str
@@ -52,13 +56,17 @@ class Case:
     start: str | None = None
     template: str | None = None
     history: tuple[tuple[str, str], ...] = ()
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a model wrote for a case, with the cost of it.
 
-    `decoded` counts canvases: positions decoded in the length of one.
+    `decoded` counts canvases: positions decoded in the length of one. `confidence` is the
+    probability that the model gives its answer: of a label, that it was chosen with; of what was
+    denoised, the product over its tokens in the last step, or of those in holes once all is
+    written. Where the encoder writes or corrects, there is none.
     """
 
     text: str
@@ -67,6 +75,7 @@ class Outcome:
     tokens_per_forward: float
     positions_per_token: float
     decoded: float
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class Score:
 
     `decoded_per_canvas` is what the steps of a canvas decode of it: all steps, if each decodes all.
     Rates are in 0..1; `error` is the standard error of `success` over cases. `typos_fixed` and
-    `clean_damaged` (of characters) only exist where text is repaired.
+    `clean_damaged` (of characters) only exist where text is repaired. `calibration_error` and
+    `reliability` compare how sure the model was with how often it was right, where that is known.
     """
 
     task: str
@@ -91,6 +101,8 @@ class Score:
     typos_fixed: float | None = None
     clean_damaged: float | None = None
     mode: str = "denoise"
+    calibration_error: float | None = None
+    reliability: tuple[Bin, ...] = ()
 
 
 # Which shipped checkpoint answers a task, where none is named and it is not the default one.
@@ -118,12 +130,16 @@ def read_cases(path: Path) -> list[Case]:
                 values["history"] = tuple(
                     (str(role), str(text)) for role, text in values["history"]
                 )
+            if values.get("labels") is not None:
+                values["labels"] = tuple(map(str, values["labels"]))
             case = Case(**values)
             re.compile(case.regex or "")
         except (ValueError, TypeError, re.error) as error:
             raise TaskError(f"{path}, line {number}: {error}") from None
         if (case.answer is None) == (case.regex is None):
             raise TaskError(f"{path}, line {number}: needs either answer or regex")
+        if case.labels is not None and case.answer not in case.labels:
+            raise TaskError(f"{path}, line {number}: the answer is none of the labels")
         cases.append(case)
     if not cases:
         raise TaskError(f"{path} has no tasks")
@@ -213,8 +229,12 @@ def run_case(
     """Answer one case to the end.
 
     Raises:
-        TaskError: a template is to be filled by the encoder alone.
+        TaskError: a template is to be filled, or a label chosen, by the encoder alone.
     """
+    if case.labels is not None:
+        if way != DENOISE:
+            raise TaskError(f"labels are chosen by denoising alone, not by mode {way.name}")
+        return _choose(model, tokenizer, case, case.labels, seed)
     if case.template is not None:
         if way.mode != "denoise":
             raise TaskError(f"a template is filled by denoising, not by mode {way.name}")
@@ -222,9 +242,12 @@ def run_case(
     if case.start is not None and way.verify:
         return _verified_edit(model, tokenizer, case, case.start, steps, seed)
     text = ""
+    last: dict[int, Draft] = {}  # of each canvas
     for event in events_of(model, tokenizer, case, steps, seed, way):
         if isinstance(event, Text):
             text += event.text
+        elif isinstance(event, Draft):
+            last[event.canvas] = event
         elif isinstance(event, Done):
             done = event
     return Outcome(
@@ -234,7 +257,26 @@ def run_case(
         done.tokens_per_forward,
         done.positions_per_token,
         done.positions_decoded / model.config.canvas_length,
+        # Of what the encoder has written or corrected, drafts do not tell.
+        math.prod(p for each in last.values() for p in each.probabilities[: each.end])
+        if way == DENOISE
+        else None,
     )
+
+
+def _choose(
+    model: DiffusionGemma, tokenizer: Tokenizer, case: Case, labels: tuple[str, ...], seed: int
+) -> Outcome:
+    """Choose one of a case's labels."""
+    request = ChooseRequest(_messages(case), {"label": labels}, case.template, seed=seed)
+    question = request.prepare(model, Vocabulary(model, tokenizer))
+    *_, choice = run_prepared(model, question)
+    assert isinstance(choice, Choice)
+    best = likeliest(choice["label"])
+    tokens, canvases = len(tokenizer.encode(best)), len(question.rows)
+    positions = canvases * model.config.canvas_length
+    confidence = choice["label"][best]
+    return Outcome(best, 1, 1, tokens, positions / tokens, canvases, confidence)
 
 
 def _verified_edit(
@@ -300,6 +342,7 @@ def _fill(
         written / (result.steps + result.encoder_passes),
         worked / written,
         decoded / model.config.canvas_length,
+        None if verify else math.prod(p for each in result.probabilities.values() for p in each),
     )
 
 
@@ -400,6 +443,9 @@ def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: in
         for case, outcome in runs
         if case.start is not None and case.answer is not None
     ]
+    bins = reliability(
+        [(o.confidence, is_right(c, o.text)) for c, o in runs if o.confidence is not None]
+    )
     typos = sum(r.typos for r in repairs)
     clean = sum(r.clean for r in repairs)
     return Score(
@@ -414,4 +460,6 @@ def score(task: str, steps: int, runs: Sequence[tuple[Case, Outcome]], seeds: in
         positions_per_token=sum(o.positions_per_token for _, o in runs) / len(runs),
         typos_fixed=sum(r.fixed for r in repairs) / typos if typos else None,
         clean_damaged=sum(r.damaged for r in repairs) / clean if clean else None,
+        calibration_error=calibration_error(bins) if bins else None,
+        reliability=bins,
     )

@@ -104,3 +104,15 @@ def test_a_prompt_has_exactly_the_wanted_length(tokens: int) -> None:
 def test_medians_by_hand() -> None:
     runs = [Measurement(*[value] * 12) for value in (3, 1, 2, 9)]
     assert middle(runs) == Measurement(*[2] * 12)
+
+
+def test_a_short_hole_is_measured() -> None:
+    short = ("--fill", "--max-tokens", "2", "--steps", "3", "--repeats", "1", "-q")
+    found = json.loads(bench(*short, "--json").stdout)["fill"]
+    assert found["most_tokens"] == 2
+    assert 0 < found["first_draft_seconds"] <= found["whole_seconds"]
+    assert found["steps"] > 0
+    shown = bench(*short).stdout.splitlines()
+    assert [line.split("\t")[0] for line in shown] == ["first draft", "whole", "steps"]
+    refused = bench("--fill", "--compare", "x")
+    assert (refused.returncode, "neither --compare" in refused.stderr) == (2, True)

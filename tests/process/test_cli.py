@@ -374,7 +374,7 @@ def test_a_group_of_options_stands_where_the_command_names_it() -> None:
     def command(first: str, *, load: Load, last: bool = False) -> None:
         seen.append((first, load, last))
 
-    options = ["model", "revision", "dtype", "max_memory", "shard", "speed"]
+    options = ["model", "revision", "dtype", "max_memory", "adapter", "shard", "speed"]
     assert list(signature(command).parameters) == ["first", *options, "last"]
     values = dict.fromkeys(options[:4]) | {"model": "there", "shard": False, "speed": "fast"}
     command(first="x", last=True, **values)

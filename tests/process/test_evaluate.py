@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command import run
 
+from mlx_diffgemma.measure.calibration import Bin, calibration_error, reliability
 from mlx_diffgemma.measure.evaluate import (
     HELD_OUT,
     Case,
@@ -61,6 +62,8 @@ def test_score_by_hand() -> None:
         ('{"prompt": "x", "answer": "4", "regex": "4"}', "either answer or regex"),
         ('{"prompt": "x", "regex": "("}', "line 2"),
         ('{"prompt": "x", "answer": "4", "points": 3}', "points"),
+        ('{"prompt": "x", "answer": "4", "labels": ["5", "6"]}', "none of the labels"),
+        ('{"prompt": "x", "answer": "4", "labels": 4}', "line 2"),
     ],
 )
 def test_task_files_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> None:
@@ -108,3 +111,33 @@ def test_command_with_own_tasks_and_recipes(tmp_path: Path) -> None:
         ("8bit", "mine", 6, 4),
     ]
     assert rows[1]["steps_per_canvas"] <= 6
+
+
+def test_reliability_by_hand() -> None:
+    answers = [(0.95, True), (0.95, True), (0.95, False), (1.0, True), (0.5, False), (0.59, True)]
+    least, low, high = reliability([*answers, (0.05, True)])
+    assert least == Bin(0.0, 0.1, 1, 0.05, 1.0)
+    assert low == Bin(0.5, 0.6, 2, pytest.approx(0.545), 0.5)
+    assert high == Bin(0.9, 1.0, 4, pytest.approx(0.9625), 0.75)
+    # One answer is 0.95 less sure than it should be, two are 0.045 too sure, four 0.2125.
+    wanted = (0.95 + 2 * 0.045 + 4 * 0.2125) / 7
+    assert calibration_error([least, low, high]) == pytest.approx(wanted)
+
+
+def test_labels_are_chosen_and_their_confidence_is_judged(tmp_path: Path) -> None:
+    ask, template = "What is the capital of Norway?", "The capital of Norway is {label}."
+    case = {"prompt": ask, "labels": ["Rome", "Oslo"], "template": template}
+    path = tmp_path / "mine.jsonl"
+    lines = [{**case, "answer": "Oslo"}, {**case, "answer": "Rome"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--tasks", path, "--steps", "1", "--seeds", "1"]
+    done = run("eval", *flags, "--json")
+    row = json.loads(done.stdout)
+    assert (row["runs"], row["success"], row["steps_per_canvas"]) == (2, 0.5, 1)
+    assert row["calibration_error"] == pytest.approx(0.5, abs=0.01)  # always sure, half right
+    assert [(each["count"], each["right"]) for each in row["reliability"]] == [(2, 0.5)]
+    shown = run("eval", *flags, "-q").stdout
+    assert "calibration error 50.0 %" in shown
+    assert "90 to 100 % sure:     2 answers, 100.0 % sure,  50.0 % right" in shown
+    done = run("eval", *flags, "--mode", "causal")
+    assert (done.returncode, "not by mode causal" in done.stderr) == (1, True)
