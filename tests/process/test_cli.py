@@ -376,7 +376,7 @@ def test_a_group_of_options_stands_where_the_command_names_it() -> None:
 
     options = ["model", "revision", "dtype", "max_memory", "adapter", "shard", "speed"]
     assert list(signature(command).parameters) == ["first", *options, "last"]
-    values = dict.fromkeys(options[:4]) | {"model": "there", "shard": False, "speed": "fast"}
+    values = dict.fromkeys(options[:5]) | {"model": "there", "shard": False, "speed": "fast"}
     command(first="x", last=True, **values)
     assert seen == [("x", Load(model="there", speed="fast"), True)]
 
