@@ -300,7 +300,7 @@ def test_where_an_adapter_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for given, said in [
         (str(tmp_path / "file"), "is a file; an adapter is the directory of"),
         (str(tmp_path / "nope"), "neither a directory with an adapter nor a name on the hub"),
-        ("../../etc", "neither a directory"),
+        ("../../nowhere/adapter", "neither a directory"),
         ("x" * 10_000, "cannot be read"),
         ("~nobody-here/adapter", "cannot be read"),
         ("a\0b", "neither a directory"),
