@@ -88,7 +88,8 @@ def test_interrupted_all_end_without_a_word(tmp_path: Path) -> None:
     said = [each.communicate(timeout=30)[1] for each in ranks]
     assert time.monotonic() - begun < SECONDS
     assert ranks[0].returncode == 130
-    assert not any("error" in each or "Traceback" in each for each in said)
+    # MLX's ring may tell of its sockets.
+    assert not any("error: " in each or "Traceback" in each for each in said), said
 
 
 def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
