@@ -103,7 +103,9 @@ class Learning:
     ] = None
     distill: Annotated[
         int | None,
-        typer.Option(min=1, metavar="STEPS", help="Experiment: learn to answer in so few steps as in all."),
+        typer.Option(
+            min=1, metavar="STEPS", help="Experiment: learn to answer in so few steps as in all."
+        ),
     ] = None
     seed: Annotated[int | None, typer.Option(min=0, help="Of all that is drawn. [0]")] = None
 
