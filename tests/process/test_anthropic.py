@@ -4,7 +4,6 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,6 @@ PATH = "/v1/messages"
 SCHEMA: Any = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER: Any = {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}
 CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>'
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def fine() -> Iterator[Server]:
-    """A template that knows tools and thoughts, and a model with one answer."""
-    with serving(writing("Fine.")) as server:
-        yield server
 
 
 def test_the_anthropic_client_chats(small: Server) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,6 @@ from mlx_diffgemma import load
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 SEED = {"seed": 0}
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def random_one() -> Iterator[Server]:
-    """A model that knows nothing and is quick about it."""
-    with serving(tiny) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def fine() -> Iterator[Server]:
-    """A template that knows tools and thoughts, and a model with one answer."""
-    with serving(writing("Fine.")) as server:
-        yield server
 
 
 def test_the_ollama_client_chats(small: Server) -> None:

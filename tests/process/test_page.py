@@ -30,19 +30,6 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def fine() -> Iterator[Server]:
-    """A model that writes "Fine.", and whose template knows thoughts."""
-    with serving(writing("Fine.")) as server:
-        yield server
-
-
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Open]:
     """Opens pages, by themselves or in one browser; at the end, none may have had a problem."""

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,6 @@ WEATHER: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "st
 CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>'
 PATH = "/v1/responses"
 SEED: Any = {"extra_body": {"seed": 0}}
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def fine() -> Iterator[Server]:
-    """A template that knows tools and thoughts, and a model with one answer."""
-    with serving(writing("Fine.")) as server:
-        yield server
 
 
 def test_the_openai_client_asks(small: Server) -> None:

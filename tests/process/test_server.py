@@ -59,20 +59,6 @@ PUZZLES = [line.split() for line in (SUDOKU / "puzzles.txt").read_text().splitli
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    """The small model with default settings."""
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def random_one() -> Iterator[Server]:
-    """A model that knows nothing and is quick about it."""
-    with serving(tiny) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def sudoku() -> Iterator[Server]:
     with serving(sudoku_model, max_batch=8) as server:
         yield server
