@@ -11,10 +11,9 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from ..diffusion.decoding import Batch
-from ..diffusion.prompt_cache import PrefixCache, PromptCache
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.engine import Engine
 from ..tasks.generate import Answer
 from ..tasks.request import Done, Prepared, Task
 from ..text.tokenizer import Tokenizer
@@ -106,12 +105,6 @@ class Counters:
     positions_decoded: int = 0
 
 
-@dataclass
-class _Running:
-    ticket: Ticket
-    prompt_cache: PromptCache
-
-
 class Worker:
     """Queues work in the order it comes, and does up to `max_batch` pieces side by side.
 
@@ -142,7 +135,7 @@ class Worker:
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._failure: Exception | None = None
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Ticket] = {}
         self.counters = Counters()
         self._thread = threading.Thread(target=self._own, name="mlx")
         self.tokenizer: Tokenizer
@@ -245,19 +238,18 @@ class Worker:
             self._ready.set()
             return
         self._model = model
-        batch = Batch[object](model)
-        prefix_cache = PrefixCache(model, self._cache_bytes)
+        engine = Engine[object](model, self._cache_bytes)
         self._ready.set()
         while not self._stopping.is_set():
-            self._admit(batch, prefix_cache)
-            self._advance(batch, prefix_cache)
-            self._drop(batch)
-        batch.close()
-        for ticket in [*(running.ticket for running in self._running.values()), *self._waiting]:
+            self._admit(engine)
+            self._advance(engine)
+            self._drop(engine)
+        engine.close()
+        for ticket in [*self._running.values(), *self._waiting]:
             ticket.listen(Stopped("the server is shutting down"))
             ticket.listen(None)
 
-    def _admit(self, batch: Batch[object], prefix_cache: PrefixCache) -> None:
+    def _admit(self, engine: Engine[object]) -> None:
         """Begin requests of the queue while there is room; wait where nothing else is to do."""
         while self.running < self._max_batch:
             with self._changed:
@@ -271,7 +263,7 @@ class Worker:
                 self.counters.cancelled += 1
                 continue
             try:
-                self._begin(ticket, batch, prefix_cache)
+                self._running[engine.begin(ticket.work)] = ticket
             except Exception as error:
                 self._end(ticket, error)
 
@@ -280,28 +272,21 @@ class Worker:
 
         Fills, edits and choices, which have many canvases, leave half of the places to answers.
         """
-        others = sum(not isinstance(each.ticket.work, Answer) for each in self._running.values())
+        others = sum(not isinstance(each.work, Answer) for each in self._running.values())
         room = others < max(self._max_batch // 2, 1)
         return next((t for t in self._waiting if room or isinstance(t.work, Answer)), None)
 
-    def _begin(self, ticket: Ticket, batch: Batch[object], prefix_cache: PrefixCache) -> None:
-        prompt_cache = prefix_cache.take(ticket.work.prompt)
-        key = batch.add(ticket.work.run(prompt_cache))
-        self._running[key] = _Running(ticket, prompt_cache)
-
-    def _advance(self, batch: Batch[object], prefix_cache: PrefixCache) -> None:
-        if not len(batch):
+    def _advance(self, engine: Engine[object]) -> None:
+        if not len(engine):
             return
         try:
-            for key, event in batch.step():
-                running = self._running[key]
+            for key, event in engine.step():
+                ticket = self._running[key]
                 if event is None or isinstance(event, Exception):
                     del self._running[key]
-                    if event is None:
-                        prefix_cache.give(running.prompt_cache)
-                    self._end(running.ticket, event)
+                    self._end(ticket, event)
                     continue
-                running.ticket.listen(event)
+                ticket.listen(event)
                 if isinstance(event, Done):
                     self.counters.prompt_tokens += event.prompt_tokens
                     self.counters.cached_tokens += event.cached_tokens
@@ -309,12 +294,12 @@ class Worker:
                     self.counters.denoising_steps += event.denoising_steps
                     self.counters.positions_decoded += event.positions_decoded
         except Exception as error:  # of a common pass: all are told, and the thread goes on
-            for key, running in list(self._running.items()):
-                batch.remove(key)
-                self._end(running.ticket, error)
+            for key, ticket in list(self._running.items()):
+                engine.remove(key)
+                self._end(ticket, error)
             self._running.clear()
 
-    def _drop(self, batch: Batch[object]) -> None:
+    def _drop(self, engine: Engine[object]) -> None:
         """Stop requests that nobody waits for, or that took too long, queued or running."""
         with self._changed:
             waiting = list(self._waiting)
@@ -322,10 +307,10 @@ class Worker:
             if self._over(ticket):
                 with self._changed:
                     self._waiting.remove(ticket)
-        for key, running in list(self._running.items()):
-            if self._over(running.ticket):
+        for key, ticket in list(self._running.items()):
+            if self._over(ticket):
                 del self._running[key]
-                batch.remove(key)
+                engine.remove(key)
 
     def _over(self, ticket: Ticket) -> bool:
         if ticket.cancelled:
