@@ -16,6 +16,7 @@ from sharing import write_checkpoint
 
 from mlx_diffgemma import load
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, save_adapter, trained
+from mlx_diffgemma.cli.options import LoadFaithful
 from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
 from mlx_diffgemma.distributed.launch import LaunchError
@@ -122,6 +123,17 @@ def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         _check_equal(mine, 1, other)
     monkeypatch.setenv(MIXED, "1")
     _check_equal(mine, 1, other)
+
+
+def test_ranks_with_other_adapters_are_refused(tmp_path: Path) -> None:
+    """Also where only their numbers differ: each would add its part of another model."""
+    facts = []
+    for number in (1.0, 2.0):
+        adapter = tmp_path / str(number)
+        save_adapter(adapter, {"weight": mx.array([number])}, AdapterConfig("full"))
+        facts.append(LoadFaithful(str(SUDOKU), adapter=str(adapter))._facts())
+    with pytest.raises(LaunchError, match=r"the adapter of rank 0 is \w+, that of rank 1 \w+$"):
+        _check_equal(facts[0], 1, facts[1])
 
 
 def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
