@@ -167,7 +167,7 @@ def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
         lambda: add_adapter(model, AdapterConfig()),
         lambda: load_adapter(model, tmp_path),
     ):
-        with pytest.raises(SettingError, match=r"has an adapter in place \(LoRA of rank 16.*load it"):
+        with pytest.raises(SettingError, match=r"has an adapter in place \(LoRA .* load it"):
             add()
 
 
