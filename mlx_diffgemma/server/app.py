@@ -122,7 +122,13 @@ def _state(worker: Worker) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> Response:
-        state = {"status": "ok" if worker.alive else "stopping"}
+        state = {
+            "status": "ok" if worker.alive else "stopping",
+            "waiting": worker.waiting,
+            "running": worker.running,
+            "max_batch": worker.max_batch,
+            "max_queue": worker.max_queue,
+        }
         return JSONResponse(state, 200 if worker.alive else 503)
 
     @routes.get("/metrics", response_class=PlainTextResponse)

@@ -126,10 +126,10 @@ class Worker:
         cache_bytes: int,
     ):
         self._load = load
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()  # held to touch the queue
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._timeout = timeout
         self._cache_bytes = cache_bytes
         self._ready = threading.Event()
@@ -212,7 +212,7 @@ class Worker:
         """
         ticket = Ticket(work, listen, patience or self.patience())
         with self._changed:
-            if len(self._waiting) >= self._max_queue or not self.alive:
+            if len(self._waiting) >= self.max_queue or not self.alive:
                 self.counters.refused += 1
                 raise Busy
             self._waiting.append(ticket)
@@ -251,7 +251,7 @@ class Worker:
 
     def _admit(self, engine: Engine[object]) -> None:
         """Begin requests of the queue while there is room; wait where nothing else is to do."""
-        while self.running < self._max_batch:
+        while self.running < self.max_batch:
             with self._changed:
                 while not (self._waiting or self.running or self._stopping.is_set()):
                     self._changed.wait()
@@ -273,7 +273,7 @@ class Worker:
         Fills, edits and choices, which have many canvases, leave half of the places to answers.
         """
         others = sum(not isinstance(each.work, Answer) for each in self._running.values())
-        room = others < max(self._max_batch // 2, 1)
+        room = others < max(self.max_batch // 2, 1)
         return next((t for t in self._waiting if room or isinstance(t.work, Answer)), None)
 
     def _advance(self, engine: Engine[object]) -> None:

@@ -870,10 +870,12 @@ def _be_hostile(sudoku: Process) -> None:
     while len(memory) < 3 or (memory[-1] > memory[-2] + 10e6 and len(memory) < 10):
         some(50)
         memory.append(sudoku.memory())
-    assert httpx.get(f"{sudoku.url}/health").json() == {"status": "ok"}
     ends = time.monotonic() + 10
     while sudoku.metric("requests_running") and time.monotonic() < ends:
         time.sleep(0.05)
+    state = httpx.get(f"{sudoku.url}/health").json()
+    bounds = {"max_batch": 8, "max_queue": 64}
+    assert state == {"status": "ok", "waiting": 0, "running": 0, **bounds}
     answer = sudoku.post("/v1/chat/completions", {**good, "stream": False}).json()["choices"]
     assert answer[0]["message"] == wanted[0]["message"]
     then = sudoku.metric("memory_active_bytes")
