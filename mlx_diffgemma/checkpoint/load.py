@@ -217,6 +217,21 @@ def model_of(
     part: ModelPart | None = None,
 ) -> DiffusionGemma:
     """Load a model, or a part of it, by its headers; other arguments and errors as `load_model`."""
+    model = lazy_model(headers, dtype, adapter, part)
+    mx.eval(model.parameters(), model.constants)
+    return model
+
+
+def lazy_model(
+    headers: Headers,
+    dtype: DType | None,
+    adapter: Stored | None = None,
+    part: ModelPart | None = None,
+) -> DiffusionGemma:
+    """Make what `model_of` does of arrays that are read when they are evaluated.
+
+    Parameters and `constants` are to be evaluated, by the thread that has called this.
+    """
     tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
     generation = read_generation(headers.directory, headers.config)
     model = build_model(headers.config, generation, set(tensors))
@@ -232,7 +247,6 @@ def model_of(
         put_adapter(model, adapter)
     model.merge()
     model.sight = sight_of(headers, dtype, lambda: model.context)
-    mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
 

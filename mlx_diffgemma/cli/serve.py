@@ -2,14 +2,19 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EADDRINUSE
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Load, with_options
+from .options import with_options
+from .served import Served
 from .terminal import fail, put, say
+
+if TYPE_CHECKING:
+    from ..server.thread import MlxThread
 
 app = typer.Typer()
 
@@ -64,7 +69,7 @@ class Bounds:
 @with_options
 def serve(
     *,
-    load: Load,
+    load: Served,
     reach: Reach,
     bounds: Bounds,
     print_launchd: Annotated[
@@ -83,25 +88,14 @@ def serve(
     if print_launchd:
         _print_agent()
         return
-    from ..checkpoint.files import aliases_of, name_of
-    from ..server.worker import Worker
 
     _check_port(reach.host, reach.port)
-    load.introduce()
-    worker = Worker(
-        load,
-        max_batch=bounds.max_batch,
-        max_queue=bounds.max_queue,
-        timeout=bounds.timeout,
-        cache_bytes=int(bounds.cache_gb * 1e9),
-    )
-    worker.start()
+    thread = _thread(load, bounds)
+    thread.start()
     if not reach.loopback and reach.api_key is None:
         say("Anybody who reaches this machine can ask; --api-key changes that.")
     served = make_app(
-        worker,
-        name=name_of(load.model),
-        aliases=aliases_of(load.model),
+        thread,
         api_key=reach.api_key,
         cors=reach.cors or (),
         loopback=reach.loopback,
@@ -120,7 +114,34 @@ def serve(
             ws="none",
         )
     finally:
-        worker.stop()
+        thread.stop()
+
+
+def _thread(load: Served, bounds: Bounds) -> "MlxThread":
+    """The thread that answers for one model, which it loads at once, or for several."""
+    from ..checkpoint.files import aliases_of, name_of
+    from ..server.thread import MlxThread
+    from ..server.worker import Resident, Source, Worker
+
+    def worker(source: Source, name: str, aliases: Sequence[str]) -> Worker:
+        return Worker(
+            source,
+            name=name,
+            aliases=aliases,
+            max_batch=bounds.max_batch,
+            max_queue=bounds.max_queue,
+            timeout=bounds.timeout,
+        )
+
+    cache_bytes = int(bounds.cache_gb * 1e9)
+    if not load.models:
+        load.introduce()
+        one = worker(Resident(load), name_of(load.model), aliases_of(load.model))
+        return MlxThread([one], cache_bytes=cache_bytes)
+    memory = load.memory()
+    several = [worker(source, name, also) for name, also, source in load.late(memory)]
+    say(f"Models: {', '.join(each.name for each in several)}; each is loaded when it is asked for.")
+    return MlxThread(several, cache_bytes=cache_bytes, memory=memory, keep_alive=load.seconds)
 
 
 def _print_agent() -> None:

@@ -20,11 +20,12 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "refused"),
         (401, "no key"),
         (403, "another host, or a page of another origin"),
+        (404, "no such model"),
         (408, "the body came too slowly"),
         (413, "too large"),
         (415, "not JSON"),
         (429, "busy"),
-        (503, "stopping"),
+        (503, "stopping, or the model cannot be loaded"),
         (504, "too slow"),
     )
 }

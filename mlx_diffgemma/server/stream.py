@@ -16,7 +16,7 @@ from ..errors import Error
 from ..tasks.request import Draft, Prepared
 from ..text.tokenizer import Tokenizer
 from .refused import Refused, error_body, stopping
-from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
+from .worker import Busy, NotLoaded, Patience, Stopped, Ticket, Timeout, Worker
 
 Result = TypeVar("Result")
 
@@ -89,6 +89,8 @@ def _refused(error: Exception) -> Refused:
             return Refused(504, str(error), "timeout")
         case Stopped():
             return Refused(503, str(error), "stopping")
+        case NotLoaded():
+            return Refused(503, str(error), "model_not_loaded")
         case ContextError():
             return Refused(400, str(error), "context_length_exceeded")
         case Error():
