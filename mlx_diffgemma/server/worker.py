@@ -174,6 +174,16 @@ class Worker:
         return len(self._running)
 
     @property
+    def places(self) -> int:
+        """Count requests that may be answered side by side."""
+        return self._max_batch
+
+    @property
+    def seats(self) -> int:
+        """Count requests that may wait."""
+        return self._max_queue
+
+    @property
     def model(self) -> DiffusionGemma:
         """Give the model, whose arrays are for the worker's thread alone."""
         return self._model

@@ -870,7 +870,7 @@ def _be_hostile(sudoku: Process) -> None:
     while len(memory) < 3 or (memory[-1] > memory[-2] + 10e6 and len(memory) < 10):
         some(50)
         memory.append(sudoku.memory())
-    assert httpx.get(f"{sudoku.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{sudoku.url}/health").json()["status"] == "ok"
     ends = time.monotonic() + 10
     while sudoku.metric("requests_running") and time.monotonic() < ends:
         time.sleep(0.05)
