@@ -105,9 +105,13 @@ def _state(worker: Worker) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> Response:
-        # `serve --workers` goes by how much there is room for.
-        room = {"places": worker.places, "queue": worker.seats}
-        state = {"status": "ok" if worker.alive else "stopping", **room}
+        state = {
+            "status": "ok" if worker.alive else "stopping",
+            "waiting": worker.waiting,
+            "running": worker.running,
+            "max_batch": worker.max_batch,
+            "max_queue": worker.max_queue,
+        }
         return JSONResponse(state, 200 if worker.alive else 503)
 
     @routes.get("/metrics", response_class=PlainTextResponse)

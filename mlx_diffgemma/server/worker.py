@@ -174,12 +174,12 @@ class Worker:
         return len(self._running)
 
     @property
-    def places(self) -> int:
+    def max_batch(self) -> int:
         """Count requests that may be answered side by side."""
         return self._max_batch
 
     @property
-    def seats(self) -> int:
+    def max_queue(self) -> int:
         """Count requests that may wait."""
         return self._max_queue
 
