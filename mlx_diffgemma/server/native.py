@@ -18,10 +18,11 @@ from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text
 from .body import Body, NonNegative, NotBlank, Steps
+from .events import sse
 from .pictures import ImageUrl, Sent, seen
 from .refused import RESPONSES, Refused, stopping
 from .service import Models, Service
-from .stream import Lines, begun, draft_event, gathered, sse
+from .stream import Lines, begun, draft_event, gathered
 from .worker import Patience
 
 # Gives an event as JSON for the client, once it is the result; empty before.

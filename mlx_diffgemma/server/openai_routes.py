@@ -11,6 +11,7 @@ from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
 from ..tasks.score import ScoreResult
 from ..text.tokenizer import Tokenizer
+from .events import sse
 from .openai import (
     ChatBody,
     CompletionBody,
@@ -28,7 +29,7 @@ from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usag
 from .openai_scores import ScoreReply, score_requests
 from .refused import RESPONSES, stopping
 from .service import Models, Service
-from .stream import Lines, Stream, begun, draft_event, gathered, sse
+from .stream import Lines, Stream, begun, draft_event, gathered
 from .worker import Patience
 
 

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response
 
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
@@ -85,6 +88,30 @@ def refusal(error: Refused, path: str) -> Response:
     body = told(path, error)
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
     return JSONResponse(body, error.status, headers)
+
+
+def tell_errors(app: Starlette) -> None:
+    """Have an application tell what goes wrong in the form of the route's clients."""
+
+    async def refused(http: Http, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return refusal(error, http.url.path)
+
+    async def http_error(http: Http, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = refusal(Refused(error.status_code, str(error.detail)), http.url.path)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def defect(http: Http, error: Exception) -> Response:
+        # The connection ends with it: say so, or the client's next request is lost.
+        response = refusal(Refused(500, "a defect of the server"), http.url.path)
+        response.headers["Connection"] = "close"
+        return response
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, defect)
 
 
 def shortened(text: str, most: int) -> str:

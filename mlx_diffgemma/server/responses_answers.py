@@ -9,10 +9,10 @@ from typing import Any, Literal
 from ..tasks.request import Done
 from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
+from .events import sse
 from .openai_answers import Choice
 from .refused import Refused
 from .responses import ResponsesBody
-from .stream import sse
 
 Kind = Literal["message", "reasoning"]
 
