@@ -31,7 +31,7 @@ from .files import (
 from .fit import Fit, fit, free_memory, read_size
 from .info import config_of, info_of
 from .quantization import quantization_of
-from .slices import read_part
+from .slices import cut_of, read_part
 from .vision import sight_of
 from .weights import DType, check_parameters, read_weights, sentence
 
@@ -85,18 +85,13 @@ def load(
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
     stored = None if adapter is None else read_adapter(find_adapter(str(adapter)))
-    if stored is not None and share.size > 1:
-        raise SettingError(
-            "a part of a model takes no adapter yet: make it part of the weights first "
-            "(mlx-diffgemma fuse)"
-        )
     directory = directory_of(path_or_repo, revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
     part = part_of(headers, share)
     found = info_of(headers, dtype, part)
     if stored is not None:
-        found = with_adapter(found, stored)
+        found = with_adapter(found, stored, stored.cuts(part, config_of(headers)))
     decided = fit(found, memory)
     model = model_of(headers, dtype, stored, part)
     decided = _in_all(share, decided)
@@ -240,7 +235,8 @@ def lazy_model(
         weights = sanitize(read_weights(tensors, dtype))
     else:
         model = build_model(headers.config, generation, set(tensors), part)
-        weights = sanitize(read_part(tensors, part, model.config, dtype))
+        cuts = {name: cut_of(name, part, model.config) for name in tensors}
+        weights = sanitize(read_part(tensors, cuts, dtype))
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:

@@ -92,7 +92,6 @@ def serve(
     if print_launchd:
         _print_agent()
         return
-
     _check_port(reach.host, reach.port)
     thread = _thread(load, bounds)
     thread.start()

@@ -222,16 +222,6 @@ class Worker:
         return len(self.answering)
 
     @property
-    def max_batch(self) -> int:
-        """Count requests that may be answered side by side."""
-        return self._max_batch
-
-    @property
-    def max_queue(self) -> int:
-        """Count requests that may wait."""
-        return self._max_queue
-
-    @property
     def model(self) -> DiffusionGemma:
         """Give the model, whose arrays are for the thread that owns MLX alone."""
         return self.source.model
