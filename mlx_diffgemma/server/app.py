@@ -23,7 +23,7 @@ from .access import Gate, Limits
 from .invalid import mistake
 from .page import add_page
 from .pictures import sees
-from .refused import Refused, refusal
+from .refused import Refused, beyond_context, refusal
 from .service import Service
 from .worker import Worker
 
@@ -94,8 +94,9 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return answer(http, Refused(400, str(error), code))
+        if isinstance(error, ContextError):
+            return answer(http, beyond_context(error, http.url.path))
+        return answer(http, Refused(400, str(error)))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException) -> Response:
