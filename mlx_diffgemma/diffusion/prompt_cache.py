@@ -38,7 +38,14 @@ Seen = Mapping[bytes, mx.array]
 
 
 class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+    """A prompt that is empty, or leaves no room for a canvas in the model's context.
+
+    Where it is too long, it has `tokens`, at least, and may have `most`.
+    """
+
+    def __init__(self, message: str, tokens: int | None = None, most: int | None = None):
+        super().__init__(message)
+        self.tokens, self.most = tokens, most
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,9 @@ def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     if remaining < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {context}" + (", which is all that fits into memory" if short else "")
+            f"the context of {context}" + (", which is all that fits into memory" if short else ""),
+            len(prompt),
+            context - length,
         )
     return remaining
 

@@ -9,8 +9,9 @@ from fastapi import APIRouter
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 
-from .anthropic import CountBody, MessagesBody, begun_by, message_request, settings_of
+from .anthropic import begun_by, message_request, settings_of
 from .anthropic_answers import PING, MessageReply, failed_event
+from .anthropic_body import CountBody, MessagesBody
 from .refused import RESPONSES
 from .service import Models, Service
 from .stream import Lines, begun, gathered

@@ -20,7 +20,7 @@ from .invalid import mistake
 from .metrics import metrics_of
 from .page import add_page
 from .pictures import sees
-from .refused import Refused, refusal, tell_errors
+from .refused import Refused, beyond_context, refusal, tell_errors
 from .service import Models
 from .thread import MlxThread
 
@@ -85,8 +85,9 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return answer(http, Refused(400, str(error), code))
+        if isinstance(error, ContextError):
+            return answer(http, beyond_context(error, http.url.path))
+        return answer(http, Refused(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:

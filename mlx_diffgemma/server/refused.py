@@ -7,6 +7,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 
+from ..diffusion.prompt_cache import ContextError
+
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
 
@@ -42,6 +44,18 @@ class Refused(Exception):
     ):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+
+
+def beyond_context(error: ContextError, path: str) -> Refused:
+    """Refuse a prompt that does not fit, as the route's clients know it.
+
+    Anthropic's tell it by this sentence alone: coding agents then shorten what was said, and
+    without it ask the same again.
+    """
+    said = str(error)
+    if path.startswith("/v1/messages") and error.tokens is not None:
+        said = f"prompt is too long: {error.tokens} tokens > {error.most} maximum"
+    return Refused(400, said, "context_length_exceeded")
 
 
 def stopping() -> Refused:
