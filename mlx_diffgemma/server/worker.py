@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
-from ..tasks.engine import Engine
+from ..tasks.engine import Engine, prepared
 from ..tasks.generate import Answer
 from ..tasks.request import Done, Prepared, Task
 from ..text.tokenizer import Tokenizer
@@ -196,9 +196,9 @@ class Worker:
             Timeout: the time is over.
         """
         check = (patience or self.patience()).check
-        prepared = task.prepare(self._model, self.vocabulary, check)
+        work = prepared(task, self._model, self.vocabulary, check)
         check()
-        return prepared
+        return work
 
     def submit(
         self, work: Prepared[object], listen: Listener, patience: Patience | None = None
