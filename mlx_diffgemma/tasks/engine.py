@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Generic
 
 from ..diffusion.decoding import Batch
 from ..diffusion.prompt_cache import PrefixCache, PromptCache
 from ..model.diffusion_gemma import DiffusionGemma
 from ..text.vocabulary import Vocabulary
+from .generate import Answer
 from .request import Item, Prepared, Task
-from .together import number_of, prepare_on_all
+from .together import copied_on_all, number_of, prepare_on_all
 
 
 class Engine(Generic[Item]):
@@ -98,3 +100,12 @@ def prepared(
         Error: as the task's own `prepare`, and as `prepare_on_all`.
     """
     return prepare_on_all(model, task, lambda: task.prepare(model, vocabulary, check), check)
+
+
+def reseeded(work: Answer, seed: int | None) -> Answer:
+    """Repeat an answer that was `prepared`, with another seed.
+
+    Raises:
+        Error: as `copied_on_all`.
+    """
+    return copied_on_all(work.model, work, replace(work, seed=seed), seed)

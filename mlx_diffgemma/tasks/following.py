@@ -3,6 +3,7 @@
 import pickle
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..text.tokenizer import Tokenizer
 from ..text.vocabulary import Vocabulary
 from .batch import stream_batch
 from .engine import Engine
+from .generate import Answer
 from .request import Prepared, stream
 from .together import Numbered
 
@@ -55,6 +57,7 @@ class Follower:
             "put together": self._put_together,
             "types held": self._types_held,
             "take apart": self._take_apart,
+            "copy": self._copy,
             "engine": self._begin_engine,
             "begin": self._begin,
             "step": self._step,
@@ -150,6 +153,12 @@ class Follower:
             self._prepared.pop(number, None)
             problem = _said(error)
         self._answer(packed((number, problem)))
+
+    def _copy(self, work: tuple[int, int, int | None]) -> None:
+        number, original, seed = work
+        prepared = self._prepared[original]
+        assert isinstance(prepared, Answer)
+        self._prepared[number] = replace(prepared, seed=seed)
 
     def _begin_engine(self, cache_bytes: int) -> None:
         self._engine = Engine(self._model, cache_bytes)

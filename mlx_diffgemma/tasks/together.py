@@ -137,9 +137,27 @@ def prepare_on_all(
     except BaseException:
         others.forget(number)
         raise
+    _number(others, prepared, number)
+    return prepared
+
+
+def _number(others: Others, prepared: object, number: int) -> None:
     _numbers[prepared] = number
     finalize(prepared, others.drop, number).atexit = False
-    return prepared
+
+
+def copied_on_all(model: DiffusionGemma, prepared: object, copy: Item, seed: int | None) -> Item:
+    """A copy of what all have prepared, with another seed, once all have it.
+
+    Raises:
+        LaunchError: ranks no longer do the same.
+    """
+    others = model.part.share.others
+    if others is not None:
+        number = others.number()
+        others.tell("copy", (number, number_of(prepared), seed))
+        _number(others, copy, number)
+    return copy
 
 
 def number_of(prepared: object) -> int:
