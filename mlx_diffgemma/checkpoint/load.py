@@ -1,6 +1,9 @@
 """A checkpoint directory or hub name -> model and tokenizer."""
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arguments import SettingError, shown
+from ..diffusion.cache_file import fingerprint
 from ..diffusion.draws import sub_block
 from ..distributed.share import ALONE, Share
 from ..errors import CheckpointError
@@ -28,7 +32,7 @@ from .files import (
     resolve,
     size_of_file,
 )
-from .fit import Fit, fit, free_memory, read_size
+from .fit import Fit, TooLarge, fit, free_memory, read_size
 from .info import config_of, info_of
 from .quantization import quantization_of
 from .slices import cut_of, read_part
@@ -97,9 +101,18 @@ def load(
     decided = _in_all(share, decided)
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
-    model.sight = sight_of(
-        headers, dtype, lambda: fit(found, memory - table, pictures=True).context
-    )
+
+    def beside_tower() -> int:
+        return fit(found, memory - table, pictures=True).context
+
+    model.sight = sight_of(headers, dtype, beside_tower)
+    if share.size > 1:
+        model.identity = fingerprint(model)
+        if model.sight is not None:
+            context = _beside_tower(share, beside_tower)
+            model.sight = sight_of(headers, dtype, context)
+            with suppress(TooLarge):
+                model.context = min(model.context, context())
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
@@ -205,6 +218,25 @@ def _in_all(share: Share, decided: Fit) -> Fit:
     return Fit(context, bool(keep_table))
 
 
+def _beside_tower(share: Share, context: Callable[[], int]) -> Callable[[], int]:
+    """Tokens of context beside the tower in the memory of each rank, found at once: later it might
+    change, or be refused, while the other ranks are elsewhere."""
+    problem = "another rank has no memory to see pictures"
+    try:
+        mine = context()
+    except TooLarge as error:
+        mine, problem = 0, str(error)
+    told = share.gather([mx.array([[[mine]]], dtype=mx.int32)])
+    least: int = min(np.array(each).max() for (each,) in told)
+
+    def agreed() -> int:
+        if not least:
+            raise TooLarge(problem)
+        return least
+
+    return agreed
+
+
 def model_of(
     headers: Headers,
     dtype: DType | None,
@@ -237,6 +269,7 @@ def lazy_model(
         model = build_model(headers.config, generation, set(tensors), part)
         cuts = {name: cut_of(name, part, model.config) for name in tensors}
         weights = sanitize(read_part(tensors, cuts, dtype))
+        model.cut = partial(cut_of, part=part, config=model.config)
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:

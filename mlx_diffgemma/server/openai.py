@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..diffusion.guards import OFF, Guards
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.engine import reseeded
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
@@ -312,7 +313,7 @@ def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer
     """Repeat an answer with other seeds; it is encoded once."""
     assert isinstance(work, Answer)
     seeds = [None if seed is None else seed + i for i in range(count)]
-    return [replace(work, seed=each) for each in seeds]
+    return [reseeded(work, each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None, name: str = "stop") -> tuple[str, ...]:

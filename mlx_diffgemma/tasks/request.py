@@ -93,13 +93,12 @@ def stream(
     """Prepare a request at once, and answer it lazily.
 
     Raises:
-        SettingError: several ranks answer, and the prompt cache is rank 0's alone.
+        Error: as the task's own `prepare`, and as `together`.
     """
     check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
-    if model.part.share.size > 1 and prompt_cache is not None and len(prompt_cache):
-        raise SettingError("several ranks that share a model begin each prompt anew")
     prepared = task.prepare(model, Vocabulary(model, tokenizer))
-    return together(model, "stream", task, run_prepared(model, prepared, prompt_cache))
+    items = run_prepared(model, prepared, prompt_cache)
+    return together(model, "stream", task, items, prompt_cache)
 
 
 def run_prepared(
