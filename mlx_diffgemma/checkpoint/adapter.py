@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..model.config import LAYERS_LIMIT
 from ..model.diffusion_gemma import DiffusionGemma
-from ..model.layers import ExpertLinear
+from ..model.feed_forward import ExpertLinear
 from . import peft
 from .files import (
     FLOATS,
