@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..model.config import LAYERS_LIMIT, Config
 from ..model.diffusion_gemma import DiffusionGemma
-from ..model.layers import ExpertLinear
+from ..model.feed_forward import ExpertLinear
 from ..model.part import ModelPart
 from . import peft
 from .files import (

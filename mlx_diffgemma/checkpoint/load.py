@@ -63,8 +63,8 @@ def load(
 
     Args:
         path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
-            is "tiny", the small demonstration model that ships with the package, and "tiny-puzzles"
-            one that solves Sudokus better.
+            is "tiny", the small demonstration model that ships with the package. "tiny-puzzles" is
+            another, which solves Sudokus, as "tiny" does not.
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
