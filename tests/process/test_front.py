@@ -2,13 +2,11 @@
 
 import json
 import re
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -440,47 +438,44 @@ def test_a_path_leads_nowhere_else(target: str, status: int) -> None:
 # As processes -----------------------------------------------------------------------------------
 
 
-def puzzle() -> str:
-    cells = (SUDOKU / "puzzles.txt").read_text().split()[0]
-    return "\n".join(cells[i : i + 6] for i in range(0, 36, 6))
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as made:
         port: int = made.getsockname()[1]
     return port
 
 
-def test_a_worker_is_killed_and_comes_back(tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_comes_back() -> None:
     """What it had under way gets an error, all else its answer, and then it is used again."""
-    port, key = free_port(), ("--api-key", "s3cret")
+    port, other, key = free_port(), free_port(), ("--api-key", "s3cret")
     arguments = ("-m", str(SUDOKU), *key)
     headers = {"Authorization": "Bearer s3cret"}
 
-    def ask(body: dict[str, Any]) -> str:
-        text = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60).text
-        return "lost" if "is lost" in text else "answered" if "[DONE]" in text else text
+    def ask(text: str, most: int) -> str:
+        messages = [{"role": "user", "content": text}]
+        body = {"messages": messages, "max_tokens": most, "steps": 20, "stream": True}
+        said = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60).text
+        return "lost" if "is lost" in said else "answered" if "[DONE]" in said else said
 
     def under_way() -> list[int]:
         text = httpx.get(f"{server.url}/metrics", headers=headers).text
         return [int(each) for each in re.findall(r"under_way{.*} (\d+)", text)]
 
-    lost = process(*arguments, "--port", str(port))
-    with process(*arguments) as other, ThreadPoolExecutor(4) as pool:
-        workers = f"127.0.0.1:{port},127.0.0.1:{other.port}"
-        with process("--workers", workers, *key) as server:
-            assert ask({"messages": HELLO, "stream": True}) == "answered"
-            with lost as worker:
+    def starting(*more: str) -> Any:
+        return process(*arguments, *more)
+
+    workers = f"127.0.0.1:{port},127.0.0.1:{other}"
+    with ThreadPoolExecutor(4) as pool, process("--workers", workers, *key) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        with starting("--port", str(other)), starting("--port", str(port)) as lost:
+            wait_until(lambda: healthy(server) == 2)
+            asked = [pool.submit(ask, f"{i}", 200) for i in range(4)]
+            wait_until(lambda: under_way() == [2, 2])
+            lost.process.kill()
+            assert sorted(each.result() for each in asked) == ["answered"] * 2 + ["lost"] * 2
+            lost.process.wait()
+            assert ask("5", 9) == "answered"
+            with starting("--port", str(port)) as again:
                 wait_until(lambda: healthy(server) == 2)
-                body = {**LONG, "stream": True, "max_tokens": 130}
-                asked = [pool.submit(ask, body) for _ in range(4)]
-                wait_until(lambda: under_way() == [2, 2])
-                worker.process.send_signal(signal.SIGKILL)
-                assert sorted(each.result() for each in asked) == ["answered"] * 2 + ["lost"] * 2
-            assert ask({"messages": HELLO, "stream": True}) == "answered"
-            with process(*arguments, "--port", str(port)) as again:
-                wait_until(lambda: healthy(server) == 2)
-                for _ in range(2):
-                    assert ask({"messages": HELLO, "stream": True}) == "answered"
-                answered = httpx.get(f"{again.url}/metrics", headers=headers).text
-                assert "diffgemma_answered_total 1\n" in answered
+                assert [ask(f"{i}", 9) for i in (6, 7)] == ["answered"] * 2
+                text = httpx.get(f"{again.url}/metrics", headers=headers).text
+                assert "diffgemma_answered_total 1\n" in text
