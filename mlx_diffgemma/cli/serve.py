@@ -1,5 +1,6 @@
 """`serve`: the server as a command."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -223,6 +224,11 @@ def _check_port(host: str, port: int) -> None:
         fail(f"the server cannot listen on {host}, port {port}: {error.strerror}{way}")
 
 
+def _is_told(access: logging.LogRecord) -> bool:
+    """Say whether an access is logged: not that a front, or a monitor, has looked each second."""
+    return not (isinstance(access.args, tuple) and access.args[2:3] == ("/health",))
+
+
 def _logging() -> dict[str, Any]:
     """The configuration of uvicorn's log, with accesses on stderr too."""
     from copy import deepcopy
@@ -231,4 +237,6 @@ def _logging() -> dict[str, Any]:
 
     log = deepcopy(uvicorn.config.LOGGING_CONFIG)
     log["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    log["filters"] = {"told": {"()": lambda: _is_told}}
+    log["handlers"]["access"]["filters"] = ["told"]
     return log

@@ -29,6 +29,9 @@ GRACE_SECONDS = 10
 # Headers of an answer that go on to the client.
 _HEADERS = ("cache-control", "x-ignored-parameters")
 
+# Characters that stand in a query as they are.
+_QUERY = "!$%&'()*+,/:;=?@"
+
 # Where responses are found by their ids, which only the worker that has written one knows.
 _RESPONSES = "/v1/responses/"
 
@@ -157,13 +160,9 @@ class Exchange:
         Raises:
             Refused: the worker is lost, or the client has gone.
         """
-        http = self._http
-        query = http.scope["query_string"]
-        path = quote(http.url.path).encode() + (b"?" + query if query else b"")
-        url = httpx.URL(f"http://{self._backend.address}").copy_with(raw_path=path)
         headers = {"Content-Type": "application/json"} if body else {}
         request = self._proxy.client.build_request(
-            http.method, url, headers=headers, content=body or None
+            self._http.method, self._url(), headers=headers, content=body or None
         )
 
         async def send() -> httpx.Response:
@@ -175,6 +174,20 @@ class Exchange:
         except (httpx.ConnectError, httpx.ConnectTimeout):
             self._proxy.backends.leave_out(self._backend, "it cannot be connected to")
         return self._reply
+
+    def _url(self) -> httpx.URL:
+        """The worker's address, with path and query as they came; nothing else leads anywhere.
+
+        Raises:
+            Refused: no client takes so long an address.
+        """
+        path, query = self._http.url.path, self._http.scope["query_string"].decode("latin-1")
+        asked = quote(path) + ("?" + quote(query, safe=_QUERY) if query else "")
+        try:
+            url = httpx.URL(f"http://{self._backend.address}")
+            return url.copy_with(raw_path=asked.encode())
+        except httpx.InvalidURL:
+            raise Refused(404, "Not Found") from None
 
     async def answer(self, reply: httpx.Response) -> Response:
         """Give what the worker answers: a stream as it comes, anything else once it is whole.
