@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..distributed.link import Link
 
 # Commands whose work several ranks divide, and those that they do together with --shard.
-APART = ("generate", "eval")
+APART = ("generate", "eval", "lora")
 TOGETHER = ("generate", "chat", "fill", "edit", "choose", "score", "serve", "bench")
 
 

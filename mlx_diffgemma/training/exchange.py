@@ -1,17 +1,35 @@
 """Sums over ranks that learn together: many arrays in few exchanges."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 import mlx.core as mx
 
-from ..distributed.share import Share
+from ..distributed.share import ALONE, Share
 
 Arrays = dict[str, mx.array]
 
 # Bytes of an exchange, from which on the next array goes into another one; as in MLX's own
 # `average_gradients`, which does not say in which order its exchanges begin.
 PIECE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Together:
+    """Ranks that learn together: which of them this is, and in rank 0 what the others hear of what
+    they are to do next, see `ranks.learn_along`."""
+
+    share: Share = ALONE
+    told: Callable[[bytes], None] | None = None
+
+    def tell(self, word: bytes) -> None:
+        """Say it to all others, if this is rank 0."""
+        if self.told is not None:
+            self.told(word)
+
+
+BY_ITSELF = Together()
 
 
 def summed(share: Share, arrays: Mapping[str, mx.array]) -> Arrays:

@@ -4,7 +4,7 @@ Rank 0 says what the others do next, measures, and writes all files. They wait f
 an exchange: it may measure for minutes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from ..checkpoint.adapter import AdapterConfig, add_adapter
 from ..distributed.share import Share
 from ..model.diffusion_gemma import DiffusionGemma
 from .batches import Batches
-from .exchange import summed
+from .exchange import Together, summed
 from .loop import arrays_of, put_arrays
 from .measuring import clear_cache
 from .objective import Sample
@@ -29,6 +29,11 @@ class Work:
     samples: tuple[Sample, ...]
     settings: Settings
     adapter: AdapterConfig
+
+    @property
+    def tokens(self) -> int:
+        """Those of the longest example."""
+        return max(each.length for each in self.samples)
 
 
 def check_ranks(settings: Settings, size: int) -> None:
@@ -68,9 +73,10 @@ def learn_along(
     settings = work.settings
     mx.random.seed(settings.seed)
     add_adapter(model, work.adapter)
-    trainer = Trainer(model, settings, model.generation.eos_token_ids[0], share)
+    trainer = Trainer(model, settings, model.generation.eos_token_ids[0], Together(share))
     begin_alike(trainer)
-    batches = batches_of(work.samples, settings)
+    lengths = [each.length for each in work.samples]
+    batches = Batches(lengths, settings.batch_size, settings.seed)
     while (word := hear()) is not None:
         if word == COLLECT:
             trainer.collect()
@@ -78,8 +84,3 @@ def learn_along(
         at = int(word)
         trainer.step([work.samples[i] for i in batches.at(at)], at)
         clear_cache(settings.clear_cache_threshold)
-
-
-def batches_of(samples: Sequence[Sample], settings: Settings) -> Batches:
-    """Which samples an iteration takes."""
-    return Batches([each.length for each in samples], settings.batch_size, settings.seed)

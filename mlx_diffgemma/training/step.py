@@ -14,12 +14,11 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_map, tree_unflatten
 
 from ..checkpoint.adapter import trained
-from ..distributed.share import ALONE, Share
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from .batches import NOISE, draws
 from .distill import along_schedule
-from .exchange import Arrays, summed
+from .exchange import BY_ITSELF, Arrays, Together, summed
 from .objective import Losses, Noised, Objective, Sample, losses, noised
 from .optimizers import make_optimizer
 from .settings import Settings
@@ -87,9 +86,10 @@ class Trainer:
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
-        share: Share = ALONE,
+        together: Together = BY_ITSELF,
     ):
-        self.model, self.settings, self.share = model, settings, share
+        self.model, self.settings = model, settings
+        self.together, self.share = together, together.share
         self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
@@ -134,7 +134,7 @@ class Trainer:
         Raises:
             Diverged: before anything changes.
         """
-        self._tell(b"%d" % iteration)
+        self.together.tell(b"%d" % iteration)
         found, gradients = self._of_part(samples, iteration)
         if self.gradients is not None:
             gradients = tree_map(mx.add, gradients, self.gradients)
@@ -153,14 +153,10 @@ class Trainer:
         """Put all ranks' gradients since the last update together in rank 0, for it to save."""
         if self.share.size == 1 or (not self.share.rank and self.gradients is None):
             return
-        self._tell(COLLECT)
+        self.together.tell(COLLECT)
         zeros = {name: mx.zeros_like(each) for name, each in self.weights.items()}
         found = summed(self.share, self.gradients or zeros)
         self.gradients = None if self.share.rank else found
-
-    def _tell(self, word: bytes) -> None:
-        if self.share.tell is not None:
-            self.share.tell(word)
 
     def _of_part(self, samples: Sequence[Sample], iteration: int) -> tuple[Losses, Arrays]:
         """Losses and gradients of this rank's part of a batch, the last one of an epoch perhaps

@@ -21,10 +21,10 @@ from mlx_diffgemma.distributed.share import Share
 from mlx_diffgemma.training import exchange
 from mlx_diffgemma.training import folder as folders
 from mlx_diffgemma.training.data import Data, Example
-from mlx_diffgemma.training.exchange import summed
+from mlx_diffgemma.training.exchange import Together, summed
 from mlx_diffgemma.training.folder import read_state
 from mlx_diffgemma.training.objective import Sample
-from mlx_diffgemma.training.ranks import Work, learn_along
+from mlx_diffgemma.training.ranks import Work, check_ranks, learn_along
 from mlx_diffgemma.training.run import train_in
 from mlx_diffgemma.training.settings import Settings
 from mlx_diffgemma.training.step import Diverged
@@ -90,7 +90,7 @@ def learnt(
             ADAPTER,
             mode=mode,
             stopped=lambda: at[0] >= stop_at,
-            share=replace(share, tell=tell),
+            together=Together(share, tell),
         )
         for event in events:
             at[0] = getattr(event, "iteration", 0)
@@ -189,8 +189,10 @@ def test_all_end_where_one_part_is_not_finite(tmp_path: Path) -> None:
         learnt(tmp_path / "a", 2, wild)
 
 
-def test_what_ranks_cannot_learn(tmp_path: Path) -> None:
+def test_what_ranks_cannot_learn() -> None:
     with pytest.raises(SettingError, match="batch_size 3 is divided among 4 ranks"):
-        learnt(tmp_path / "a", 4)
+        check_ranks(SETTINGS, 4)
     with pytest.raises(SettingError, match="distill is for one process"):
-        learnt(tmp_path / "b", 2, replace(SETTINGS, distill=2))
+        check_ranks(replace(SETTINGS, distill=2), 2)
+    check_ranks(SETTINGS, 3)
+    check_ranks(replace(SETTINGS, distill=2), 1)
