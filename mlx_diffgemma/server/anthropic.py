@@ -8,6 +8,7 @@ from ..tasks.generate import Request
 from ..text.tokenizer import Message
 from .anthropic_body import Block, ChatMessage, CountBody, MessagesBody, ThinkingConfig
 from .anthropic_tools import MOVES, offered, told_of
+from .body import UNLIMITED
 from .forced import forced_call
 from .openai import stops
 from .pictures import Sent
@@ -179,7 +180,7 @@ def settings_of(body: MessagesBody) -> dict[str, Any]:
     """
     given = None if body.schema_of_answer is not None else body.stop_sequences
     return {
-        "max_tokens": body.max_tokens,
+        "max_tokens": body.max_tokens or UNLIMITED,
         "steps": body.steps,
         "seed": body.seed,
         "stop": stops(given, "stop_sequences"),

@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse, Response
 from ..tasks.generate import Request
 from ..text.tokenizer import Message
 from .refused import RESPONSES, Refused
-from .responses import ResponsesBody, check, messages_of, response_request
+from .responses import check, messages_of, response_request
 from .responses_answers import ResponseReply
+from .responses_body import ResponsesBody
 from .responses_memory import Memory
 from .service import Models
 from .stream import Lines, begun, gathered

@@ -474,4 +474,6 @@ def encode_text(
     try:
         return tokenizer.encode_within(text, most, "the prompt", check)
     except TooLong as error:
-        raise ContextError(f"{error}, and no more fits into the context") from None
+        least = max(most + 1, len(text) // tokenizer.longest)
+        told = f"{error}, and no more fits into the context"
+        raise ContextError(told, least, most) from None
