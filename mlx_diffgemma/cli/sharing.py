@@ -13,6 +13,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..distributed.launch import LaunchError, place
@@ -57,7 +58,22 @@ def lead() -> "tuple[Share, Link]":
 
     share, link = _joined(lost)
     atexit.register(link.close)
+    _leave_when_ended(link)
     return share, link
+
+
+def _leave_when_ended(link: "Link") -> None:
+    """Take leave when SIGTERM comes, too: it ends a process without more, and the others would
+    take rank 0 for lost."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        taking = threading.Thread(target=link.close)  # this thread may be amid a message
+        taking.start()
+        taking.join(LAST)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, Tokenizer]":

@@ -57,7 +57,6 @@ class Follower:
             "put together": self._put_together,
             "types held": self._types_held,
             "take apart": self._take_apart,
-            "copy": self._copy,
             "engine": self._begin_engine,
             "begin": self._begin,
             "step": self._step,
@@ -88,6 +87,8 @@ class Follower:
         elif kind == "failed":
             self._answer(packed((work[0], "" if self.failure is None else _said(self.failure))))
             self.failure = None
+        elif kind == "copy":
+            self._copy(*work)
         elif kind != "forget":
             if self.failure is not None:
                 raise self.failure
@@ -154,8 +155,7 @@ class Follower:
             problem = _said(error)
         self._answer(packed((number, problem)))
 
-    def _copy(self, work: tuple[int, int, int | None]) -> None:
-        number, original, seed = work
+    def _copy(self, number: int, original: int, seed: int | None) -> None:
         prepared = self._prepared[original]
         assert isinstance(prepared, Answer)
         self._prepared[number] = replace(prepared, seed=seed)
