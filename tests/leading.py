@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 
 import mlx.core as mx
 from sharing import End, Threads
@@ -21,6 +22,15 @@ class Ended(Exception):
 
 def _end(sentence: str) -> None:
     raise Ended(sentence)
+
+
+def _received(
+    told: "Queue[bytes | None]", seconds: float | None
+) -> tuple[int, bytes | None] | None:
+    try:
+        return 0, told.get(timeout=seconds)
+    except Empty:
+        return None
 
 
 @contextmanager
@@ -48,11 +58,7 @@ def leading(
             model, tokenizer = load(directory, share=Share(rank, size, End(rank, threads)))
             if change is not None:
                 change(model, rank)
-            follower = Follower(model, tokenizer, others.heard)
-            while (message := told[rank - 1].get(timeout=60)) is not None:
-                follower.follow(message)
-            if follower.failure is not None:
-                raise follower.failure
+            Follower(model, tokenizer, others.heard).run(partial(_received, told[rank - 1]))
         except Exception as error:
             failures.append(error)
             threads.barrier.abort()

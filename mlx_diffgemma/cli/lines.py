@@ -88,8 +88,8 @@ def deaf() -> bool:
 
 
 def echoes() -> bool:
-    """Whether what is typed shows. Through ssh, `mlx.launch` has a terminal that shows nothing: what
-    arrives are lines, which somebody has edited elsewhere."""
+    """Whether what is typed shows. Through ssh, `mlx.launch` has a terminal that does not show it:
+    what arrives are lines, which somebody has edited elsewhere."""
     try:
         return bool(termios.tcgetattr(sys.stdin.fileno())[3] & termios.ECHO)
     except termios.error:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..distributed.others import Others
     from ..distributed.share import Share
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..tasks.following import Follower
     from ..text.tokenizer import Tokenizer
 
 # Set to 1 for all, Macs of different chips may share a model.
@@ -134,7 +133,7 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
         found = link.received()
         if found is None or found[1] is None:  # it has said why
             raise SystemExit(1)
-        _follow(Follower(*load(share), link.send), link)
+        Follower(*load(share), link.send).run(link.received)
     except Error as error:
         link.send(_FAILED + str(error).encode())
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
@@ -152,21 +151,6 @@ def _joined(
     here, group = place(), all_ranks()
     share = Share(here.rank, here.size, Ranks(group), check=os.environ.get(CHECK) == "1")
     return share, connect(here, group, lost, left)
-
-
-def _follow(follower: "Follower", link: "Link") -> None:
-    """Do what rank 0 says until it leaves.
-
-    Raises:
-        Exception: something has failed here, and not at rank 0.
-    """
-    while True:
-        found = link.received(follower.patience)
-        if found is None and follower.failure is not None:
-            raise follower.failure
-        if found is None or found[1] is None:
-            return
-        follower.follow(found[1])
 
 
 def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:
