@@ -13,6 +13,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..distributed.launch import LaunchError, place
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ..distributed.others import Others
     from ..distributed.share import Share
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..tasks.following import Follower
     from ..text.tokenizer import Tokenizer
 
 # Set to 1 for all, Macs of different chips may share a model.
@@ -57,7 +57,22 @@ def lead() -> "tuple[Share, Link]":
 
     share, link = _joined(lost)
     atexit.register(link.close)
+    _leave_when_ended(link)
     return share, link
+
+
+def _leave_when_ended(link: "Link") -> None:
+    """Take leave when SIGTERM comes, too: it ends a process without more, and the others would
+    take rank 0 for lost."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        taking = threading.Thread(target=link.close)  # this thread may be amid a message
+        taking.start()
+        taking.join(LAST)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, Tokenizer]":
@@ -118,7 +133,7 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
         found = link.received()
         if found is None or found[1] is None:  # it has said why
             raise SystemExit(1)
-        _follow(Follower(*load(share), link.send), link)
+        Follower(*load(share), link.send).run(link.received)
     except Error as error:
         link.send(_FAILED + str(error).encode())
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
@@ -136,21 +151,6 @@ def _joined(
     here, group = place(), all_ranks()
     share = Share(here.rank, here.size, Ranks(group), check=os.environ.get(CHECK) == "1")
     return share, connect(here, group, lost, left)
-
-
-def _follow(follower: "Follower", link: "Link") -> None:
-    """Do what rank 0 says until it leaves.
-
-    Raises:
-        Exception: something has failed here, and not at rank 0.
-    """
-    while True:
-        found = link.received(follower.patience)
-        if found is None and follower.failure is not None:
-            raise follower.failure
-        if found is None or found[1] is None:
-            return
-        follower.follow(found[1])
 
 
 def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:

@@ -33,9 +33,6 @@ class Forgotten(Error):
 class Follower:
     """Does what rank 0 tells, with nobody who listens. For one thread, the one that has loaded.
 
-    Attributes:
-        failure: what the last message has come to, unless rank 0 has told that it failed, too.
-
     Args:
         model: this rank's part.
         tokenizer: the same checkpoint's.
@@ -50,14 +47,13 @@ class Follower:
         self._prepared: dict[int, Prepared[object]] = {}
         self._preparing: set[int] = set()  # what is not there is forgotten
         self._engine: Engine[object] | None = None
-        self.failure: Exception | None = None
+        self._failure: Exception | None = None
         self._does: dict[str, Callable[[Any], None]] = {
             "stream": self._stream,
             "batch": self._batch,
             "put together": self._put_together,
             "types held": self._types_held,
             "take apart": self._take_apart,
-            "copy": self._copy,
             "engine": self._begin_engine,
             "begin": self._begin,
             "step": self._step,
@@ -69,10 +65,19 @@ class Follower:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self._model, self._tokenizer)
 
-    @property
-    def patience(self) -> float | None:
-        """Seconds in which the next message has to come; None is any number."""
-        return None if self.failure is None else ALIKE
+    def run(self, received: Callable[[float | None], tuple[int, bytes | None] | None]) -> None:
+        """Do all that is told until rank 0 leaves; `received` is as a `Link` has it.
+
+        Raises:
+            Exception: something has failed here, and not at rank 0.
+        """
+        while True:
+            found = received(None if self._failure is None else ALIKE)
+            if found is None and self._failure is not None:
+                raise self._failure
+            if found is None or found[1] is None:
+                return
+            self.follow(found[1])
 
     def follow(self, message: bytes) -> None:
         """Do what is told.
@@ -86,15 +91,17 @@ class Follower:
         if kind == "prepare":
             self._begin_to_prepare(*work)
         elif kind == "failed":
-            self._answer(packed((work[0], "" if self.failure is None else _said(self.failure))))
-            self.failure = None
+            self._answer(packed((work[0], "" if self._failure is None else _said(self._failure))))
+            self._failure = None
+        elif kind == "copy":
+            self._copy(*work)
         elif kind != "forget":
-            if self.failure is not None:
-                raise self.failure
+            if self._failure is not None:
+                raise self._failure
             try:
                 self._does[kind](work)
             except Exception as error:  # rank 0 mostly has met the same, and goes on
-                self.failure = error
+                self._failure = error
 
     def _forget(self, number: int) -> None:
         self._caches.pop(number, None)
@@ -136,7 +143,9 @@ class Follower:
 
     def _begin_to_prepare(self, number: int, task: bytes) -> None:
         self._preparing.add(number)
-        threading.Thread(target=self._prepare, args=(number, task), daemon=True).start()
+        name = f"preparing {number}"
+        work = threading.Thread(target=self._prepare, args=(number, task), name=name, daemon=True)
+        work.start()
 
     def _prepare(self, number: int, task: bytes) -> None:
         def check() -> None:
@@ -154,8 +163,7 @@ class Follower:
             problem = _said(error)
         self._answer(packed((number, problem)))
 
-    def _copy(self, work: tuple[int, int, int | None]) -> None:
-        number, original, seed = work
+    def _copy(self, number: int, original: int, seed: int | None) -> None:
         prepared = self._prepared[original]
         assert isinstance(prepared, Answer)
         self._prepared[number] = replace(prepared, seed=seed)
