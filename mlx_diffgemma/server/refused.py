@@ -1,13 +1,14 @@
 """Tells errors in the form that a route's clients can read; OpenAI's, unless it is another's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 
-from ..diffusion.prompt_cache import ContextError
+if TYPE_CHECKING:  # what stands before several servers imports no MLX
+    from ..diffusion.prompt_cache import ContextError
 
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
@@ -46,7 +47,7 @@ class Refused(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
 
 
-def beyond_context(error: ContextError, path: str) -> Refused:
+def beyond_context(error: "ContextError", path: str) -> Refused:
     """Refuse a prompt that does not fit, as the route's clients know it.
 
     Anthropic's tell it by this sentence alone: coding agents then shorten what was said, and
