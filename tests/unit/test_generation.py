@@ -34,7 +34,7 @@ from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import Start, denoise
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.cache import LayerCache
-from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.tasks.canvases import Committed, generate_tokens
 from mlx_diffgemma.tasks.starts import CanvasError, First, forced_tokens
 from mlx_diffgemma.text.turns import StopStrings
 from mlx_diffgemma.text.vocabulary import Vocabulary

@@ -37,7 +37,7 @@ from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.draws import Categorical, Draws
 from mlx_diffgemma.diffusion.guards import trust
 from mlx_diffgemma.tasks.batch import stream_batch
-from mlx_diffgemma.tasks.generate import Committed, decode_tokens
+from mlx_diffgemma.tasks.canvases import Committed, decode_tokens
 from mlx_diffgemma.tasks.modes import Way
 from mlx_diffgemma.tasks.request import encode_prompt
 from mlx_diffgemma.tasks.starts import Noise
