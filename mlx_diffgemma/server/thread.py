@@ -205,15 +205,24 @@ class MlxThread:
         return None
 
     def _make_room(self, needed: int, ticket: Ticket, own: Lane | None = None) -> bool:
-        """Unload models that nobody uses, the one that was used longest ago first, until so many
-        bytes are free; say whether they are. Those with older requests than this one are used."""
-        while self._memory is not None and mx.get_active_memory() + needed > self._memory:
+        """Unload models that nobody uses until so many bytes are free, and say whether they are.
+
+        It is the one that was used longest ago of those that are large enough, or of all. Those
+        with older requests than this one are used.
+        """
+        while self._memory is not None:
+            missing = mx.get_active_memory() + needed - self._memory
+            if missing <= 0:
+                break
             idle = [
                 lane for lane in self._lanes if lane is not own and self._may_go(lane, ticket.asked)
             ]
-            if not idle:
+            sizes = sum(lane.worker.source.needs(0) for lane in idle)
+            busy = any(lane.running for lane in self._lanes if lane is not own)
+            if not idle or (busy and sizes < missing):  # they would go in vain
                 return False
-            self._unload(min(idle, key=lambda lane: lane.used))
+            enough = [lane for lane in idle if lane.worker.source.needs(0) >= missing]
+            self._unload(min(enough or idle, key=lambda lane: lane.used))
         return True
 
     def _may_go(self, lane: Lane, before: float = inf) -> bool:

@@ -172,9 +172,10 @@ def test_the_model_that_was_used_longest_ago_makes_room() -> None:
 
 def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> None:
     """Later requests for the busy one begin behind the one that waits for its memory."""
-    a, b = Weights(), Weights(needed=LARGE)
-    free(b)
-    with serving(a, b, memory=LARGE - 1, overtaken=0, max_batch=1) as (first, second):
+    a, b, c = Weights(), Weights(needed=LARGE), Weights()
+    free(b, c)
+    with serving(a, b, c, memory=LARGE - 1, overtaken=0, max_batch=1) as (first, second, third):
+        Asked(third).until(Done)
         running = Asked(first, tokens=4000)
         settled(lambda: first.running == 1)
         waiting = Asked(second)
@@ -182,6 +183,7 @@ def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> Non
         a.model.leave.release(20)
         time.sleep(0.1)
         assert (a.unloads, b.loads) == (0, 0)
+        assert c.unloads == 0  # what is idle does not go where that would not be enough
         assert waiting.events.empty()
         first.cancel(running.ticket)
         free(a)
