@@ -47,6 +47,7 @@ class Weights:
         self.pieces, self.needed = pieces, needed
         self.loads = self.unloads = 0
         self.broken = False
+        self.gone = 0.0  # when, on the monotonic clock
 
     def _made(self) -> Any:
         return untrained(TOKENIZER.vocab_size, 24, kind=Gated)
@@ -62,6 +63,7 @@ class Weights:
 
     def unload(self) -> None:
         self.unloads += 1
+        self.gone = time.monotonic()
 
     def needs(self, tokens: int) -> int:
         return self.needed
@@ -164,6 +166,7 @@ def test_the_model_that_was_used_longest_ago_makes_room() -> None:
         Asked(first).until(Done)
         Asked(third).until(Done)  # it is tried though it does not fit: nobody else is in the way
         assert (a.unloads, b.unloads) == (1, 1)
+        assert b.gone < a.gone
         c.needed = 0
         Asked(first).until(Done)
         settled(lambda: first.loaded and third.loaded)
@@ -178,6 +181,7 @@ def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> Non
         Asked(third).until(Done)
         running = Asked(first, tokens=4000)
         settled(lambda: first.running == 1)
+        a.needed = LARGE
         waiting = Asked(second)
         later = Asked(first)
         a.model.leave.release(20)
@@ -189,7 +193,7 @@ def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> Non
         free(a)
         waiting.until(Done)
         assert a.unloads == 1
-        b.needed = 0
+        a.needed = b.needed = 0
         later.until(Done)
         assert (a.loads, b.loads) == (2, 1)
 
