@@ -65,10 +65,10 @@ class Weights:
         self.unloads += 1
         self.gone = time.monotonic()
 
-    def needs(self, tokens: int) -> int:
+    def needs(self, tokens: int, pictures: bool) -> int:
         return self.needed
 
-    def context_bytes(self, tokens: int) -> int:
+    def context_bytes(self, tokens: int, pictures: bool) -> int:
         return 0
 
 
@@ -196,6 +196,32 @@ def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> Non
         a.needed = b.needed = 0
         later.until(Done)
         assert (a.loads, b.loads) == (2, 1)
+
+
+def test_a_model_that_fits_does_not_wait_for_one_that_does_not() -> None:
+    a, b, c = Weights(), Weights(needed=LARGE), Weights()
+    free(c)
+    with serving(a, b, c, memory=LARGE - 1) as (first, second, third):
+        Asked(first, tokens=4000)
+        settled(lambda: first.running == 1)
+        waiting = Asked(second)
+        a.model.leave.release(30)
+        Asked(third).until(Done)
+        assert waiting.events.empty()
+        assert (first.running, second.waiting) == (1, 1)
+
+
+def test_a_defect_that_ends_the_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited did so for ever."""
+    a = Weights(pieces=1000)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with serving(a) as (worker,):
+        waiting = Asked(worker)
+        settled(lambda: a.loads == 1)
+        monkeypatch.setattr(MlxThread, "_unload_idle", None)
+        assert isinstance(waiting.until(Stopped), Stopped)
+        with pytest.raises(Busy):
+            Asked(worker)
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again_but_not_at_once() -> None:
