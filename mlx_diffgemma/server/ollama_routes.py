@@ -38,7 +38,7 @@ def router(models: Models) -> APIRouter:
         service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=True)
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         work, patience = await service.chat(http, lambda: chat_request(body), slow=body.slow)
         return await _answered(service, http, body, reply, work, patience)
 
@@ -48,7 +48,7 @@ def router(models: Models) -> APIRouter:
         reply = _reply(service, body, chat=False)
         work: Prepared[object]
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         if body.suffix:
             return await _infill(service, http, body, reply)
         if body.raw:
@@ -91,6 +91,14 @@ def _named(name: str | None) -> str | None:
 def _reply(service: Service, body: Asking, *, chat: bool) -> OllamaReply:
     pieces = service.worker.tokenizer.pieces if body.logprobs else None
     return OllamaReply(service.name, chat=chat, pieces=pieces)
+
+
+async def _nothing(service: Service, http: Http, body: Asking, reply: OllamaReply) -> Response:
+    """Answer one who only wants the model to be there, which it then is; or to go."""
+    answer = reply.nothing(body.keep_alive)
+    if answer["done_reason"] == "load":
+        await service.warm(http)
+    return _one(service, body, answer)
 
 
 def _one(service: Service, body: Body, answer: dict[str, Any]) -> Response:
