@@ -4,10 +4,13 @@ import asyncio
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command import run
 
+from mlx_diffgemma.cli import ranks
 from mlx_diffgemma.cli.front import Front
 from mlx_diffgemma.server.affinity import (
     BLOCK,
@@ -229,6 +232,32 @@ def test_addresses_of_workers(
     told = capsys.readouterr().err
     assert told.startswith("error: --workers")
     assert wanted in told
+
+
+def test_a_launcher_is_not_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "place", lambda: SimpleNamespace(size=2))
+    with pytest.raises(SystemExit):
+        ranks.check_shared("serve")
+    assert "serve --workers HOST:PORT,... needs no launcher" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["mlx-diffgemma", "serve", "--shard"])
+    with pytest.raises(SystemExit):
+        Front("mac-1:1")
+    assert "--workers does not go with --shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("--model", "x"), ("--dtype", "float32"), ("--max-batch", "3"), ("--cache-gb", "2")],
+)
+def test_options_of_a_model_belong_to_workers(given: tuple[str, str]) -> None:
+    """But a model that is named for other commands stands in nobody's way."""
+    done = run("serve", "--workers", "mac-1:1,x", MLX_DIFFGEMMA_MODEL="y")
+    assert "'x' is no HOST:PORT" in done.stderr
+    done = run("serve", "--workers", "mac-1:1", *given, MLX_DIFFGEMMA_MODEL="y")
+    assert done.returncode == 2
+    assert f"error: {given[0]} belongs to the workers" in done.stderr
 
 
 def test_it_needs_no_mlx() -> None:
