@@ -86,9 +86,7 @@ class Proxy:
             if response is not None:
                 return response
             self.counters.tried_again += 1
-            if (
-                not left and backend.out is not None
-            ):  # nobody has what it kept; who is there says so
+            if not left and backend.out is not None:  # what it kept is gone: others can say so
                 left = [each for each in self.backends.all if each is not backend]
 
     async def _by(

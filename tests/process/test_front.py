@@ -137,12 +137,12 @@ def test_a_response_that_is_lost_with_its_worker_is_told_so() -> None:
         made.sendall(written(404 if path.startswith("/v1/responses/") else 400, {"error": "gone"}))
 
     body = {"input": "a", "previous_response_id": "resp_1"}
-    with fakes(keeps, unknown) as workers:
-        with fronting(*(each.address for each in workers)) as server:
-            wait_until(lambda: healthy(server) == 2)
-            reply = server.post("/v1/responses", body)
-            assert (reply.status_code, reply.json()) == (400, {"error": "gone"})
-            assert [len(each.asked) for each in workers] == [1, 2]
+    both = fakes(keeps, unknown)
+    with both as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        reply = server.post("/v1/responses", body)
+        assert (reply.status_code, reply.json()) == (400, {"error": "gone"})
+        assert [len(each.asked) for each in workers] == [1, 2]
 
 
 def test_who_leaves_frees_a_place_of_the_worker() -> None:
