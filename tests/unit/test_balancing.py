@@ -51,7 +51,9 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 SYSTEM, HELLO, FINE = said("system", "Be brief."), said("user", "hello"), said("assistant", "Fine.")
 
-MARKED = [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}]
+MARK = {"cache_control": {"type": "ephemeral"}}
+
+PART: dict[str, Any] = {"type": "text", "text": "hello"}
 
 OLD, NEW = "x" * 3 * BLOCK, "x" * 3 * BLOCK + "y" * BLOCK
 
@@ -64,8 +66,13 @@ GO_ON: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "/v1/messages",
-        {"system": "s", "messages": [said("user", MARKED)]},
-        {"system": "s", "messages": [HELLO, FINE, said("user", MARKED)]},
+        {"system": "s", "messages": [said("user", [{**PART, **MARK}])]},
+        {"system": "s", "messages": [HELLO, FINE, said("user", [{**PART, **MARK}])]},
+    ),
+    (
+        "/v1/messages",
+        {"messages": [said("user", [PART, {**PART, **MARK}])]},
+        {"messages": [said("user", [PART, PART]), FINE, said("user", [{**PART, **MARK}])]},
     ),
     ("/api/chat", {"messages": [HELLO]}, {"messages": [HELLO, FINE, HELLO]}),
     ("/v1/responses", {"input": [HELLO]}, {"input": [HELLO, FINE, {"type": "reasoning"}, HELLO]}),
