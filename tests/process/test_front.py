@@ -254,6 +254,18 @@ def test_an_answer_whose_worker_is_lost_is_an_error() -> None:
         assert [len(each.asked) for each in workers] == [2, 2]
 
 
+def test_what_cannot_be_begun_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anybody has looked whether the worker is still there."""
+    with fakes(fine, fine) as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        monkeypatch.setattr(lookout, "LOOK_EVERY", 60)
+        time.sleep(0.2)  # the last look before that is over
+        workers[0].stop()
+        assert healthy(server) == 2
+        assert [server.post(CHAT, {}).status_code for _ in range(4)] == [200] * 4
+        assert (healthy(server), metric(server, "front_tried_again_total")) == (1, [1])
+
+
 def test_a_worker_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cable that is pulled closes no connection: clients waited for the whole --timeout."""
     monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
