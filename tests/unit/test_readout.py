@@ -188,6 +188,25 @@ def test_a_kept_table_is_dequantized_in_place() -> None:
     assert mx.get_peak_memory() - before < 2 * (4 * 32 << 18)
 
 
+@pytest.mark.parametrize("piece", [whole.NOISE_BYTES, 4 * LENGTH * 48, 1])
+def test_a_seed_gives_the_same_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Their size follows from free memory: one seed gave other texts of a schema under load."""
+    monkeypatch.setattr(whole, "NOISE_BYTES", piece)
+    hidden = mx.random.normal((1, LENGTH, 32), key=mx.random.key(4))
+    found = []
+    for block in (16, 64, 32, 112):
+        rng = SeededDraws(5, VOCAB)
+        seen = read_in_blocks(MODEL, hidden, block, 0.7, plans(1), rng)
+        assert seen.perturbed is not None
+        found.append((seen.perturbed.tokens, seen.perturbed.scores, rng.tokens((9,))))
+    for tokens, scores, after in found[1:]:
+        assert mx.array_equal(tokens, found[0][0])
+        assert close(scores, found[0][1])
+        assert mx.array_equal(after, found[0][2])
+
+
 def test_memory_of_a_step_does_not_grow_with_the_number_of_blocks() -> None:
     """Each block's part of the expected embedding used to be held to the end: 300 MB of 103."""
     model = untrained(1 << 12, 64, width=1024)
