@@ -26,7 +26,7 @@ from .openai import (
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
-from .refused import RESPONSES, stopping
+from .refused import RESPONSES, stopping, streamed
 from .service import Service
 from .stream import Lines, Stream, begun, draft_event, gathered, sse
 from .worker import Patience
@@ -36,11 +36,11 @@ def router(service: Service) -> APIRouter:
     """Make the routes of OpenAI's API."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", responses=RESPONSES)
+    @routes.post("/v1/chat/completions", responses=streamed())
     async def chat(http: Http, body: ChatBody) -> Response:
         return await _chat(service, http, body)
 
-    @routes.post("/v1/completions", responses=RESPONSES)
+    @routes.post("/v1/completions", responses=streamed())
     async def complete(http: Http, body: CompletionBody) -> Response:
         if asks_scores(body):
             return await _score(service, http, body)
