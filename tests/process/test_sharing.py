@@ -1,6 +1,7 @@
 """Ranks that share one model: --shard under `mlx.launch`, and what ends them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from command import run
 from paths import SUDOKU
-from ranks import COMMAND, launched, started
+from ranks import COMMAND, launched, started, variables_of
 from servers import Server, serving, sudoku_model
+from terminal import Terminal
 
 from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
@@ -142,6 +144,21 @@ def test_a_chat_of_ranks_is_one_of_one(tmp_path: Path) -> None:
     assert "/model does not go with --shard" in first.stderr.read()
     sessions = [run(*asked, tmp_path / name, stdin="1.\n").stdout for name in ("again", "ranks")]
     assert sessions[0] == sessions[1]
+
+
+def test_ctrl_c_at_the_terminal_of_rank_0_stops_an_answer(tmp_path: Path) -> None:
+    """Ranks that were started by hand: who talks to them sits at rank 0, and goes on."""
+    first, second = variables_of(2, tmp_path)
+    asked = ["chat", "-m", SUDOKU, "--shard", "--seed", "3"]
+    other = subprocess.Popen(list(map(str, [*COMMAND, *asked])), env={**os.environ, **second})
+    chat = Terminal(*map(str, asked[1:]), **first)
+    chat.type("1.", pattern=r"step \d")
+    chat.child.sendintr()
+    chat.wait(r"Stopped; .*\n>$")
+    chat.type("/steps 1")
+    chat.type("/retry")
+    chat.child.sendline("/quit")
+    assert [chat.leaves(), other.wait(SECONDS)] == [0, 0]
 
 
 def asked(server: Server) -> list[object]:
