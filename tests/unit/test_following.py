@@ -30,7 +30,10 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.distributed import others
 from mlx_diffgemma.distributed.launch import LaunchError
+from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.placeholders import LostPicture
+from mlx_diffgemma.model.sight import Sight
+from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.tasks import following
 from mlx_diffgemma.tasks.engine import Engine, prepared, reseeded
 from mlx_diffgemma.tasks.together import Elsewhere
@@ -120,6 +123,27 @@ def test_ranks_look_at_the_same_pictures(tmp_path: Path) -> None:
         wanted = converse_on_a_picture(*alone, tmp_path / "one")
     with leading(VISION, 2) as part:
         assert converse_on_a_picture(*part, tmp_path / "ranks") == wanted
+
+
+def blind(model: DiffusionGemma, rank: int) -> None:
+    """Make a rank fail to load its tower."""
+
+    def load() -> Vision:
+        raise CheckpointError("no tower")
+
+    assert model.sight is not None
+    if rank:
+        model.sight = Sight({}, load, lambda: 4096)
+
+
+def test_a_picture_that_one_rank_cannot_see_is_seen_by_none() -> None:
+    with leading(VISION, 2, blind) as part:
+        session = ChatSession(*part, steps=1, max_tokens=9)
+        shown = {"type": "image", "image": VISION / "pictures.png"}
+        with pytest.raises(LaunchError, match="1 of the ranks cannot see a picture"):
+            texts(session.stream([shown], seed=1))
+        texts(session.stream("How many?", seed=1))
+        assert [each["role"] for each in session.messages] == ["user", "assistant"]
 
 
 def test_what_goes_wrong_with_a_file_stops_no_rank(
