@@ -98,7 +98,7 @@ class Placeholder(int):
 
     __hash__ = int.__hash__
 
-    def __getnewargs__(self) -> tuple[int, Pixels, int]:
+    def __getnewargs__(self) -> tuple[int, Pixels, int]:  # type: ignore[override]
         return int(self), self.picture, self.place
 
 
