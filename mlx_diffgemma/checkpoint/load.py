@@ -35,7 +35,7 @@ from .files import (
 from .fit import Fit, TooLarge, fit, free_memory, read_size
 from .info import config_of, info_of
 from .quantization import quantization_of
-from .slices import cut_of, read_part
+from .slices import cut_of, cut_of_parameter, read_part
 from .vision import sight_of
 from .weights import DType, check_parameters, read_weights, sentence
 
@@ -63,8 +63,8 @@ def load(
 
     Args:
         path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
-            is "tiny", the small demonstration model that ships with the package, and "tiny-puzzles"
-            one that solves Sudokus better.
+            is "tiny", the small demonstration model that ships with the package. "tiny-puzzles" is
+            another, which solves Sudokus, as "tiny" does not.
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
@@ -89,18 +89,13 @@ def load(
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
     stored = None if adapter is None else read_adapter(find_adapter(str(adapter)))
-    if stored is not None and share.size > 1:
-        raise SettingError(
-            "a part of a model takes no adapter yet: make it part of the weights first "
-            "(mlx-diffgemma fuse)"
-        )
     directory = directory_of(path_or_repo, revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
     part = part_of(headers, share)
     found = info_of(headers, dtype, part)
     if stored is not None:
-        found = with_adapter(found, stored)
+        found = with_adapter(found, stored, stored.cuts(part, config_of(headers)))
     decided = fit(found, memory)
     model = model_of(headers, dtype, stored, part)
     decided = _in_all(share, decided)
@@ -249,6 +244,21 @@ def model_of(
     part: ModelPart | None = None,
 ) -> DiffusionGemma:
     """Load a model, or a part of it, by its headers; other arguments and errors as `load_model`."""
+    model = lazy_model(headers, dtype, adapter, part)
+    mx.eval(model.parameters(), model.constants)
+    return model
+
+
+def lazy_model(
+    headers: Headers,
+    dtype: DType | None,
+    adapter: Stored | None = None,
+    part: ModelPart | None = None,
+) -> DiffusionGemma:
+    """Make what `model_of` does of arrays that are read when they are evaluated.
+
+    Parameters and `constants` are to be evaluated, by the thread that has called this.
+    """
     tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
     generation = read_generation(headers.directory, headers.config)
     model = build_model(headers.config, generation, set(tensors))
@@ -257,15 +267,15 @@ def model_of(
         weights = sanitize(read_weights(tensors, dtype))
     else:
         model = build_model(headers.config, generation, set(tensors), part)
-        weights = sanitize(read_part(tensors, part, model.config, dtype))
-        model.cut = partial(cut_of, part=part, config=model.config)
+        cuts = {name: cut_of(name, part, model.config) for name in tensors}
+        weights = sanitize(read_part(tensors, cuts, dtype))
+        model.cut = partial(cut_of_parameter, part=part, config=model.config)
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:
         put_adapter(model, adapter)
     model.merge()
     model.sight = sight_of(headers, dtype, lambda: model.context)
-    mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +106,7 @@ class Chat:
         yes: call them without asking.
         live: draw drafts where the terminal can.
         plain: show answers as they are written, not as Markdown.
+        pictures: that stand before the first message.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Chat:
         yes: bool,
         live: bool,
         plain: bool,
+        pictures: Sequence[Pixels] = (),
     ):
         self.session = session
         self._tokenizer = tokenizer
@@ -133,7 +135,7 @@ class Chat:
         self._thought = ""
         self._answered: list[Answered] = []
         self._files: list[tuple[str, str]] = []
-        self._pictures: list[Pixels] = []
+        self._pictures: list[Pixels] = list(pictures)
         self._commands: dict[str, Callable[[str], None]] = {
             "/bye": self._quit,
             "/clear": self._reset,

@@ -44,7 +44,14 @@ Seen = Mapping[bytes, mx.array]
 
 
 class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+    """A prompt that is empty, or leaves no room for a canvas in the model's context.
+
+    Where it is too long, it has `tokens`, at least, and may have `most`.
+    """
+
+    def __init__(self, message: str, tokens: int | None = None, most: int | None = None):
+        super().__init__(message)
+        self.tokens, self.most = tokens, most
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     if remaining < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {context}" + (", which is all that fits into memory" if short else "")
+            f"the context of {context}" + (", which is all that fits into memory" if short else ""),
+            len(prompt),
+            context - length,
         )
     return remaining
 
@@ -437,10 +446,17 @@ class PrefixCache:
         return sum(prompt_cache.nbytes for prompt_cache in self._kept)
 
     def take(self, tokens: Sequence[int]) -> PromptCache:
-        """A cache for a new prompt: a copy of the one that has read most of it, or an empty one."""
-        shared = [prompt_cache.shared(tokens) for prompt_cache in self._kept]
-        most = max(shared, default=0)
-        return self._kept[shared.index(most)].fork() if most else PromptCache(self._model)
+        """A cache for a new prompt: a copy of the one that has read most of it, or an empty one.
+
+        Of those that can go back to nothing of it, the one that begins alike for longest: where
+        the two depart a snapshot is left then, from which a third prompt can go on.
+        """
+        agreed = [_common(prompt_cache._tokens, tokens) for prompt_cache in self._kept]
+        ranked = [(each._reusable(n), n) for each, n in zip(self._kept, agreed, strict=True)]
+        best = max(ranked, default=(0, 0))
+        if not best[0] and best[1] < WORTH_A_SNAPSHOT:
+            return PromptCache(self._model)
+        return self._kept[ranked.index(best)].fork()
 
     def give(self, prompt_cache: PromptCache) -> None:
         """Keep a cache that is no longer used; the ones that it goes on from are dropped."""

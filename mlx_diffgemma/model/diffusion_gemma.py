@@ -297,6 +297,13 @@ class DiffusionGemma(nn.Module):
             block.merge()
         self.model.decoder.self_conditioning.merge()
 
+    def take_weights(self, other: "DiffusionGemma") -> None:
+        """Compute with the modules of another model of the same config; those of before go.
+
+        So a model can be known, and requests be prepared for it, while its weights come and go.
+        """
+        self.model, self.side, self._table = other.model, other.side, other._table
+
     @property
     def constants(self) -> list[mx.array]:
         """Arrays beside the parameters that a forward pass needs, to be evaluated with them.

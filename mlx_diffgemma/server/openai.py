@@ -17,7 +17,16 @@ from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
-from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .body import (
+    MOST_NAME_CHARACTERS,
+    UNLIMITED,
+    Body,
+    Budget,
+    NonNegative,
+    NotBlank,
+    Positive,
+    Steps,
+)
 from .forced import forced_call
 from .json_body import JsonError, read_json
 from .pictures import ImageUrl, Sent, has_picture
@@ -285,7 +294,7 @@ def chat_request(body: ChatBody) -> Request:
         thinking = body.reasoning_effort not in (None, "none", "minimal")
     return Request(
         messages_of(body),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=body.max_completion_tokens or body.max_tokens or UNLIMITED,
         steps=body.steps,
         enable_thinking=thinking and schema is None,
         schema=schema,

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi import Request as Http
-from fastapi.responses import Response
+from starlette.applications import Starlette
+from starlette.requests import Request as Http
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -49,12 +49,12 @@ class PageFiles(StaticFiles):
         return response
 
 
-def add_page(app: FastAPI) -> None:
+def add_page(app: Starlette) -> None:
     """Add the page at `/`, and its files under `PREFIX`."""
     files = PageFiles(directory=FILES)
 
-    @app.get("/", include_in_schema=False)
     async def page(http: Http) -> Response:
         return await files.get_response("index.html", http.scope)
 
+    app.add_route("/", page, include_in_schema=False)
     app.mount(PREFIX.rstrip("/"), files)

@@ -212,7 +212,8 @@ class Options(Settings, total=False):
 
 @dataclass(frozen=True, repr=False)
 class Draft:
-    """One denoising step: the canvas as it stands.
+    """One denoising step: the canvas as it stands. The last one of a canvas is what is committed:
+    where it is none of the newest attempt, that draft is told once more, with `decoded` 0.
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
     (nats) have one entry per canvas position, and so has `settled`: the next step does not decode
@@ -473,4 +474,6 @@ def encode_text(
     try:
         return tokenizer.encode_within(text, most, "the prompt", check)
     except TooLong as error:
-        raise ContextError(f"{error}, and no more fits into the context") from None
+        least = max(most + 1, len(text) // tokenizer.longest)
+        told = f"{error}, and no more fits into the context"
+        raise ContextError(told, least, most) from None

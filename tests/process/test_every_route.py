@@ -6,13 +6,15 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import Server, serving, writing
+from servers import Server, fronting, serving, writing
 
 from mlx_diffgemma.server.app import make_app
 
-NO_MODEL: Any = SimpleNamespace(model=SimpleNamespace(sight=None))
+NO_MODEL: Any = SimpleNamespace(name="x", aliases=(), model=SimpleNamespace(sight=None))
 
-DOCUMENT = make_app(NO_MODEL, name="tiny").openapi()
+NO_THREAD: Any = SimpleNamespace(workers=[NO_MODEL])
+
+DOCUMENT = make_app(NO_THREAD).openapi()
 
 ROUTES = [
     (method.upper(), path.replace("{name}", "tiny").replace("{identity}", "resp_1"))
@@ -29,10 +31,16 @@ CLIENT = httpx.Client(timeout=60)
 KEY = {"Authorization": "Bearer s3cret"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(writing("Fine."), api_key="s3cret", most_bytes=1000) as running:
-        yield running
+@pytest.fixture(scope="module", params=["alone", "behind a front"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server, and what stands before one that checks the same."""
+    settings: Any = {"api_key": "s3cret", "most_bytes": 1000}
+    with serving(writing("Fine."), **settings) as running:
+        if request.param == "alone":
+            yield running
+            return
+        with fronting(f"127.0.0.1:{running.port}", **settings) as front:
+            yield front
 
 
 def ask(server: Server, method: str, path: str, **given: Any) -> httpx.Response:
