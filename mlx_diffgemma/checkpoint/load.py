@@ -102,17 +102,9 @@ def load(
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
 
-    def beside_tower() -> int:
-        return fit(found, memory - table, pictures=True).context
-
-    model.sight = sight_of(headers, dtype, beside_tower)
+    _let_see(model, headers, dtype, lambda: fit(found, memory - table, pictures=True).context)
     if share.size > 1:
         model.identity = fingerprint(model)
-        if model.sight is not None:
-            context = _beside_tower(share, beside_tower)
-            model.sight = sight_of(headers, dtype, context)
-            with suppress(TooLarge):
-                model.context = min(model.context, context())
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
@@ -216,6 +208,19 @@ def _in_all(share: Share, decided: Fit) -> Fit:
     told = np.array(mx.concatenate([each for (each,) in share.gather([mine])]))
     context, keep_table = told.min(axis=(0, 1)).tolist()
     return Fit(context, bool(keep_table))
+
+
+def _let_see(
+    model: DiffusionGemma, headers: Headers, dtype: DType | None, context: Callable[[], int]
+) -> None:
+    """Give a model its way to see, if it has one; ranks that share it leave room from the start."""
+    model.sight = sight_of(headers, dtype, context)
+    if model.sight is None or model.part.share.size == 1:
+        return
+    agreed = _beside_tower(model.part.share, context)
+    model.sight = sight_of(headers, dtype, agreed)
+    with suppress(TooLarge):
+        model.context = min(model.context, agreed())
 
 
 def _beside_tower(share: Share, context: Callable[[], int]) -> Callable[[], int]:
