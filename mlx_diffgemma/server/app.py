@@ -18,7 +18,14 @@ from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
-from . import anthropic_routes, native, ollama_routes, openai_routes, responses_routes
+from . import (
+    anthropic_routes,
+    infill_routes,
+    native,
+    ollama_routes,
+    openai_routes,
+    responses_routes,
+)
 from .access import Gate, Limits
 from .invalid import mistake
 from .page import add_page
@@ -76,6 +83,7 @@ def make_app(
     app.include_router(responses_routes.router(service))
     app.include_router(anthropic_routes.router(service))
     app.include_router(ollama_routes.router(service))
+    app.include_router(infill_routes.router(service))
     app.include_router(native.router(service))
     app.include_router(_state(worker))
     add_page(app)

@@ -253,7 +253,6 @@ class InfillReply:
         self._shown = before if body.echo else ""
         self._stop = stops(body.stop)
         self._tokenizer = tokenizer
-        self._read = len(tokenizer.encode(before + (body.suffix or "")))
 
     def whole(self, result: FillResult) -> dict[str, Any]:
         """Give the answer as JSON, with its usage."""
@@ -268,8 +267,9 @@ class InfillReply:
             "logprobs": None,
         }
         usage = {
-            "prompt_tokens": self._read,
+            "prompt_tokens": result.read_tokens,
             "completion_tokens": written,
-            "total_tokens": self._read + written,
+            "total_tokens": result.read_tokens + written,
+            "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
         }
         return {**self._common, "choices": [choice], "usage": usage}
