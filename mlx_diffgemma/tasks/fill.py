@@ -65,6 +65,10 @@ RETRIES = 2
 # for so many of them, it is taken: other noise has then been seen each time.
 QUICK_STEPS, QUICK_PLATEAU = 4, 2
 
+# Tokens at the end of a text that may be others when more is typed; a place before them is kept to
+# go back to, where it saves so many tokens that they are worth a pass of their own.
+UNSURE, WORTH_A_PASS = 16, 64
+
 # Passes over a finished canvas that find how likely its holes are, each hiding some of them.
 GROUPS = 4
 
@@ -366,6 +370,10 @@ class _Filling:
             context = [*self._cache.tokens, *self._context]
             if len(context) + form.room > form.model.context:
                 raise ContextError("the text between the holes does not fit into the context")
+        # What is typed next may change the last tokens, but leaves what stands before them.
+        sure = len(context) - UNSURE
+        if form.quick and sure - self._cache.shared(context) >= WORTH_A_PASS:
+            yield from self._cache.reading(context[:sure])
         self._reader = yield from begin_reading(form.model, self._cache, context, form.verify)
 
     def decide(self) -> Decoding[Draft, _Settled]:
