@@ -2,6 +2,7 @@
 `/v1/fim/completions`. Knows nothing of HTTP and nothing of threads."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -92,7 +93,7 @@ class Between:
         *,
         seed: int | None,
         steps: int | None,
-        extra: str = "",
+        extra: Sequence[str] = (),
     ):
         self._before, self._behind, self._extra = before, behind, extra
         self._most = min(max(QUICK_LENGTHS) if most is None else most, max(QUICK_LENGTHS))
@@ -102,17 +103,18 @@ class Between:
         self.text, self.reason, self.stopped = "", "stop", False
         self.read = self.cached = self.written = 0
 
-    @property
-    def task(self) -> Task[object] | None:
+    def task(self, context: int) -> Task[object] | None:
         """What answers it; None where nothing is to be written, or there is nothing to go by.
 
-        Where nothing but space stands behind, the text is gone on with.
+        Where nothing but space stands behind, the text is gone on with. Pieces of other files take
+        a quarter of the `context` at most, of which few tokens have less than a character.
         """
         if not self._most or not (self._before or self._behind).strip():
             return None
         if self._behind.strip():
             hole = Hole(MIDDLE, most=self._most, line="\n" in self._stop)
-            prompt = f"Fill: the gap in the text\n\n{self._extra}" if self._extra else None
+            extra = _newest(self._extra, min(BEFORE, context // 4))
+            prompt = "\n\n".join(["Fill: the gap in the text", *extra]) if extra else None
             parts = [each for each in (self._before, hole, self._behind) if each != ""]
             return FillRequest(parts, prompt, steps=self._steps, seed=self._seed, quick=True)
         request = Request(
@@ -124,7 +126,7 @@ class Between:
             stop=self._stop,
             shrink=True,
         )
-        return Continuation(steady(self._before), request)
+        return Continuation(steady(self._before, min(BEFORE, context // 2)), request)
 
     def take(self, event: object, tokenizer: Tokenizer) -> None:
         """Take an event of the task."""
@@ -144,7 +146,9 @@ class Between:
                 self.stopped = strings.hit is not None
                 self.text += "" if self.stopped else strings.rest()
                 self.read, self.cached = event.read_tokens, event.cached_tokens
-                self.written = len(tokenizer.encode(self.text))
+                self.written = len(event.probabilities[MIDDLE])
+                if self.stopped:
+                    self.written = len(tokenizer.encode(self.text))
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -154,13 +158,24 @@ class Between:
         return first - self._began, now - first
 
 
+def _newest(pieces: Sequence[str], most: int) -> list[str]:
+    """The last pieces that have so many characters together."""
+    kept: list[str] = []
+    for piece in reversed(pieces):
+        most -= len(piece)
+        if most < 0:
+            break
+        kept.insert(0, piece)
+    return kept
+
+
 def infill_of(body: InfillBody) -> Between:
     """Translate llama.cpp's request.
 
     Raises:
         Refused: a stop string is too long.
     """
-    pieces = [f"{each.filename or 'another file'}:\n{each.text}" for each in body.input_extra or ()]
+    extra = [f"{each.filename or 'another file'}:\n{each.text}" for each in body.input_extra or ()]
     return Between(
         body.input_prefix + body.prompt,
         body.input_suffix,
@@ -168,7 +183,7 @@ def infill_of(body: InfillBody) -> Between:
         body.stop,
         seed=body.seed,
         steps=body.steps,
-        extra="\n\n".join(pieces)[-BEFORE:],
+        extra=extra,
     )
 
 

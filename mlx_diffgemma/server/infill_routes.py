@@ -39,7 +39,8 @@ def router(service: Service) -> APIRouter:
 
 async def _write(service: Service, http: Http, found: Between) -> None:
     """Have the text written, if there is anything to write."""
-    task, tokenizer = found.task, service.worker.tokenizer
+    worker = service.worker
+    task, tokenizer = found.task(worker.model.context), worker.tokenizer
     if task is None:
         return
     work, patience = await service.prepare(http, task)

@@ -259,7 +259,9 @@ class InfillReply:
         stop_strings = StopStrings(self._stop)
         text = stop_strings.feed(str(result.values[MIDDLE]))
         text += "" if stop_strings.hit else stop_strings.rest()
-        written = len(self._tokenizer.encode(text))
+        written = len(result.probabilities[MIDDLE])
+        if stop_strings.hit is not None:
+            written = len(self._tokenizer.encode(text))
         choice = {
             "index": 0,
             "text": self._shown + text,

@@ -19,11 +19,11 @@ TOKENIZER = Tokenizer.from_directory(EMBEDDED)
 MODEL = untrained(TOKENIZER.vocab_size, 96, context=6000, windows=(16, None))
 
 AROUND = st.text("ab (\t\r\n)é😀\U0001f9d1\u200d", max_size=30) | st.sampled_from(
-    ["", "x = 1\r\n" * 400, "\n", ")", " ", "word " * 3000]
+    ["", "x = 1\r\n" * 60, "\n", ")", " ", "word " * 400]
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(AROUND, AROUND, st.sampled_from([1, 4, 16, 100_000]), st.booleans(), st.integers(0, 99))
 def test_work_is_bounded_whatever_stands_around(
     before: str, behind: str, most: int, line: bool, seed: int
@@ -71,7 +71,7 @@ def test_a_window_that_moves_begins_where_it_began() -> None:
     assert steady("y" * 50_000, 9_000) == "y" * 9_000
 
 
-@pytest.mark.parametrize(("text", "room"), [("ab ", 12), ("word " * 99, 12), ("ab" * 30, 72)])
+@pytest.mark.parametrize(("text", "room"), [("ab ", 12), ("word " * 99, 6), ("ab" * 20, 48)])
 def test_a_canvas_is_no_longer_than_it_needs_to_be(text: str, room: int) -> None:
     """A long text left of the hole is context; a short one stands on the canvas, as elsewhere."""
     vocabulary = Vocabulary(MODEL, TOKENIZER)
