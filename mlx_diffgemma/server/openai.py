@@ -429,8 +429,9 @@ def infill(body: CompletionBody) -> FillRequest:
         raise Refused(400, "a suffix goes with a prompt of text, not of token ids")
     if body.verify or body.acceptance or body.mode not in (None, "denoise"):
         raise Refused(400, "a suffix goes with neither mode nor verify nor acceptance")
-    parts: list[str | Hole] = [prompt, Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
-    return FillRequest(parts, steps=body.steps, seed=body.seed)
+    hole = Hole(MIDDLE, most=body.max_tokens, line="\n" in stops(body.stop))
+    parts: list[str | Hole] = [prompt, hole, body.suffix or ""]
+    return FillRequest(parts, steps=body.steps, seed=body.seed, quick=True)
 
 
 def wants_usage(body: Sampling) -> bool:
