@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..model.config import LAYERS_LIMIT, Config
 from ..model.diffusion_gemma import DiffusionGemma
-from ..model.layers import ExpertLinear
+from ..model.feed_forward import ExpertLinear
 from ..model.part import ModelPart
 from . import peft
 from .files import (
@@ -166,9 +166,10 @@ def add_adapter(model: DiffusionGemma, config: AdapterConfig) -> None:
     """Freeze a model and put what is to be trained in place: `trained` tells what that is.
 
     Raises:
-        SettingError: the model has not so many layers, a name in `keys` fits no map of it, or the
-            maps are of a kind that cannot be adapted so.
+        SettingError: the model has an adapter or not so many layers, a name in `keys` fits no map
+            of it, or the maps are of a kind that cannot be adapted so.
     """
+    _check_bare(model)
     count = len(model.layers)
     if config.num_layers > count:
         raise SettingError(f"num_layers is {config.num_layers}, and the model has {count}")
@@ -182,6 +183,14 @@ def add_adapter(model: DiffusionGemma, config: AdapterConfig) -> None:
             tree_unflatten([(name, make(name, module)) for name, module in places.items()])
         )
     model.adapter = str(config)
+
+
+def _check_bare(model: DiffusionGemma) -> None:
+    """Refuse a second adapter: its file would not say that it belongs on the first one."""
+    if model.adapter is not None:
+        raise SettingError(
+            f"the model has an adapter in place ({model.adapter}): load it again for another one"
+        )
 
 
 def _unfreeze(model: DiffusionGemma, config: AdapterConfig) -> None:
@@ -455,7 +464,12 @@ def with_adapter(found: Info, stored: Stored, cuts: Mapping[str, Cut] | None = N
 
 def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
     """Put an adapter whose files were read in place, in each rank what belongs to its part of the
-    model; arguments and errors as in `load_adapter`."""
+    model; arguments and errors as in `load_adapter`.
+
+    Raises:
+        SettingError: the model has one already.
+    """
+    _check_bare(model)
     if stored.sided is not None:
         _put_peft(model, stored, stored.sided)
         return

@@ -197,6 +197,7 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
-            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
+            f"{what} of iteration {iteration} is not a finite number: with a lower "
+            "--learning-rate, --resume goes on from what was saved last, --resume-adapter-file "
+            "from a checkpoint"
         )
