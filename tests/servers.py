@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.balancer import make_front
 from mlx_diffgemma.server.connections import Connection
 from mlx_diffgemma.server.thread import MlxThread
 from mlx_diffgemma.server.worker import Resident, Worker
@@ -104,14 +105,16 @@ def process(*arguments: str) -> Iterator[Process]:
 
 
 @contextmanager
-def listening(app: ASGIApp, http: type[Connection] = Connection) -> Iterator[uvicorn.Server]:
+def listening(
+    app: ASGIApp, http: type[Connection] = Connection, lifespan: Literal["on", "off"] = "off"
+) -> Iterator[uvicorn.Server]:
     """An application on a free port, in a thread; whoever is still asked at the end is cut off."""
     config = uvicorn.Config(
         app,
         port=0,
         http=http,
         ws="none",
-        lifespan="off",
+        lifespan=lifespan,
         log_level="critical",
         timeout_keep_alive=60,
         timeout_graceful_shutdown=1,
@@ -172,6 +175,14 @@ def serving(
         app = make_app(thread, **settings)
         with listening(app) as server:
             yield Server(address(server))
+
+
+@contextmanager
+def fronting(*addresses: str, **settings: Any) -> Iterator[Server]:
+    """One address before workers at these, in a thread, with settings of `make_front`."""
+    app = make_front(addresses, **{"tell": lambda told: None, **settings})
+    with listening(app, lifespan="on") as server:
+        yield Server(address(server))
 
 
 def sudoku_model() -> tuple[DiffusionGemma, Tokenizer]:

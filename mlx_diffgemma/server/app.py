@@ -10,19 +10,24 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as Http
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
-from . import anthropic_routes, native, ollama_routes, openai_routes, responses_routes
-from .access import Gate, Limits
+from . import (
+    anthropic_routes,
+    infill_routes,
+    native,
+    ollama_routes,
+    openai_routes,
+    responses_routes,
+)
+from .access import guard
 from .invalid import mistake
 from .metrics import metrics_of
 from .page import add_page
 from .pictures import sees
-from .refused import Refused, refusal
+from .refused import Refused, beyond_context, refusal, tell_errors
 from .service import Models
 from .thread import MlxThread
 
@@ -57,20 +62,22 @@ def make_app(
 
     # Their pages would have the browser fetch scripts from elsewhere.
     app = FastAPI(title="mlx-diffgemma", lifespan=lifespan, docs_url=None, redoc_url=None)
-    # The last one added is met first.
-    room = picture_bytes if any(sees(each.model) for each in thread.workers) else 0
-    app.add_middleware(Limits, most_bytes=most_bytes, picture_bytes=room, api_key=api_key)
-    if cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
-        )
-    app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
+    guard(
+        app,
+        api_key=api_key,
+        cors=cors,
+        loopback=loopback,
+        allowed_hosts=allowed_hosts,
+        most_bytes=most_bytes,
+        picture_bytes=picture_bytes if any(sees(each.model) for each in thread.workers) else 0,
+    )
     _handle_errors(app)
     models = Models(thread.workers)
     app.include_router(openai_routes.router(models))
     app.include_router(responses_routes.router(models))
     app.include_router(anthropic_routes.router(models))
     app.include_router(ollama_routes.router(models))
+    app.include_router(infill_routes.router(models))
     app.include_router(native.router(models))
     app.include_router(_state(thread))
     add_page(app)
@@ -79,36 +86,21 @@ def make_app(
 
 def _handle_errors(app: FastAPI) -> None:
     """Tell whatever goes wrong in the form of the route's clients."""
+    tell_errors(app)
 
     def answer(http: Http, error: Refused) -> Response:
         return refusal(error, http.url.path)
 
-    @app.exception_handler(Refused)
-    async def refused(http: Http, error: Refused) -> Response:
-        return answer(http, error)
-
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return answer(http, Refused(400, str(error), code))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(http: Http, error: HTTPException) -> Response:
-        response = answer(http, Refused(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
+        if isinstance(error, ContextError):
+            return answer(http, beyond_context(error, http.url.path))
+        return answer(http, Refused(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:
         said, field = mistake(error.errors(), error.body)
         return answer(http, Refused(400, said, param=field))
-
-    @app.exception_handler(Exception)
-    async def defect(http: Http, error: Exception) -> Response:
-        # The connection ends with it: say so, or the client's next request is lost.
-        response = answer(http, Refused(500, "a defect of the server"))
-        response.headers["Connection"] = "close"
-        return response
 
 
 def _state(thread: MlxThread) -> APIRouter:

@@ -23,17 +23,19 @@ from .ollama import (
 from .ollama_answers import SPOKEN, OllamaReply, failed_line, line, listed, shown
 from .openai import infill
 from .openai_answers import InfillReply
-from .refused import RESPONSES, Refused, stopping
+from .refused import RESPONSES, Refused, stopping, streamed
 from .service import Models, Service
 from .stream import Lines, Stream, begun, gathered
 from .worker import Patience
+
+NDJSON = "application/x-ndjson"
 
 
 def router(models: Models) -> APIRouter:
     """Make the routes of Ollama's API."""
     routes = APIRouter()
 
-    @routes.post("/api/chat", responses=RESPONSES)
+    @routes.post("/api/chat", responses=streamed(NDJSON))
     async def chat(http: Http, body: ChatBody) -> Response:
         service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=True)
@@ -42,7 +44,7 @@ def router(models: Models) -> APIRouter:
         work, patience = await service.chat(http, lambda: chat_request(body), slow=body.slow)
         return await _answered(service, http, body, reply, work, patience)
 
-    @routes.post("/api/generate", responses=RESPONSES)
+    @routes.post("/api/generate", responses=streamed(NDJSON))
     async def generate(http: Http, body: GenerateBody) -> Response:
         service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=False)
@@ -105,7 +107,7 @@ def _one(service: Service, body: Body, answer: dict[str, Any]) -> Response:
     """Answer in one part, which is a stream of one line as well."""
     headers = service.headers(body)
     if isinstance(body, Asking) and body.stream is not False:
-        return Response(line(answer), headers=headers, media_type="application/x-ndjson")
+        return Response(line(answer), headers=headers, media_type=NDJSON)
     return JSONResponse(answer, headers=headers)
 
 
@@ -126,8 +128,7 @@ async def _answered(
 
 
 def _ndjson(lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> Lines:
-    kind = "application/x-ndjson"
-    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=kind)
+    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=NDJSON)
 
 
 async def _lines(

@@ -15,10 +15,11 @@ from ..tasks.generate import Answer, Request
 from ..tasks.request import Prepared, Task
 from ..text.tokenizer import Message
 from .body import Body, ignored
+from .leaving import unless_gone
 from .pictures import sees, with_pictures
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
-from .stream import Stream, gathered, unless_gone
+from .stream import Stream, gathered
 from .worker import Patience, Timeout, Worker
 
 Result = TypeVar("Result")

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.engine import prepared
 from ..tasks.request import Prepared, Task
 from ..text.tokenizer import Tokenizer
 from ..text.vocabulary import Vocabulary
@@ -251,9 +252,9 @@ class Worker:
             Timeout: the time is over.
         """
         check = (patience or self.patience()).check
-        prepared = task.prepare(self.model, self.vocabulary, check)
+        work = prepared(task, self.model, self.vocabulary, check)
         check()
-        return prepared
+        return work
 
     def submit(
         self, work: Prepared[object], listen: Listener, patience: Patience | None = None

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arguments import shown
-from ..diffusion.automaton import Plan, Plans
+from ..diffusion.automaton import Plan
 from ..diffusion.constraints import ANYTHING, Constraint, Listed
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
+from ..diffusion.plans import Plans
 from ..diffusion.prompt_cache import ContextError, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
@@ -293,14 +294,14 @@ def planned_start(plans: Sequence[Plan], vocabulary: Vocabulary, draws: Draws) -
 
 
 def clip_context(
-    model: DiffusionGemma, prompt: list[int], given: list[int]
+    model: DiffusionGemma, prompt: list[int], given: list[int], step: int = 1
 ) -> tuple[list[int], int]:
     """A prompt and the text that the answer begins with, without as many tokens of the text's
-    beginning as do not fit; and how many those are.
+    beginning as do not fit; and how many those are, a multiple of `step`.
 
     Raises:
         ContextError: the prompt alone does not fit.
     """
     remaining = remaining_context(model, prompt) - model.config.canvas_length
-    dropped = max(len(given) - remaining, 0)
+    dropped = min(-(-max(len(given) - remaining, 0) // step) * step, len(given))
     return prompt + given[dropped:], dropped
