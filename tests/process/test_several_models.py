@@ -82,6 +82,8 @@ def test_each_client_asks_for_models_by_name(server: Process) -> None:
         ("/v1/completions", {"prompt": "x"}, ["error", "code"]),
         ("/v1/responses", {"input": "x"}, ["error", "code"]),
         ("/v1/fill", {"template": "{{a}}"}, ["error", "code"]),
+        ("/infill", {"input_prefix": "a", "input_suffix": "b"}, ["error", "code"]),
+        ("/v1/fim/completions", {"prompt": "a", "suffix": "b"}, ["error", "code"]),
         ("/v1/edit", {"text": "a", "instruction": "b"}, ["error", "code"]),
         ("/v1/choose", {"prompt": "a", "labels": ["b", "c"]}, ["error", "code"]),
         ("/v1/messages", {"messages": HELLO, "max_tokens": 9}, ["error", "type"]),
