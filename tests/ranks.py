@@ -41,16 +41,16 @@ def launched(count: int, *command: str | Path) -> "subprocess.CompletedProcess[s
 
 
 def started(
-    count: int, folder: Path, *command: str | Path, **environment: str
+    count: int, folder: Path, *command: str | Path, stdin: int | None = None, **environment: str
 ) -> "list[subprocess.Popen[str]]":
-    """The ranks of a command, which nobody ends but the test."""
+    """The ranks of a command, which nobody ends but the test; rank 0 may have another stdin."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     return [
         subprocess.Popen(
             list(map(str, command)),
             env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), **environment},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if rank or stdin is None else stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..distributed.link import Link
 
 # Commands whose work several ranks divide, and those that they do together with --shard.
-APART = ("generate", "eval")
-TOGETHER = ("generate", "fill", "edit", "choose", "score", "bench")
+APART = ("generate", "eval", "lora")
+TOGETHER = ("generate", "chat", "fill", "edit", "choose", "score", "serve", "bench")
 
 
 # Seconds in which rank 0 will have found a mistake, and characters that another rank says of it.

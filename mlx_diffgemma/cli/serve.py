@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .front import Front, allow_connections
-from .options import Load, with_options
+from .options import with_options
+from .served import Served
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+    from ..server.thread import MlxThread
 
 app = typer.Typer()
 
@@ -69,7 +73,7 @@ class Bounds:
 @with_options
 def serve(
     *,
-    load: Load,
+    load: Served,
     reach: Reach,
     bounds: Bounds,
     front: Front,
@@ -89,23 +93,11 @@ def serve(
     if print_launchd:
         _print_agent()
         return
-    from ..checkpoint.files import aliases_of, name_of
-    from ..server.worker import Worker
-
     _check_port(reach.host, reach.port)
-    load.introduce()
-    worker = Worker(
-        load,
-        max_batch=bounds.max_batch,
-        max_queue=bounds.max_queue,
-        timeout=bounds.timeout,
-        cache_bytes=int(bounds.cache_gb * 1e9),
-    )
-    worker.start()
+    thread = _thread(load, bounds)
+    thread.start()
     served = make_app(
-        worker,
-        name=name_of(load.model),
-        aliases=aliases_of(load.model),
+        thread,
         api_key=reach.api_key,
         cors=reach.cors or (),
         loopback=reach.loopback,
@@ -116,11 +108,38 @@ def serve(
     try:
         _run(served, reach)
     finally:
-        worker.stop()
+        thread.stop()
+
+
+def _thread(load: Served, bounds: Bounds) -> "MlxThread":
+    """The thread that answers for one model, which it loads at once, or for several."""
+    from ..checkpoint.files import aliases_of, name_of
+    from ..server.thread import MlxThread
+    from ..server.worker import Resident, Source, Worker
+
+    def worker(source: Source, name: str, aliases: Sequence[str]) -> Worker:
+        return Worker(
+            source,
+            name=name,
+            aliases=aliases,
+            max_batch=bounds.max_batch,
+            max_queue=bounds.max_queue,
+            timeout=bounds.timeout,
+        )
+
+    cache_bytes = int(bounds.cache_gb * 1e9)
+    if not load.models:
+        load.introduce()
+        one = worker(Resident(load), name_of(load.model), aliases_of(load.model))
+        return MlxThread([one], cache_bytes=cache_bytes)
+    memory = load.memory()
+    several = [worker(source, name, also) for name, also, source in load.late(memory)]
+    say(f"Models: {', '.join(each.name for each in several)}; each is loaded when it is asked for.")
+    return MlxThread(several, cache_bytes=cache_bytes, memory=memory, keep_alive=load.seconds)
 
 
 def _stand_before(
-    front: Front, load: Load, reach: Reach, bounds: Bounds, print_launchd: bool
+    front: Front, load: Served, reach: Reach, bounds: Bounds, print_launchd: bool
 ) -> None:
     """Be one address before other servers."""
     addresses = front.addresses(reach.host, reach.port)
@@ -148,7 +167,7 @@ def _stand_before(
     _run(served, reach)
 
 
-def _refuse_what_workers_do(load: Load, bounds: Bounds) -> None:
+def _refuse_what_workers_do(load: Served, bounds: Bounds) -> None:
     """Refuse options of a model, which belong to the workers that have one."""
     given = {**vars(load), **vars(bounds)}
     # A variable of the environment is there for other commands, too.

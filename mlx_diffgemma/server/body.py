@@ -13,11 +13,15 @@ Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 
 
+# Most tokens of an answer that nothing but the context limits: more than any context has.
+UNLIMITED = 1 << 20
+
+
 def _no_limit(given: object) -> object:
-    return None if given == -1 else given
+    return UNLIMITED if given == -1 else given
 
 
-# Most tokens of an answer; -1, which some clients send, says as little as nothing does.
+# Most tokens of an answer; -1, which some clients send, sets no limit.
 Budget = Annotated[Positive | None, BeforeValidator(_no_limit)]
 
 NotBlank = Annotated[str, StringConstraints(min_length=1)]

@@ -21,7 +21,7 @@ from .body import Body, NonNegative, NotBlank, Steps
 from .events import sse
 from .pictures import ImageUrl, Sent, seen
 from .refused import RESPONSES, Refused, stopping
-from .service import Service
+from .service import Models, Service
 from .stream import Lines, begun, draft_event, gathered
 from .worker import Patience
 
@@ -39,6 +39,7 @@ class Piece(Body):
 
 
 class FillBody(Body):
+    model: str | None = None
     template: NotBlank | None = None
     canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
@@ -50,6 +51,7 @@ class FillBody(Body):
 
 
 class EditBody(Body):
+    model: str | None = None
     text: NotBlank
     instruction: NotBlank
     lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
@@ -61,6 +63,7 @@ class EditBody(Body):
 
 
 class ChooseBody(Body):
+    model: str | None = None
     prompt: NotBlank
     images: list[str | ImageUrl] | None = None
     labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
@@ -70,7 +73,7 @@ class ChooseBody(Body):
     draws: Annotated[int, Field(ge=1, le=64)] = 1
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of fills, edits and choices."""
     routes = APIRouter()
 
@@ -78,6 +81,7 @@ def router(service: Service) -> APIRouter:
     async def fill(http: Http, body: FillBody) -> Response:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
+        service = models.answering(body.model)
 
         def task(pictures: Sequence[Picture]) -> Task[object]:
             if body.template is None:
@@ -103,6 +107,7 @@ def router(service: Service) -> APIRouter:
             prompt = _behind(pictures, body.prompt)
             return ChooseRequest(prompt, slots, body.template, body.isolated, body.seed, body.draws)
 
+        service = models.answering(body.model)
         return await _answered(service, http, body, task, choose_facts, _sent(body.images))
 
     @routes.post("/v1/edit", responses=RESPONSES)
@@ -117,6 +122,7 @@ def router(service: Service) -> APIRouter:
             body.seed,
             verify=body.verify or False,
         )
+        service = models.answering(body.model)
         return await _answered(
             service, http, body, lambda _: task, edit_facts, drafts=body.stream_drafts
         )

@@ -8,7 +8,7 @@ from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
 from ..tasks.request import MOST_TOP
 from ..text.tokenizer import Message
-from .body import Body, NonNegative, NotBlank, Positive, Steps
+from .body import UNLIMITED, Body, NonNegative, NotBlank, Positive, Steps
 from .openai import CompletionBody, Continuation, ToolDeclaration, stops
 from .pictures import Sent
 from .refused import Refused
@@ -176,7 +176,7 @@ def _request(body: Asking, messages: list[Message], tools: list[dict[str, Any]])
         raise Refused(400, "top_logprobs goes with logprobs", param="top_logprobs")
     return Request(
         messages,
-        max_tokens=options.num_predict,
+        max_tokens=options.num_predict or UNLIMITED,
         steps=options.steps,
         seed=options.seed,
         stop=stops(None if schema is not None else options.stop, "options.stop"),

@@ -24,17 +24,18 @@ from .ollama_answers import SPOKEN, OllamaReply, failed_line, line, listed, show
 from .openai import infill
 from .openai_answers import InfillReply
 from .refused import RESPONSES, Refused, stopping
-from .service import Service
+from .service import Models, Service
 from .stream import Lines, Stream, begun, gathered
 from .worker import Patience
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of Ollama's API."""
     routes = APIRouter()
 
     @routes.post("/api/chat", responses=RESPONSES)
     async def chat(http: Http, body: ChatBody) -> Response:
+        service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=True)
         if body.is_empty:
             return _one(service, body, reply.nothing(body.keep_alive))
@@ -43,6 +44,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/api/generate", responses=RESPONSES)
     async def generate(http: Http, body: GenerateBody) -> Response:
+        service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=False)
         work: Prepared[object]
         if body.is_empty:
@@ -59,25 +61,31 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return {"models": [listed(service.facts)]}
+        return {"models": [listed(each.facts) for each in models.services]}
 
     @routes.get("/api/ps")
     async def running() -> dict[str, Any]:
-        facts = service.facts
-        return {"models": [{**listed(facts), "context_length": facts["context_length"]}]}
+        loaded = [each.facts for each in models.services if each.worker.loaded]
+        length = "context_length"
+        return {"models": [{**listed(facts), length: facts[length]} for facts in loaded]}
 
     @routes.post("/api/show", responses=RESPONSES)
     async def show(body: ShowBody) -> dict[str, Any]:
-        name = body.model or body.name
+        name = _named(body.model or body.name)
         if not name:
             raise Refused(400, "model: it is missing", param="model")
-        return shown(service.find(name.removesuffix(":latest")))
+        return shown(models.find(name).facts)
 
     @routes.get("/api/version")
     async def version() -> dict[str, Any]:
         return {"version": SPOKEN}
 
     return routes
+
+
+def _named(name: str | None) -> str | None:
+    """Give the name of a model without the tag that clients add to it."""
+    return None if name is None else name.removesuffix(":latest")
 
 
 def _reply(service: Service, body: Asking, *, chat: bool) -> OllamaReply:

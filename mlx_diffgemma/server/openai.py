@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..diffusion.guards import OFF, Guards
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.engine import reseeded
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
@@ -16,7 +17,16 @@ from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
-from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .body import (
+    MOST_NAME_CHARACTERS,
+    UNLIMITED,
+    Body,
+    Budget,
+    NonNegative,
+    NotBlank,
+    Positive,
+    Steps,
+)
 from .forced import forced_call
 from .json_body import JsonError, read_json
 from .pictures import ImageUrl, Sent, has_picture
@@ -284,7 +294,7 @@ def chat_request(body: ChatBody) -> Request:
         thinking = body.reasoning_effort not in (None, "none", "minimal")
     return Request(
         messages_of(body),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=body.max_completion_tokens or body.max_tokens or UNLIMITED,
         steps=body.steps,
         enable_thinking=thinking and schema is None,
         schema=schema,
@@ -312,7 +322,7 @@ def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer
     """Repeat an answer with other seeds; it is encoded once."""
     assert isinstance(work, Answer)
     seeds = [None if seed is None else seed + i for i in range(count)]
-    return [replace(work, seed=each) for each in seeds]
+    return [reseeded(work, each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None, name: str = "stop") -> tuple[str, ...]:

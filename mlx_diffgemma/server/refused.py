@@ -1,11 +1,14 @@
 """Tells errors in the form that a route's clients can read; OpenAI's, unless it is another's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
+
+if TYPE_CHECKING:  # what stands before workers imports no MLX
+    from ..diffusion.prompt_cache import ContextError
 
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
@@ -23,11 +26,12 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "refused"),
         (401, "no key"),
         (403, "another host, or a page of another origin"),
+        (404, "no such model"),
         (408, "the body came too slowly"),
         (413, "too large"),
         (415, "not JSON"),
         (429, "busy"),
-        (503, "stopping"),
+        (503, "stopping, or the model cannot be loaded"),
         (504, "too slow"),
     )
 }
@@ -41,6 +45,18 @@ class Refused(Exception):
     ):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+
+
+def beyond_context(error: "ContextError", path: str) -> Refused:
+    """Refuse a prompt that does not fit, as the route's clients know it.
+
+    Anthropic's tell it by this sentence alone: coding agents then shorten what was said, and
+    without it ask the same again.
+    """
+    said = str(error)
+    if path.startswith("/v1/messages") and error.tokens is not None:
+        said = f"prompt is too long: {error.tokens} tokens > {error.most} maximum"
+    return Refused(400, said, "context_length_exceeded")
 
 
 def stopping() -> Refused:

@@ -17,7 +17,7 @@ from ..text.tokenizer import Tokenizer
 from .events import failed_event, sse
 from .leaving import unless_gone
 from .refused import Refused
-from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
+from .worker import Busy, NotLoaded, Patience, Stopped, Ticket, Timeout, Worker
 
 
 class Stream:
@@ -85,6 +85,8 @@ def _refused(error: Exception) -> Refused:
             return Refused(504, str(error), "timeout")
         case Stopped():
             return Refused(503, str(error), "stopping")
+        case NotLoaded():
+            return Refused(503, str(error), "model_not_loaded")
         case ContextError():
             return Refused(400, str(error), "context_length_exceeded")
         case Error():

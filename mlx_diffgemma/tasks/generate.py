@@ -154,15 +154,19 @@ def decode_tokens(
     generated: list[int] = []
     while True:
         attempts: list[Candidate] = []
+        states: list[DenoisingState] = []
         forbidden: Constraint | None = None
         while True:
             state = yield from write(generated, forbidden, min(budget, remaining))
+            states.append(state)
             attempts.append(_candidate(state, config, budget))
             verdict = judge(generated, attempts)
             if isinstance(verdict, Commit):
                 break
             forbidden = verdict.constraint
             yield verdict
+        if (taken := _taken(verdict.tokens, attempts)) < len(attempts) - 1:
+            yield replace(states[taken], decoded=0)  # the last that is told is what is committed
         tokens = verdict.tokens[:budget]
         budget -= len(tokens)
         remaining -= len(tokens)
@@ -217,6 +221,14 @@ def _reason(
     if not converged:
         return "not_converged"
     return "stop" if ends else "length"
+
+
+def _taken(tokens: Sequence[int], attempts: Sequence[Candidate]) -> int:
+    """The number of the newest attempt that these tokens are of; what belongs to none is the
+    last's, with a token that a guard has put."""
+    last = len(attempts) - 1
+    of = (i for i in range(last, -1, -1) if attempts[i].tokens[: len(tokens)] == tuple(tokens))
+    return next(of, last)
 
 
 def _candidate(state: DenoisingState, config: GenerationConfig, budget: int) -> Candidate:

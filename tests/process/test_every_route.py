@@ -10,9 +10,11 @@ from servers import Server, fronting, serving, writing
 
 from mlx_diffgemma.server.app import make_app
 
-NO_MODEL: Any = SimpleNamespace(model=SimpleNamespace(sight=None))
+NO_MODEL: Any = SimpleNamespace(name="x", aliases=(), model=SimpleNamespace(sight=None))
 
-DOCUMENT = make_app(NO_MODEL, name="tiny").openapi()
+NO_THREAD: Any = SimpleNamespace(workers=[NO_MODEL])
+
+DOCUMENT = make_app(NO_THREAD).openapi()
 
 ROUTES = [
     (method.upper(), path.replace("{name}", "tiny").replace("{identity}", "resp_1"))

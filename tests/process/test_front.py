@@ -308,9 +308,20 @@ def test_all_full_is_429() -> None:
         reply = server.post(CHAT, {})
         assert "busy" in told(reply, 429)
         assert int(reply.headers["retry-after"]) > 0
-        workers[0].handle = lambda made, path, body: made.sendall(written(503, {}))
-        workers[1].handle = fine
-        assert [server.post(CHAT, {}).status_code for _ in range(2)] == [200] * 2
+
+
+def test_who_cannot_is_asked_once_and_others_are() -> None:
+    """A server that stops, or has no memory for a model; if that holds for all, it is told."""
+
+    def cannot(made: socket.socket, path: str, body: bytes) -> None:
+        made.sendall(written(503, {"error": {"message": "no memory for it"}}))
+
+    with fakes(cannot, fine) as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        assert [server.post(CHAT, {}).status_code for _ in range(4)] == [200] * 4
+        workers[1].handle = cannot
+        assert told(server.post(CHAT, {}), 503) == "no memory for it"
+        assert healthy(server) == 2
 
 
 def test_more_than_all_have_room_for_is_not_sent_on() -> None:
@@ -329,6 +340,28 @@ def test_more_than_all_have_room_for_is_not_sent_on() -> None:
         ends.set()
         assert sorted(each.result().status_code for each in replies) == [429] + [502] * 4
         assert len(worker.asked) == 4
+
+
+def test_what_is_too_long_for_one_memory_goes_to_a_larger_one() -> None:
+    """A context follows from what is free. Other mistakes are told by whoever is asked first."""
+
+    def short(made: socket.socket, path: str, body: bytes) -> None:
+        made.sendall(written(400, {"error": {"message": "too long"}}))
+
+    with fakes(short, fine) as workers:
+        workers[1].facts["/v1/models"] = {"data": [{**MODEL, "context_length": 999}]}
+        with fronting(*(each.address for each in workers)) as server:
+            wait_until(lambda: healthy(server) == 2)
+            assert [server.post(CHAT, {}).status_code for _ in range(2)] == [200] * 2
+            assert [len(each.asked) for each in workers] == [2, 2]
+            workers[1].handle = busy
+            assert "busy" in told(server.post(CHAT, {}), 429)
+            workers[1].handle = short
+            assert told(server.post(CHAT, {}), 400) == "too long"
+            asked = len(workers[0].asked)
+            httpx.get(f"{server.url}/v1/models/x")
+            httpx.get(f"{server.url}/v1/models/x")
+            assert len(workers[0].asked) == asked
 
 
 # Workers that are none, or others ---------------------------------------------------------------
@@ -354,7 +387,7 @@ LIKE_OURS = {**MODEL, "id": "other\x1b[2J"}
         ("/v1/models", {"data": [5]}, "none of our servers"),
         ("/v1/models", written(401, {}), "wants another key"),
         ("/v1/models", {"data": [LIKE_OURS]}, "it serves other"),
-        ("/v1/models", {"data": [{**MODEL, "context_length": 99}]}, "it serves tiny (context 99"),
+        ("/v1/models", {"data": [{**MODEL, "canvas_length": 99}]}, "it serves tiny (canvas 99"),
         ("/v1/models", {"data": [MODEL, MODEL]}, "it serves tiny"),
     ],
 )

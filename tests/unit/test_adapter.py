@@ -154,13 +154,28 @@ def test_some_layers_have_no_map_that_others_have() -> None:
     add_adapter(model, AdapterConfig(num_layers=1))
     assert len(trained(model)) == 2 * 6
     with pytest.raises(SettingError, match="none of them is in the last 1 layers"):
-        add_adapter(model, AdapterConfig(num_layers=1, keys=("self_attn.v_proj",)))
+        add_adapter(
+            untrained(64, 8, windows=(8, None), width=64),
+            AdapterConfig(num_layers=1, keys=("self_attn.v_proj",)),
+        )
+
+
+def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
+    """It was said that the layers have no map of that name: each was an adapted one by then."""
+    model = written(tmp_path, AdapterConfig())
+    for add in (
+        lambda: add_adapter(model, AdapterConfig()),
+        lambda: load_adapter(model, tmp_path),
+    ):
+        with pytest.raises(SettingError, match=r"has an adapter in place \(LoRA .* load it"):
+            add()
 
 
 def test_full_training_takes_all_or_the_last_blocks() -> None:
     model = random_model()
     add_adapter(model, AdapterConfig("full"))
     assert trained(model).keys() == dict(tree_flatten(model.parameters())).keys()
+    model = random_model()
     add_adapter(model, AdapterConfig("full", num_layers=1))
     assert all(name.startswith("model.decoder.layers.2.") for name in trained(model))
 

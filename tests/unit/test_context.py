@@ -209,6 +209,12 @@ def test_contexts_of_earlier_prompts_are_kept_within_bounds(
     monkeypatch.setattr(module, "MOST_CACHES", 1)
     kept.give(kept.take([9]))
     assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 0
+    # What begins alike and goes on otherwise, as prompts that declare other tools, was read whole
+    # each time: nothing was left to go back to.
+    for last, saved in ((5, 0), (6, 0), (7, 290)):
+        other = kept.take([1] * 290 + [last] * 20)
+        assert other.read([1] * 290 + [last] * 20) == 310 - saved
+        kept.give(other)
     none = PrefixCache(MODEL, 0)
     none.give(first)
     assert none.nbytes == 0

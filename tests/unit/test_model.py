@@ -27,15 +27,9 @@ from mlx_diffgemma.model import layers
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.config import Config, ConfigError, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.model.layers import (
-    Attention,
-    ExpertLinear,
-    Experts,
-    MergedLinear,
-    Router,
-    attention,
-    scale_and_rotate,
-)
+from mlx_diffgemma.model.feed_forward import ExpertLinear, Experts, Router
+from mlx_diffgemma.model.layers import Attention, attention, scale_and_rotate
+from mlx_diffgemma.model.merged import MergedLinear
 
 CONFIG = json.loads((SUDOKU / "config.json").read_text())
 PROMPT = random.Random(0).choices(range(128), k=90)

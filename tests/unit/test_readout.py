@@ -14,10 +14,11 @@ from slow import best_canvas, entropy, soft_embedding
 
 from mlx_diffgemma import DiffusionGemma
 from mlx_diffgemma.diffusion import constraints, draws, head, whole
-from mlx_diffgemma.diffusion.automaton import Concat, Plans, Tokens, compile_pattern
+from mlx_diffgemma.diffusion.automaton import Concat, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ANYTHING, NEVER, Constraint, ForbidFirst
 from mlx_diffgemma.diffusion.draws import SeededDraws
 from mlx_diffgemma.diffusion.head import Readout, log_probability, read_out
+from mlx_diffgemma.diffusion.plans import Plans
 
 VOCAB = 107  # not a whole number of sub-blocks of 16
 LENGTH = 3

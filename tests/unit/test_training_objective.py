@@ -198,6 +198,8 @@ def test_a_batch_is_its_rows_one_by_one() -> None:
             tokens=batch.tokens[row : row + 1, :length],
             canvas=batch.canvas[row : row + 1],
             target=batch.target[row : row + 1],
+            positions=batch.supervised[row],
+            pairs=length - 1,
             **{
                 name: getattr(batch, name)[row : row + 1]
                 for name in ("lengths", "prefixes", "supervised", "conditioned", "levels")
