@@ -14,7 +14,7 @@ from .backends import PLACES, QUEUE, UNSEEN, Backend, Backends
 LOOK_EVERY, LOOK_SECONDS = 1.0, 3.0
 
 # Looks in turn that a worker may not answer before it is left out: its machine may be busy.
-MISSES = 2
+MISSES = 3
 
 # Seconds without a word from a worker after which what it had under way is given up.
 SILENT_SECONDS = 30
@@ -76,7 +76,7 @@ class Lookout:
             self._backends.leave_out(backend, str(error))
         except (TimeoutError, httpx.ConnectTimeout):
             backend.misses += 1
-            if backend.misses >= MISSES or backend.out is not None:
+            if backend.out is not None or self._is_late(backend):
                 self._backends.leave_out(backend, "it does not answer in time")
         except httpx.ConnectError:
             self._backends.leave_out(backend, "it cannot be connected to")
@@ -84,8 +84,16 @@ class Lookout:
             self._backends.leave_out(backend, "it does not answer as a server does")
         except Exception as error:  # of a defect: whoever looks goes on looking
             self._backends.leave_out(backend, f"it cannot be asked ({type(error).__name__})")
-        if time.monotonic() - backend.heard > SILENT_SECONDS:
+        if self._is_silent(backend):
             backend.give_up()
+
+    def _is_silent(self, backend: Backend) -> bool:
+        return time.monotonic() - backend.heard > SILENT_SECONDS
+
+    def _is_late(self, backend: Backend) -> bool:
+        """Say whether a worker is to be left out; where all are slow, the last one is not."""
+        others = any(each is not backend for each in self._backends.there)
+        return self._is_silent(backend) or (others and backend.misses >= MISSES)
 
     async def _look(self, backend: Backend) -> None:
         """Take what a worker says of itself, and let it in.

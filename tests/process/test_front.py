@@ -284,6 +284,22 @@ def test_a_worker_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch)
             assert "is lost" in reply.text
 
 
+def test_where_all_are_slow_one_is_still_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred clients at once made both too slow to say that they are there: all got 503."""
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lookout, "LOOK_EVERY", 0.01)
+    with fakes(fine, fine) as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        for each in workers:
+            each.delay = 0.3
+        wait_until(lambda: healthy(server) == 1)
+        time.sleep(0.5)
+        assert server.post(CHAT, {}).status_code == 200
+        for each in workers:
+            each.delay = 0
+        wait_until(lambda: healthy(server) == 2)
+
+
 def test_a_worker_that_drips_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that says it is well, and never answers."""
     monkeypatch.setattr(proxy, "GRACE_SECONDS", 0)
