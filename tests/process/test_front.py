@@ -338,6 +338,9 @@ def test_who_cannot_is_asked_once_and_others_are() -> None:
         workers[1].handle = cannot
         assert told(server.post(CHAT, {}), 503) == "no memory for it"
         assert healthy(server) == 2
+        workers[0].stop()
+        wait_until(lambda: healthy(server) == 1)
+        assert told(server.post(CHAT, {}), 503) == "no memory for it"
 
 
 def test_more_than_all_have_room_for_is_not_sent_on() -> None:
