@@ -35,7 +35,7 @@ from .files import (
 from .fit import Fit, TooLarge, fit, free_memory, read_size
 from .info import config_of, info_of
 from .quantization import quantization_of
-from .slices import cut_of, read_part
+from .slices import cut_of, cut_of_parameter, read_part
 from .vision import sight_of
 from .weights import DType, check_parameters, read_weights, sentence
 
@@ -102,17 +102,9 @@ def load(
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
 
-    def beside_tower() -> int:
-        return fit(found, memory - table, pictures=True).context
-
-    model.sight = sight_of(headers, dtype, beside_tower)
+    _let_see(model, headers, dtype, lambda: fit(found, memory - table, pictures=True).context)
     if share.size > 1:
         model.identity = fingerprint(model)
-        if model.sight is not None:
-            context = _beside_tower(share, beside_tower)
-            model.sight = sight_of(headers, dtype, context)
-            with suppress(TooLarge):
-                model.context = min(model.context, context())
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
@@ -218,6 +210,19 @@ def _in_all(share: Share, decided: Fit) -> Fit:
     return Fit(context, bool(keep_table))
 
 
+def _let_see(
+    model: DiffusionGemma, headers: Headers, dtype: DType | None, context: Callable[[], int]
+) -> None:
+    """Give a model its way to see, if it has one; ranks that share it leave room from the start."""
+    model.sight = sight_of(headers, dtype, context)
+    if model.sight is None or model.part.share.size == 1:
+        return
+    agreed = _beside_tower(model.part.share, context)
+    model.sight = sight_of(headers, dtype, agreed)
+    with suppress(TooLarge):
+        model.context = min(model.context, agreed())
+
+
 def _beside_tower(share: Share, context: Callable[[], int]) -> Callable[[], int]:
     """Tokens of context beside the tower in the memory of each rank, found at once: later it might
     change, or be refused, while the other ranks are elsewhere."""
@@ -269,7 +274,7 @@ def lazy_model(
         model = build_model(headers.config, generation, set(tensors), part)
         cuts = {name: cut_of(name, part, model.config) for name in tensors}
         weights = sanitize(read_part(tensors, cuts, dtype))
-        model.cut = partial(cut_of, part=part, config=model.config)
+        model.cut = partial(cut_of_parameter, part=part, config=model.config)
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:

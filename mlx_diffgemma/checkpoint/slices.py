@@ -34,6 +34,9 @@ _TERM = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _TERMS = {("lora_a", COLUMNS): -2, ("lora_b", ROWS): -1, ("m", ROWS): -1}
 _EXPERT_TERMS = {("lora_a", COLUMNS): -1, ("lora_b", ROWS): -2}
 
+# What adapters put around a map: one module, or one for each side of the model.
+_AROUND = re.compile(r"(?<=_proj)(?:\.linear|\.encoder|\.decoder)+(?=\.)")
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -114,6 +117,11 @@ def cut_of_term(name: str, part: ModelPart, config: Config) -> Cut | None:
         return None
     axis = (_EXPERT_TERMS if ".experts." in name else _TERMS).get((found[2], cut.axis))
     return None if axis is None else replace(cut, axis=axis)
+
+
+def cut_of_parameter(name: str, part: ModelPart, config: Config) -> Cut | None:
+    """The same by a parameter's name in a model, where modules of an adapter stand around a map."""
+    return cut_of_term(_AROUND.sub("", name), part, config)
 
 
 def _gated(leaf: str, own: range, width: int) -> Cut | None:

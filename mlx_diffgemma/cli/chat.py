@@ -258,7 +258,7 @@ class Chat:
             finally:
                 events.close()
             screen.end()
-            if done is None and deaf():
+            if interrupts.stopped and deaf():
                 raise Leave
             if done is None:
                 screen.note("Stopped; /retry answers again, /quit leaves.")

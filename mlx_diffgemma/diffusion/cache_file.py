@@ -300,7 +300,13 @@ def fingerprint(model: DiffusionGemma) -> str:
     An adapter's are among them; its factor is no parameter, and is said beside them. Ranks that
     have parts of a model must call it at once, and all find what one finds that has the whole.
     """
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    parameters = {
+        # Modules of an adapter stand around a map, in parts of a model others than in the whole.
+        name.replace(".linear", ""): array
+        for name, array in named.items()
+        if not name.endswith((".factors", ".m"))
+    }
     heads = {name: _head(array, model.cut(name)) for name, array in sorted(parameters.items())}
     packed = mx.concatenate([head for _, head in heads.values()])
     if (group := model.part.share.group) is not None:

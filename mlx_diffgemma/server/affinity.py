@@ -30,13 +30,13 @@ _MESSAGES = {
 }
 _BEFORE = ("model", "system", "instructions", "tools")
 
-# Routes whose prompt is one text.
+# Routes whose prompt is one text, and its field.
 _TEXTS = {
     "/v1/completions": "prompt",
-    "/v1/fim/completions": "prompt",
-    "/infill": "input_prefix",
     "/v1/responses": "input",
     "/api/generate": "prompt",
+    "/v1/fim/completions": "prompt",
+    "/infill": "input_prefix",
     "/v1/fill": "prompt",
     "/v1/choose": "prompt",
 }

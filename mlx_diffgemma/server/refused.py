@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 
-if TYPE_CHECKING:  # what stands before workers imports no MLX
+if TYPE_CHECKING:  # what stands before several servers imports no MLX
     from ..diffusion.prompt_cache import ContextError
 
 # Seconds that a refused client is asked to wait.
@@ -26,7 +26,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "refused"),
         (401, "no key"),
         (403, "another host, or a page of another origin"),
-        (404, "no such model"),
+        (404, "nothing has this name"),
         (408, "the body came too slowly"),
         (413, "too large"),
         (415, "not JSON"),
@@ -35,6 +35,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (504, "too slow"),
     )
 }
+
+
+def streamed(media: str = "text/event-stream") -> dict[int | str, dict[str, Any]]:
+    """Give what a route may answer that streams where it is asked to, for the document."""
+    return {**RESPONSES, 200: {"content": {media: {}}}}
 
 
 class Refused(Exception):

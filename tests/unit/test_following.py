@@ -30,11 +30,16 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.distributed import others
 from mlx_diffgemma.distributed.launch import LaunchError
+from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.model.placeholders import LostPicture
+from mlx_diffgemma.model.sight import Sight
+from mlx_diffgemma.model.vision import Vision
 from mlx_diffgemma.tasks import following
 from mlx_diffgemma.tasks.engine import Engine, prepared, reseeded
 from mlx_diffgemma.tasks.together import Elsewhere
 from mlx_diffgemma.text.vocabulary import Vocabulary
 
+VISION = SUDOKU.parent / "tiny_vision"
 SETTINGS: Any = {"steps": 2, "max_tokens": 60, "prefill_chunk": 8}
 
 
@@ -87,6 +92,58 @@ def test_a_conversation_of_ranks_is_one_of_one(tmp_path: Path, size: int) -> Non
     session = ChatSession.load(tmp_path / "ranks" / "saved", *alone)
     session.settings |= SETTINGS
     assert texts(session.stream("6.", seed=6)) == wanted[-1][0] == wanted[-3][0]
+
+
+def converse_on_a_picture(model: DiffusionGemma, tokenizer: Tokenizer, file: Path) -> list[str]:
+    """A picture in a turn, in a file, without pixels where they are wanted, then in an engine."""
+    session = ChatSession(model, tokenizer, steps=2, max_tokens=64)
+    shown = {"type": "image", "image": VISION / "pictures.png"}
+    asked = "How many circles are there?"
+    found = [texts(session.stream([shown, {"type": "text", "text": asked}], seed=1))]
+    session.save(file)
+    session.restore(file)
+    found.append(texts(session.stream("And squares?", seed=1)))
+    session.system = "Count."
+    with pytest.raises(LostPicture):
+        texts(session.stream("And squares?", seed=1))
+    session.system = None
+    session.undo()
+    found.append(texts(session.stream("And triangles?", seed=1)))
+    part = {"type": "image", "image": session.show(shown["image"])}
+    message = {"role": "user", "content": [part, {"type": "text", "text": asked}]}
+    request = Request([message], steps=2, max_tokens=64, seed=3)
+    work = prepared(request, model, Vocabulary(model, tokenizer), lambda: None)
+    engine = Engine[Any](model, 10**8)
+    return [*found, *served(engine, work), *served(engine, work)]
+
+
+def test_ranks_look_at_the_same_pictures(tmp_path: Path) -> None:
+    """A token that knows its picture could not be told to other ranks."""
+    with leading(VISION, 1) as alone:
+        wanted = converse_on_a_picture(*alone, tmp_path / "one")
+    with leading(VISION, 2) as part:
+        assert converse_on_a_picture(*part, tmp_path / "ranks") == wanted
+
+
+def blind(model: DiffusionGemma, rank: int) -> None:
+    """Make a rank fail to load its tower."""
+
+    def load() -> Vision:
+        raise CheckpointError("no tower")
+
+    assert model.sight is not None
+    if rank:
+        model.sight = Sight({}, load, lambda: 4096)
+
+
+def test_a_picture_that_one_rank_cannot_see_is_seen_by_none() -> None:
+    with leading(VISION, 2, blind) as part:
+        session = ChatSession(*part, steps=1, max_tokens=9)
+        shown = {"type": "image", "image": VISION / "pictures.png"}
+        with pytest.raises(LaunchError, match="1 of the ranks cannot see a picture"):
+            texts(session.stream([shown], seed=1))
+        texts(session.stream("How many?", seed=1))
+        assert [each["role"] for each in session.messages] == ["user", "assistant"]
 
 
 def test_what_goes_wrong_with_a_file_stops_no_rank(

@@ -25,6 +25,7 @@ from mlx_diffgemma.checkpoint.adapter import (
 from mlx_diffgemma.checkpoint.files import read_headers
 from mlx_diffgemma.checkpoint.info import info_of
 from mlx_diffgemma.checkpoint.load import model_of, part_of
+from mlx_diffgemma.diffusion import cache_file
 from mlx_diffgemma.distributed.share import ALONE, Share
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.model.adapters import ScaledRows, SidedLinear
@@ -112,10 +113,17 @@ def test_ranks_give_what_one_gives(
     model = write_model(tmp_path / "model", packed)
     adapter = tmp_path / "adapter"
     made = pefts(adapter, model) if config is None else ours(adapter, model, config)
-    wanted = states(loaded(model, made, ALONE))
+    alone = loaded(model, made, ALONE)
+    wanted, identity = states(alone), cache_file.fingerprint(alone)
     assert np.abs(wanted - states(model_of(read_headers(model), "float32"))).max() > 0.1
-    for found in on_all(size, lambda share: states(loaded(model, made, share)))[0]:
+
+    def run(share: Share) -> tuple[np.ndarray, str]:
+        part = loaded(model, made, share)
+        return states(part), cache_file.fingerprint(part)
+
+    for found, whose in on_all(size, run)[0]:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        assert whose == identity  # so what one has saved, the others can go on with
 
 
 def held(model: DiffusionGemma) -> int:
