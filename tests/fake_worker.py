@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -50,6 +51,7 @@ class Fake:
         self.asked: list[tuple[str, bytes]] = []
         self.heads: list[bytes] = []
         self.facts: dict[str, Any] = {"/health": HEALTH, "/v1/models": {"data": [MODEL]}}
+        self.delay = 0.0  # seconds before it says of itself
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
@@ -77,6 +79,7 @@ class Fake:
                 body += made.recv(1 << 16)
             path = first.split()[1].decode()
             if path in self.facts:
+                time.sleep(self.delay)
                 facts = self.facts[path]
                 made.sendall(facts if isinstance(facts, bytes) else written(200, facts))
                 return

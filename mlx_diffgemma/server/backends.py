@@ -56,6 +56,7 @@ class Backend:
         out: why it gets no requests; None if it does.
         places: requests that it answers side by side.
         queue: requests that may wait there.
+        context: tokens of its context, of all its models; less memory has fewer.
         begun: when it was last given a request, on the monotonic clock.
         heard: when it last said anything.
         misses: looks in turn that it did not answer.
@@ -67,6 +68,7 @@ class Backend:
     out: str | None = UNSEEN
     places: int = PLACES
     queue: int = QUEUE
+    context: int = 0
     begun: float = 0
     heard: float = field(default_factory=time.monotonic)
     misses: int = 0

@@ -14,13 +14,16 @@ from .backends import PLACES, QUEUE, UNSEEN, Backend, Backends
 LOOK_EVERY, LOOK_SECONDS = 1.0, 3.0
 
 # Looks in turn that a worker may not answer before it is left out: its machine may be busy.
-MISSES = 2
+MISSES = 3
 
 # Seconds without a word from a worker after which what it had under way is given up.
 SILENT_SECONDS = 30
 
 # Bytes of what a worker says of itself.
 MOST_FACTS = 1 << 20
+
+# Models of a worker.
+MOST_MODELS = 1000
 
 FOREIGN = "it is none of our servers, or too old"
 
@@ -73,7 +76,7 @@ class Lookout:
             self._backends.leave_out(backend, str(error))
         except (TimeoutError, httpx.ConnectTimeout):
             backend.misses += 1
-            if backend.misses >= MISSES or backend.out is not None:
+            if backend.out is not None or self._is_late(backend):
                 self._backends.leave_out(backend, "it does not answer in time")
         except httpx.ConnectError:
             self._backends.leave_out(backend, "it cannot be connected to")
@@ -81,8 +84,16 @@ class Lookout:
             self._backends.leave_out(backend, "it does not answer as a server does")
         except Exception as error:  # of a defect: whoever looks goes on looking
             self._backends.leave_out(backend, f"it cannot be asked ({type(error).__name__})")
-        if time.monotonic() - backend.heard > SILENT_SECONDS:
+        if self._is_silent(backend):
             backend.give_up()
+
+    def _is_silent(self, backend: Backend) -> bool:
+        return time.monotonic() - backend.heard > SILENT_SECONDS
+
+    def _is_late(self, backend: Backend) -> bool:
+        """Say whether a worker is to be left out; where all are slow, the last one is not."""
+        others = any(each is not backend for each in self._backends.there)
+        return self._is_silent(backend) or (others and backend.misses >= MISSES)
 
     async def _look(self, backend: Backend) -> None:
         """Take what a worker says of itself, and let it in.
@@ -106,14 +117,18 @@ class Lookout:
         status, given = await self._facts(backend, "/v1/models")
         if status == 401:
             raise Unanswered("it wants another key (--api-key)")
-        model = _models(given) if status == 200 else None
-        if model is None:
+        models: Any = given.get("data")
+        if status != 200 or not _are_models(models):
             raise Unanswered(FOREIGN)
+        model = sorted(f"{each['id']!s:.200} (canvas {each['canvas_length']})" for each in models)
         if not self._backends.there:
             self._model = model
         if model != self._model:
-            raise Unanswered(f"it serves {_named(model)}, and the others {_named(self._model)}")
-        self._backends.let_in(backend, f"{_named(model)}, {backend.places} at a time")
+            told = f"it serves {', '.join(model)}, and the others {', '.join(self._model)}"
+            raise Unanswered(told)
+        backend.context = sum(each["context_length"] for each in models)
+        told = f"{', '.join(model)}, context {backend.context}, {backend.places} at a time"
+        self._backends.let_in(backend, told)
 
     async def _facts(self, backend: Backend, path: str) -> tuple[int, dict[str, Any]]:
         """Ask for a small object.
@@ -142,16 +157,16 @@ def _count(given: Any, otherwise: int) -> int:
     return given if isinstance(given, int) and 0 < given < 1 << 20 else otherwise
 
 
-def _models(given: dict[str, Any]) -> list[tuple[str, ...]] | None:
-    """Name, context and canvas of each model that a worker serves; None if it says nothing."""
-    data = given.get("data")
-    if not isinstance(data, list) or not data or not all(isinstance(each, dict) for each in data):
-        return None
-    names = ("id", "context_length", "canvas_length")
-    return sorted(tuple(str(each.get(name))[:200] for name in names) for each in data[:100])
-
-
-def _named(models: list[tuple[str, ...]]) -> str:
-    return ", ".join(
-        f"{name} (context {context}, canvas {canvas})" for name, context, canvas in models[:8]
+def _are_models(given: Any) -> bool:
+    """Say whether a worker tells what it serves."""
+    return (
+        isinstance(given, list)
+        and 0 < len(given) <= MOST_MODELS
+        and all(
+            isinstance(each, dict)
+            and {"id", "canvas_length", "context_length"} <= each.keys()
+            and isinstance(each["context_length"], int)
+            and isinstance(each["canvas_length"], int)
+            for each in given
+        )
     )

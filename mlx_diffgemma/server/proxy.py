@@ -35,6 +35,9 @@ _QUERY = "!$%&'()*+,/:;=?@"
 # Where responses are found by their ids, which only the worker that has written one knows.
 _RESPONSES = "/v1/responses/"
 
+# Routes that say what a model is.
+_MODELS = ("/v1/models", "/api/show", "/api/ps")
+
 _IDENTITY = re.compile(r"[\w-]{1,100}")
 
 
@@ -75,19 +78,31 @@ class Proxy:
             raise Refused(404, "Not Found")
         beginnings = await self._beginnings(path, body)
         left = await self._who_may(path, beginnings)
+        unable: Response | None = None
         while True:
             try:
                 backend = self.backends.choose(beginnings, left)
-            except Refused:
+            except Refused as error:
+                if unable is not None and (unable.status_code == 503 or error.status != 429):
+                    return unable
                 self.counters.refused += 1
                 raise
-            left = [each for each in left if each is not backend]
             response = await self._by(backend, http, body, beginnings)
-            if response is not None:
+            left = self._left([each for each in left if each is not backend], backend, response)
+            if response is not None and (not left or response.status_code not in (400, 503)):
                 return response
+            unable = response or unable
             self.counters.tried_again += 1
-            if not left and backend.out is not None:  # what it kept is gone: others can say so
-                left = [each for each in self.backends.all if each is not backend]
+
+    def _left(
+        self, left: list[Backend], backend: Backend, response: Response | None
+    ) -> Sequence[Backend]:
+        """Give those of `left` who may do what a worker did not."""
+        if response is not None and response.status_code == 400:  # it may be too long for that one
+            return [each for each in left if each.context > backend.context]
+        if not left and backend.out is not None:  # what it kept is gone: others can say so
+            return [each for each in self.backends.all if each is not backend]
+        return left
 
     async def _by(
         self, backend: Backend, http: Http, body: bytes, beginnings: Beginnings
@@ -101,8 +116,10 @@ class Proxy:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(exchange.close)
             reply = await exchange.begin(body)
-            if reply is None or self._is_elsewheres(backend, reply.status_code):
+            if reply is None or self._is_full(backend, reply.status_code):
                 return None
+            if reply.status_code == 503:  # it stops, or cannot load this model: it will say
+                backend.look.set()
             if reply.status_code == 200:
                 self.backends.note(beginnings, backend)
             response = await exchange.answer(reply)
@@ -120,9 +137,15 @@ class Proxy:
             return await asyncio.to_thread(beginnings_of, path, body)
 
     async def _who_may(self, path: str, beginnings: Beginnings) -> Sequence[Backend]:
-        """Find the worker that keeps the response in question; all may where nobody does."""
+        """Find the worker that keeps the response in question; all may where nobody does.
+
+        What a model is tells who has most memory for its context, as that one gets what is long.
+        """
         asked = path.removeprefix(_RESPONSES) if path.startswith(_RESPONSES) else None
         identity, there = asked or beginnings.previous, self.backends.there
+        if there and path.startswith(_MODELS):
+            most = max(each.context for each in there)
+            return [each for each in there if each.context == most]
         if identity is None or not _IDENTITY.fullmatch(identity) or len(there) < 2:
             return self.backends.all
         keeps = await asyncio.gather(*(self._keeps(each, identity) for each in there))
@@ -136,13 +159,11 @@ class Proxy:
         except (TimeoutError, httpx.HTTPError):
             return False
 
-    def _is_elsewheres(self, backend: Backend, status: int) -> bool:
-        """Say whether another worker is to be asked; leave this one out if it cannot answer."""
+    def _is_full(self, backend: Backend, status: int) -> bool:
+        """Say whether a worker has taken nothing; leave it out if it does not know us."""
         if status in (401, 403):
             self.backends.leave_out(backend, "it wants another key (--api-key)")
-        elif status == 503:
-            self.backends.leave_out(backend, "it stops")
-        return status in (401, 403, 429, 503)
+        return status in (401, 403, 429)
 
 
 class Exchange:
@@ -204,7 +225,7 @@ class Exchange:
         if not (known and bounded) or "content-encoding" in reply.headers:
             raise self._failed(Refused(502, "the worker's answer is none", "worker_lost"))
         headers = {name: reply.headers[name] for name in _HEADERS if name in reply.headers}
-        if kind in STREAMS:
+        if kind in STREAMS and reply.status_code == 200:
             return Relay(self, Events(kind), kind, reply.status_code, headers)
         whole = await self._unless_gone(self._whole())
         self._proxy.counters.answered += 1

@@ -284,6 +284,22 @@ def test_a_worker_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch)
             assert "is lost" in reply.text
 
 
+def test_where_all_are_slow_one_is_still_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred clients at once made both too slow to say that they are there: all got 503."""
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lookout, "LOOK_EVERY", 0.01)
+    with fakes(fine, fine) as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        for each in workers:
+            each.delay = 0.3
+        wait_until(lambda: healthy(server) == 1)
+        time.sleep(0.5)
+        assert server.post(CHAT, {}).status_code == 200
+        for each in workers:
+            each.delay = 0
+        wait_until(lambda: healthy(server) == 2)
+
+
 def test_a_worker_that_drips_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that says it is well, and never answers."""
     monkeypatch.setattr(proxy, "GRACE_SECONDS", 0)
@@ -308,9 +324,23 @@ def test_all_full_is_429() -> None:
         reply = server.post(CHAT, {})
         assert "busy" in told(reply, 429)
         assert int(reply.headers["retry-after"]) > 0
-        workers[0].handle = lambda made, path, body: made.sendall(written(503, {}))
-        workers[1].handle = fine
-        assert [server.post(CHAT, {}).status_code for _ in range(2)] == [200] * 2
+
+
+def test_who_cannot_is_asked_once_and_others_are() -> None:
+    """A server that stops, or has no memory for a model; if that holds for all, it is told."""
+
+    def cannot(made: socket.socket, path: str, body: bytes) -> None:
+        made.sendall(written(503, {"error": {"message": "no memory for it"}}))
+
+    with fakes(cannot, fine) as workers, fronting(*(each.address for each in workers)) as server:
+        wait_until(lambda: healthy(server) == 2)
+        assert [server.post(CHAT, {}).status_code for _ in range(4)] == [200] * 4
+        workers[1].handle = cannot
+        assert told(server.post(CHAT, {}), 503) == "no memory for it"
+        assert healthy(server) == 2
+        workers[0].stop()
+        wait_until(lambda: healthy(server) == 1)
+        assert told(server.post(CHAT, {}), 503) == "no memory for it"
 
 
 def test_more_than_all_have_room_for_is_not_sent_on() -> None:
@@ -329,6 +359,28 @@ def test_more_than_all_have_room_for_is_not_sent_on() -> None:
         ends.set()
         assert sorted(each.result().status_code for each in replies) == [429] + [502] * 4
         assert len(worker.asked) == 4
+
+
+def test_what_is_too_long_for_one_memory_goes_to_a_larger_one() -> None:
+    """A context follows from what is free. Other mistakes are told by whoever is asked first."""
+
+    def short(made: socket.socket, path: str, body: bytes) -> None:
+        made.sendall(written(400, {"error": {"message": "too long"}}))
+
+    with fakes(short, fine) as workers:
+        workers[1].facts["/v1/models"] = {"data": [{**MODEL, "context_length": 999}]}
+        with fronting(*(each.address for each in workers)) as server:
+            wait_until(lambda: healthy(server) == 2)
+            assert [server.post(CHAT, {}).status_code for _ in range(2)] == [200] * 2
+            assert [len(each.asked) for each in workers] == [2, 2]
+            workers[1].handle = busy
+            assert "busy" in told(server.post(CHAT, {}), 429)
+            workers[1].handle = short
+            assert told(server.post(CHAT, {}), 400) == "too long"
+            asked = len(workers[0].asked)
+            httpx.get(f"{server.url}/v1/models/x")
+            httpx.get(f"{server.url}/v1/models/x")
+            assert len(workers[0].asked) == asked
 
 
 # Workers that are none, or others ---------------------------------------------------------------
@@ -354,7 +406,7 @@ LIKE_OURS = {**MODEL, "id": "other\x1b[2J"}
         ("/v1/models", {"data": [5]}, "none of our servers"),
         ("/v1/models", written(401, {}), "wants another key"),
         ("/v1/models", {"data": [LIKE_OURS]}, "it serves other"),
-        ("/v1/models", {"data": [{**MODEL, "context_length": 99}]}, "it serves tiny (context 99"),
+        ("/v1/models", {"data": [{**MODEL, "canvas_length": 99}]}, "it serves tiny (canvas 99"),
         ("/v1/models", {"data": [MODEL, MODEL]}, "it serves tiny"),
     ],
 )
