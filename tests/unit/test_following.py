@@ -27,6 +27,7 @@ from mlx_diffgemma import (
     Text,
     Tokenizer,
     generate,
+    stream_generate,
 )
 from mlx_diffgemma.distributed import others
 from mlx_diffgemma.distributed.launch import LaunchError
@@ -168,7 +169,12 @@ def test_what_goes_wrong_with_a_file_stops_no_rank(
             with pytest.raises(SessionError, match=problem):
                 session.restore(tmp_path / name)
         session.undo()
-        assert texts(session.stream("1.", seed=1)) == first
+        begun = stream_generate(*part, "2.", **SETTINGS)
+        next(begun)
+        with pytest.raises(SettingError, match="one answer at a time"):
+            texts(session.stream("1.", seed=1))
+        begun.close()
+        assert texts(session.retry(seed=1)) == first
         others = part[0].part.share.others
         assert others is not None
         with pytest.raises(KeyboardInterrupt), others.in_step():
