@@ -79,12 +79,12 @@ def converse(model: DiffusionGemma, tokenizer: Tokenizer, folder: Path) -> list[
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_conversation_of_ranks_is_one_of_one(tmp_path: Path, size: int) -> None:
+def test_a_conversation_of_ranks_is_one_of_one(tmp_path: Path) -> None:
+    """Of four, with two heads of keys: some ranks have the same."""
     (tmp_path / "one").mkdir(), (tmp_path / "ranks").mkdir()
     with leading(SUDOKU, 1) as alone:
         wanted = converse(*alone, tmp_path / "one")
-    with leading(SUDOKU, size) as part:
+    with leading(SUDOKU, 4) as part:
         assert converse(*part, tmp_path / "ranks") == wanted
         # What one process has saved, ranks go on with.
         session = ChatSession.load(tmp_path / "one" / "saved", *part)
