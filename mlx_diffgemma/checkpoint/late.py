@@ -78,13 +78,16 @@ class LateModel:
     def _empty(self) -> DiffusionGemma:
         return build_model(self._headers.config, self._generation, self._tensors)
 
-    def needs(self, tokens: int) -> int:
-        """Count the bytes that loading it takes, with so many tokens of context."""
-        return self._info.memory_needed(tokens) + self._table_bytes
+    def needs(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that loading it takes, with so many tokens, perhaps of pictures."""
+        return self._info.memory_needed(tokens, pictures=pictures) + self._table_bytes
 
-    def context_bytes(self, tokens: int) -> int:
-        """Count the bytes that so many tokens of context take where it is loaded."""
-        return self._info.cache_bytes_per_token * tokens + self._info.cache_bytes_window
+    def context_bytes(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that they take where it is loaded; the first picture loads the tower."""
+        found = self._info.cache_bytes_per_token * tokens + self._info.cache_bytes_window
+        if pictures and self.model.sight is not None and not self.model.sight.loaded:
+            found += self._info.vision_bytes
+        return found
 
     def loading(self) -> Iterator[None]:
         """Load the weights, with a pause behind each layer; for the thread that owns MLX.

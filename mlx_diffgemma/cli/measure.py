@@ -249,7 +249,8 @@ def _bench_fill(
         return
     put(f"first draft\t{found.first_draft_seconds:.3f} s")
     put(f"whole\t{found.whole_seconds:.3f} s")
-    put(f"steps\t{found.steps}, of at most {found.most_tokens} tokens")
+    put(f"steps\t{found.steps}, for at most {found.most_tokens} tokens")
+    put(f"canvases\t{found.canvases:.1f}, decoded in them")
 
 
 @app.command()

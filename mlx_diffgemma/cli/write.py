@@ -72,6 +72,9 @@ def fill(
         bool, typer.Option("--json", help="Print the values of the holes as JSON.")
     ] = False,
     verify: Verify = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="As an editor wants it: fewer lengths and steps.")
+    ] = False,
     strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
@@ -90,6 +93,7 @@ def fill(
         verify=verify,
         images=images,
         image_tokens=pictures.image_tokens,
+        quick=quick,
     )
     result: FillResult = _result(request, load, show=show, quiet=quiet)
     if as_json:

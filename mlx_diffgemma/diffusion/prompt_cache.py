@@ -299,6 +299,13 @@ class PromptCache:
         while len(self._snapshots) > 2 and self._snapshot_bytes > SNAPSHOT_BYTES:
             del self._snapshots[0]
 
+    def forget_snapshot(self) -> bool:
+        """Forget the oldest snapshot, unless it is one of the newest two; say whether one was."""
+        if len(self._snapshots) <= 2:
+            return False
+        del self._snapshots[0]
+        return True
+
     def mark(self) -> CacheSnapshot:
         """This place, for `trim`; it is not remembered here."""
         return CacheSnapshot(len(self), tuple(layer.snapshot() for layer in self.cache))
@@ -465,7 +472,8 @@ class PrefixCache:
         self._kept.insert(0, prompt_cache)
         del self._kept[MOST_CACHES:]
         while self._kept and self.nbytes > self._most:
-            self._kept.pop()
+            if len(self._kept) > 1 or not prompt_cache.forget_snapshot():
+                self._kept.pop()
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

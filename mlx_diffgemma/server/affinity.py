@@ -30,8 +30,16 @@ _MESSAGES = {
 }
 _BEFORE = ("model", "system", "instructions", "tools")
 
-# Routes whose prompt is one text.
-_TEXTS = ("/v1/completions", "/v1/responses", "/api/generate", "/v1/fill", "/v1/choose")
+# Routes whose prompt is one text, and its field.
+_TEXTS = {
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/api/generate": "prompt",
+    "/v1/fim/completions": "prompt",
+    "/infill": "input_prefix",
+    "/v1/fill": "prompt",
+    "/v1/choose": "prompt",
+}
 
 # What changes from turn to turn and means nothing: Anthropic's marks of what is to be kept.
 _MARKS = frozenset(["cache_control"])
@@ -67,8 +75,8 @@ def beginnings_of(path: str, body: bytes) -> Beginnings:
     messages = found.get(_MESSAGES.get(path, ""))
     if isinstance(messages, list):
         return _of_messages(found, messages)
-    text = messages if isinstance(messages, str) else found.get("prompt")
-    if path in _TEXTS and isinstance(text, str):
+    text = found.get(_TEXTS.get(path, ""))
+    if isinstance(text, str):
         return _of_text(found, text)
     return Beginnings()
 

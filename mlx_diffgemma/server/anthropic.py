@@ -6,7 +6,7 @@ from typing import Any
 from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
 from ..text.tokenizer import Message
-from .anthropic_body import Block, ChatMessage, CountBody, MessagesBody, ThinkingConfig
+from .anthropic_body import Block, ChatMessage, CountBody, Given, MessagesBody, ThinkingConfig
 from .anthropic_tools import MOVES, offered, told_of
 from .body import UNLIMITED
 from .forced import forced_call
@@ -150,7 +150,7 @@ def _asked(message: ChatMessage, place: str, names: dict[str, str]) -> list[Mess
     return [*results, *said]
 
 
-def _part(block: Block, place: str) -> dict[str, Any]:
+def _part(block: Given, place: str) -> dict[str, Any]:
     """A part of a content: text or a picture.
 
     Raises:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .body import Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .body import Body, Budget, Many, NonNegative, NotBlank, Positive, Steps
 
 
 class Source(Body):
@@ -33,21 +33,26 @@ class Change(Body):
     definition: Tool | None = None
 
 
-class Block(Body):
+class Given(Body):
+    """A block that the result of a tool may have, which holds no others."""
+
     type: str
     text: str | None = None
     source: Source | None = None
+    tool_name: NotBlank | None = None
+    tool: Change | None = None
+    cache_control: dict[str, Any] | None = None  # what was read is kept anyway
+
+
+class Block(Given):
     id: NotBlank | None = None
     name: NotBlank | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: str | Many[Given] | None = None
     is_error: bool | None = None
     thinking: str | None = None
-    tool_name: NotBlank | None = None
-    tool: Change | None = None
     signature: str | None = None  # of a thought; nothing is signed here
-    cache_control: dict[str, Any] | None = None  # what was read is kept anyway
 
     @property
     def has_pictures(self) -> bool:
@@ -64,7 +69,7 @@ class TextBlock(Body):
 
 class ChatMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Many[Block]
 
     @property
     def blocks(self) -> list[Block]:
@@ -97,9 +102,9 @@ class CountBody(Body):
     """Holds what is read of a request, whose tokens can be counted."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
+    system: str | Many[TextBlock] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -119,7 +124,7 @@ class CountBody(Body):
 
 class MessagesBody(CountBody):
     max_tokens: Budget = None
-    stop_sequences: Annotated[list[NotBlank], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[Many[NotBlank], Field(max_length=16)] | None = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # says who asks, which changes nothing
     seed: NonNegative | None = None

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from .anthropic import begun_by, message_request, settings_of
 from .anthropic_answers import PING, MessageReply, failed_event
 from .anthropic_body import CountBody, MessagesBody
-from .refused import RESPONSES
+from .refused import RESPONSES, streamed
 from .service import Models, Service
 from .stream import Lines, begun, gathered
 
@@ -24,7 +24,7 @@ def router(models: Models) -> APIRouter:
     """Make the routes of Anthropic's API."""
     routes = APIRouter()
 
-    @routes.post("/v1/messages", responses=RESPONSES)
+    @routes.post("/v1/messages", responses=streamed())
     async def messages(http: Http, body: MessagesBody) -> Response:
         return await _answered(models.answering(body.model), http, body)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..text.tokenizer import Declaration
-from .anthropic_body import Block, CountBody, Tool
+from .anthropic_body import CountBody, Given, Tool
 from .refused import Refused
 
 # Blocks that bring a tool or take one away: the first stands in the result of a search for tools,
@@ -40,7 +40,7 @@ def offered(body: CountBody) -> list[Declaration]:
     return [*there.values()]
 
 
-def _moves(body: CountBody) -> Iterator[tuple[Block, str]]:
+def _moves(body: CountBody) -> Iterator[tuple[Given, str]]:
     """Give the blocks that bring or take away a tool, and where each stands."""
     for i, message in enumerate(body.messages):
         for j, block in enumerate(message.blocks):
@@ -52,14 +52,14 @@ def _moves(body: CountBody) -> Iterator[tuple[Block, str]]:
                     yield inner, f"{place}.content[{k}]"
 
 
-def named_by(block: Block) -> str | None:
+def named_by(block: Given) -> str | None:
     """Give the name of the tool that a block brings or takes away."""
     if block.tool is None:
         return block.tool_name
     return block.tool.name if block.tool.definition is None else block.tool.definition.name
 
 
-def told_of(block: Block) -> str:
+def told_of(block: Given) -> str:
     """Say to the model what a block does: the declaration itself stands before the chat."""
     now = "not there any more" if block.type == "tool_removal" else "declared now"
     return f"The tool {named_by(block)} is {now}."

@@ -14,7 +14,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
-from . import anthropic_routes, native, ollama_routes, openai_routes, responses_routes
+from . import (
+    anthropic_routes,
+    infill_routes,
+    native,
+    ollama_routes,
+    openai_routes,
+    responses_routes,
+)
 from .access import guard
 from .invalid import mistake
 from .metrics import metrics_of
@@ -70,6 +77,7 @@ def make_app(
     app.include_router(responses_routes.router(models))
     app.include_router(anthropic_routes.router(models))
     app.include_router(ollama_routes.router(models))
+    app.include_router(infill_routes.router(models))
     app.include_router(native.router(models))
     app.include_router(_state(thread))
     add_page(app)

@@ -34,6 +34,8 @@ ROUTES = {
     "/api/tags": ("GET",),
     "/api/ps": ("GET",),
     "/api/version": ("GET",),
+    "/infill": ("POST",),
+    "/v1/fim/completions": ("POST",),
     "/v1/fill": ("POST",),
     "/v1/edit": ("POST",),
     "/v1/choose": ("POST",),

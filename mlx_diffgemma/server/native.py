@@ -17,7 +17,7 @@ from ..tasks.request import Done, Draft, Prepared, Prompt, Task
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text
-from .body import Body, NonNegative, NotBlank, Steps
+from .body import Body, Many, NonNegative, NotBlank, Steps
 from .events import sse
 from .pictures import ImageUrl, Sent, seen
 from .refused import RESPONSES, Refused, stopping
@@ -41,9 +41,9 @@ class Piece(Body):
 class FillBody(Body):
     model: str | None = None
     template: NotBlank | None = None
-    canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
+    canvas: Annotated[Many[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
-    images: list[str | ImageUrl] | None = None
+    images: Many[str | ImageUrl] | None = None
     steps: Steps | None = None
     seed: NonNegative | None = None
     verify: bool | None = None
@@ -54,7 +54,7 @@ class EditBody(Body):
     model: str | None = None
     text: NotBlank
     instruction: NotBlank
-    lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    lines: Annotated[Many[int], Field(min_length=2, max_length=2)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
     steps: Steps | None = None
     seed: NonNegative | None = None
@@ -65,8 +65,8 @@ class EditBody(Body):
 class ChooseBody(Body):
     model: str | None = None
     prompt: NotBlank
-    images: list[str | ImageUrl] | None = None
-    labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
+    images: Many[str | ImageUrl] | None = None
+    labels: Annotated[dict[str, Many[str]], Field(max_length=64)] | Many[str]
     template: str | None = None
     isolated: bool = False
     seed: NonNegative = 0

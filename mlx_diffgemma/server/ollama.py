@@ -8,7 +8,7 @@ from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
 from ..tasks.request import MOST_TOP
 from ..text.tokenizer import Message
-from .body import UNLIMITED, Body, NonNegative, NotBlank, Positive, Steps
+from .body import UNLIMITED, Body, Many, NonNegative, NotBlank, Positive, Steps
 from .openai import CompletionBody, Continuation, ToolDeclaration, stops
 from .pictures import Sent
 from .refused import Refused
@@ -22,7 +22,7 @@ def _none_below(least: int) -> BeforeValidator:
 class Options(Body):
     num_predict: Annotated[Positive | None, _none_below(0)] = None
     seed: Annotated[NonNegative | None, _none_below(0)] = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[Many[str], Field(max_length=16)] | None = None
     steps: Steps | None = None
 
 
@@ -78,15 +78,15 @@ class ChatMessage(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: list[str] | None = None
-    tool_calls: list[Call] | None = None
+    images: Many[str] | None = None
+    tool_calls: Many[Call] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
 class ChatBody(Asking):
-    messages: list[ChatMessage] | None = None
-    tools: list[ToolDeclaration] | None = None
+    messages: Many[ChatMessage] | None = None
+    tools: Many[ToolDeclaration] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -101,7 +101,7 @@ class GenerateBody(Asking):
     prompt: str | None = None
     suffix: str | None = None
     system: str | None = None
-    images: list[str] | None = None
+    images: Many[str] | None = None
     raw: bool | None = None
 
     @property

@@ -144,6 +144,7 @@ def shown(facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "modified_at": facts["created_at"],
         "details": details(),
+        "template": "{{ .Prompt }}{{ .Suffix }}",  # by which Continue knows that there is infilling
         "model_info": {
             "general.architecture": FAMILY,
             "general.basename": facts["id"],

@@ -23,32 +23,34 @@ from .ollama import (
 from .ollama_answers import SPOKEN, OllamaReply, failed_line, line, listed, shown
 from .openai import infill
 from .openai_answers import InfillReply
-from .refused import RESPONSES, Refused, stopping
+from .refused import RESPONSES, Refused, stopping, streamed
 from .service import Models, Service
 from .stream import Lines, Stream, begun, gathered
 from .worker import Patience
+
+NDJSON = "application/x-ndjson"
 
 
 def router(models: Models) -> APIRouter:
     """Make the routes of Ollama's API."""
     routes = APIRouter()
 
-    @routes.post("/api/chat", responses=RESPONSES)
+    @routes.post("/api/chat", responses=streamed(NDJSON))
     async def chat(http: Http, body: ChatBody) -> Response:
         service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=True)
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         work, patience = await service.chat(http, lambda: chat_request(body), slow=body.slow)
         return await _answered(service, http, body, reply, work, patience)
 
-    @routes.post("/api/generate", responses=RESPONSES)
+    @routes.post("/api/generate", responses=streamed(NDJSON))
     async def generate(http: Http, body: GenerateBody) -> Response:
         service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=False)
         work: Prepared[object]
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         if body.suffix:
             return await _infill(service, http, body, reply)
         if body.raw:
@@ -93,11 +95,19 @@ def _reply(service: Service, body: Asking, *, chat: bool) -> OllamaReply:
     return OllamaReply(service.name, chat=chat, pieces=pieces)
 
 
+async def _nothing(service: Service, http: Http, body: Asking, reply: OllamaReply) -> Response:
+    """Answer one who only wants the model to be there, which it then is; or to go."""
+    answer = reply.nothing(body.keep_alive)
+    if answer["done_reason"] == "load":
+        await service.warm(http)
+    return _one(service, body, answer)
+
+
 def _one(service: Service, body: Body, answer: dict[str, Any]) -> Response:
     """Answer in one part, which is a stream of one line as well."""
     headers = service.headers(body)
     if isinstance(body, Asking) and body.stream is not False:
-        return Response(line(answer), headers=headers, media_type="application/x-ndjson")
+        return Response(line(answer), headers=headers, media_type=NDJSON)
     return JSONResponse(answer, headers=headers)
 
 
@@ -118,8 +128,7 @@ async def _answered(
 
 
 def _ndjson(lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> Lines:
-    kind = "application/x-ndjson"
-    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=kind)
+    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=NDJSON)
 
 
 async def _lines(

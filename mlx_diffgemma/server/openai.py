@@ -22,6 +22,7 @@ from .body import (
     UNLIMITED,
     Body,
     Budget,
+    Many,
     NonNegative,
     NotBlank,
     Positive,
@@ -48,7 +49,7 @@ class Sampling(Body):
     max_tokens: Budget = None
     seed: NonNegative | None = None
     steps: Steps | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[Many[str], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
@@ -89,10 +90,10 @@ class ContentPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Many[MessageToolCall] | None = None
     reasoning_content: str | None = None
 
 
@@ -120,11 +121,11 @@ class ResponseFormat(Body):
 
 
 class ChatBody(Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Budget = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: list[ToolDeclaration] | None = None
+    tools: Many[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
@@ -428,8 +429,9 @@ def infill(body: CompletionBody) -> FillRequest:
         raise Refused(400, "a suffix goes with a prompt of text, not of token ids")
     if body.verify or body.acceptance or body.mode not in (None, "denoise"):
         raise Refused(400, "a suffix goes with neither mode nor verify nor acceptance")
-    parts: list[str | Hole] = [prompt, Hole(MIDDLE, most=body.max_tokens), body.suffix or ""]
-    return FillRequest(parts, steps=body.steps, seed=body.seed)
+    hole = Hole(MIDDLE, most=body.max_tokens, line="\n" in stops(body.stop))
+    parts: list[str | Hole] = [prompt, hole, body.suffix or ""]
+    return FillRequest(parts, steps=body.steps, seed=body.seed, quick=True)
 
 
 def wants_usage(body: Sampling) -> bool:

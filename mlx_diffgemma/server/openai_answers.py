@@ -253,14 +253,15 @@ class InfillReply:
         self._shown = before if body.echo else ""
         self._stop = stops(body.stop)
         self._tokenizer = tokenizer
-        self._read = len(tokenizer.encode(before + (body.suffix or "")))
 
     def whole(self, result: FillResult) -> dict[str, Any]:
         """Give the answer as JSON, with its usage."""
         stop_strings = StopStrings(self._stop)
         text = stop_strings.feed(str(result.values[MIDDLE]))
         text += "" if stop_strings.hit else stop_strings.rest()
-        written = len(self._tokenizer.encode(text))
+        written = len(result.probabilities[MIDDLE])
+        if stop_strings.hit is not None:
+            written = len(self._tokenizer.encode(text))
         choice = {
             "index": 0,
             "text": self._shown + text,
@@ -268,8 +269,9 @@ class InfillReply:
             "logprobs": None,
         }
         usage = {
-            "prompt_tokens": self._read,
+            "prompt_tokens": result.read_tokens,
             "completion_tokens": written,
-            "total_tokens": self._read + written,
+            "total_tokens": result.read_tokens + written,
+            "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
         }
         return {**self._common, "choices": [choice], "usage": usage}

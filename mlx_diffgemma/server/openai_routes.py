@@ -27,7 +27,7 @@ from .openai import (
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
-from .refused import RESPONSES, stopping
+from .refused import RESPONSES, stopping, streamed
 from .service import Models, Service
 from .stream import Lines, Stream, begun, draft_event, gathered
 from .worker import Patience
@@ -37,11 +37,11 @@ def router(models: Models) -> APIRouter:
     """Make the routes of OpenAI's API."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", responses=RESPONSES)
+    @routes.post("/v1/chat/completions", responses=streamed())
     async def chat(http: Http, body: ChatBody) -> Response:
         return await _chat(models.answering(body.model), http, body)
 
-    @routes.post("/v1/completions", responses=RESPONSES)
+    @routes.post("/v1/completions", responses=streamed())
     async def complete(http: Http, body: CompletionBody) -> Response:
         service = models.answering(body.model)
         if asks_scores(body):

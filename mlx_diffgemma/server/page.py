@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -44,7 +45,10 @@ class PageFiles(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answer with a file, or that the browser has it already."""
-        response = await super().get_response(path, scope)
+        try:
+            response = await super().get_response(path, scope)
+        except ValueError:  # a null byte, with which an older starlette asks the file system
+            raise HTTPException(404) from None
         response.headers.update(HEADERS)
         return response
 

@@ -70,7 +70,7 @@ class Proxy:
         Raises:
             Refused: no worker is there, all are full, or the one that had it is lost.
         """
-        body, path = await http.body(), http.url.path
+        body, path = await http.body(), http.scope["path"]
         if {".", ".."} & {*path.split("/")}:  # whoever writes an address resolves them
             raise Refused(404, "Not Found")
         beginnings = await self._beginnings(path, body)
@@ -86,6 +86,8 @@ class Proxy:
             if response is not None:
                 return response
             self.counters.tried_again += 1
+            if not left and backend.out is not None:  # what it kept is gone: others can say so
+                left = [each for each in self.backends.all if each is not backend]
 
     async def _by(
         self, backend: Backend, http: Http, body: bytes, beginnings: Beginnings
@@ -181,7 +183,8 @@ class Exchange:
         Raises:
             Refused: no client takes so long an address.
         """
-        path, query = self._http.url.path, self._http.scope["query_string"].decode("latin-1")
+        path = self._http.scope["path"]
+        query = self._http.scope["query_string"].decode("latin-1")
         asked = quote(path) + ("?" + quote(query, safe=_QUERY) if query else "")
         try:
             url = httpx.URL(f"http://{self._backend.address}")
@@ -238,7 +241,7 @@ class Exchange:
 
     async def events(self, events: Events) -> AsyncIterator[bytes]:
         """Give the events of a stream; an error is one more of them."""
-        path = self._http.url.path
+        path = self._http.scope["path"]
         try:
             async for chunk in self._chunks():
                 if whole := events.take(chunk):

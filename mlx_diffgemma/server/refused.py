@@ -1,13 +1,14 @@
 """Tells errors in the form that a route's clients can read; OpenAI's, unless it is another's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 
-from ..diffusion.prompt_cache import ContextError
+if TYPE_CHECKING:  # what stands before several servers imports no MLX
+    from ..diffusion.prompt_cache import ContextError
 
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
@@ -25,7 +26,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "refused"),
         (401, "no key"),
         (403, "another host, or a page of another origin"),
-        (404, "no such model"),
+        (404, "nothing has this name"),
         (408, "the body came too slowly"),
         (413, "too large"),
         (415, "not JSON"),
@@ -34,6 +35,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (504, "too slow"),
     )
 }
+
+
+def streamed(media: str = "text/event-stream") -> dict[int | str, dict[str, Any]]:
+    """Give what a route may answer that streams where it is asked to, for the document."""
+    return {**RESPONSES, 200: {"content": {media: {}}}}
 
 
 class Refused(Exception):
@@ -46,7 +52,7 @@ class Refused(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
 
 
-def beyond_context(error: ContextError, path: str) -> Refused:
+def beyond_context(error: "ContextError", path: str) -> Refused:
     """Refuse a prompt that does not fit, as the route's clients know it.
 
     Anthropic's tell it by this sentence alone: coding agents then shorten what was said, and

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..tasks.request import MOST_TOP
-from .body import Body, Budget, NonNegative, NotBlank, Steps
+from .body import Body, Budget, Many, NonNegative, NotBlank, Steps
 from .pictures import Detail
 from .refused import Refused
 
@@ -28,8 +28,8 @@ class Item(Body):
 
     type: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    content: str | Many[Part] | None = None
+    summary: Many[Part] | None = None
     id: str | None = None
     status: str | None = None
     call_id: str | None = None
@@ -37,7 +37,7 @@ class Item(Body):
     namespace: NotBlank | None = None
     arguments: str | None = None
     input: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Many[Part] | None = None
     encrypted_content: str | None = None
 
     @property
@@ -54,7 +54,7 @@ class Tool(Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     format: dict[str, Any] | None = None  # of a custom tool's input
-    tools: "list[Tool] | None" = None  # of a namespace
+    tools: "Many[Tool] | None" = None  # of a namespace
 
     @property
     def is_ours(self) -> bool:
@@ -80,18 +80,18 @@ class Reasoning(Body):
 
 class ResponsesBody(Body):
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     max_output_tokens: Budget = None
     text: TextConfig | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = None
+    include: Many[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     metadata: dict[str, str] | None = None
     conversation: str | dict[str, Any] | None = None

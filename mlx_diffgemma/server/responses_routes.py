@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ..tasks.generate import Request
 from ..text.tokenizer import Message
-from .refused import RESPONSES, Refused
+from .refused import RESPONSES, Refused, streamed
 from .responses import check, messages_of, response_request
 from .responses_answers import ResponseReply
 from .responses_body import ResponsesBody
@@ -22,7 +22,7 @@ def router(models: Models) -> APIRouter:
     """Make the routes of OpenAI's Responses."""
     routes, memory = APIRouter(), Memory()
 
-    @routes.post("/v1/responses", responses=RESPONSES)
+    @routes.post("/v1/responses", responses=streamed())
     async def respond(http: Http, body: ResponsesBody) -> Response:
         return await _answered(models, memory, http, body)
 

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from fastapi import Request as Http
 
+from ..diffusion.decoding import Decoding
+from ..diffusion.prompt_cache import PromptCache
 from ..tasks.generate import Answer, Request
 from ..tasks.request import Prepared, Task
 from ..text.tokenizer import Message
@@ -17,12 +19,23 @@ from .leaving import unless_gone
 from .pictures import sees, with_pictures
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
-from .stream import Stream
+from .stream import Stream, gathered
 from .worker import Patience, Timeout, Worker
 
 Result = TypeVar("Result")
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Asks for nothing but that the model is loaded."""
+
+    prompt: tuple[int, ...] = ()
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[object, None]:
+        """End at once."""
+        yield from ()
 
 
 class Service:
@@ -130,6 +143,15 @@ class Service:
             Refused: the queue is full.
         """
         return Stream(self.worker, works, patience)
+
+    async def warm(self, http: Http) -> None:
+        """Have the model loaded, and wait for it.
+
+        Raises:
+            Refused: it cannot be loaded, the queue is full, or the time is over.
+        """
+        if not self.worker.loaded:
+            await gathered(http, self.stream([Nothing()], self.worker.patience()))
 
     def headers(self, body: Body) -> dict[str, str]:
         """Name, in headers of the answer, what was sent and means nothing here."""

@@ -8,6 +8,7 @@ from math import inf
 import mlx.core as mx
 
 from ..errors import Error
+from ..model.placeholders import pictures_in
 from .lane import LOG, Lane, drop_waiting, end
 from .worker import Door, NotLoaded, Stopped, Ticket, Worker
 
@@ -90,7 +91,7 @@ class MlxThread:
         try:
             self._run()
         finally:
-            self._door.open = False
+            self._end()
             # Without it MLX (0.32.4) may abort the process at its exit, with code 134.
             mx.clear_streams()
 
@@ -117,6 +118,11 @@ class MlxThread:
             for worker in self.workers:
                 drop_waiting(worker)
             self._unload_idle()
+
+    def _end(self) -> None:
+        """Stop all, and tell those who wait, also where a defect has ended the thread."""
+        with self._door.changed:
+            self._door.open = False
         self._under_way = None
         for lane in self._lanes:
             lane.close()
@@ -145,9 +151,8 @@ class MlxThread:
         for lane in self._lanes.copy():
             before = short.asked if late and short and not lane.worker.source.stays else inf
             while ticket := lane.next(before):
-                # As `fit` has it: one canvas is written, and one is denoised behind it.
-                tokens = len(ticket.work.prompt) + 2 * lane.worker.model.config.canvas_length
-                self._make_room(lane.worker.source.context_bytes(tokens), ticket, lane)
+                needed = lane.worker.source.context_bytes(*_context(lane.worker, ticket))
+                self._make_room(needed, ticket, lane)
                 lane.begin(ticket)
 
     def _load(self) -> None:
@@ -195,25 +200,33 @@ class MlxThread:
             if time.monotonic() - self._failed.get(worker, -inf) < self._retry:
                 self._refuse(worker)
                 continue
-            needed = worker.source.needs(
-                len(ticket.work.prompt) + 2 * worker.model.config.canvas_length
-            )
+            needed = worker.source.needs(*_context(worker, ticket))
             if self._make_room(needed, ticket) or not any(each.running for each in self._lanes):
                 return worker
-            self._short = ticket
-            return None
+            self._short = self._short or ticket
+            if time.monotonic() - self._short.asked >= self._overtaken:
+                break
         return None
 
     def _make_room(self, needed: int, ticket: Ticket, own: Lane | None = None) -> bool:
-        """Unload models that nobody uses, the one that was used longest ago first, until so many
-        bytes are free; say whether they are. Those with older requests than this one are used."""
-        while self._memory is not None and mx.get_active_memory() + needed > self._memory:
+        """Unload models that nobody uses until so many bytes are free, and say whether they are.
+
+        It is the one that was used longest ago of those that are large enough, or of all. Those
+        with older requests than this one are used.
+        """
+        while self._memory is not None:
+            missing = mx.get_active_memory() + needed - self._memory
+            if missing <= 0:
+                break
             idle = [
                 lane for lane in self._lanes if lane is not own and self._may_go(lane, ticket.asked)
             ]
-            if not idle:
+            sizes = sum(lane.worker.source.needs(0, False) for lane in idle)
+            busy = any(lane.running for lane in self._lanes if lane is not own)
+            if not idle or (busy and sizes < missing):  # they would go in vain
                 return False
-            self._unload(min(idle, key=lambda lane: lane.used))
+            enough = [lane for lane in idle if lane.worker.source.needs(0, False) >= missing]
+            self._unload(min(enough or idle, key=lambda lane: lane.used))
         return True
 
     def _may_go(self, lane: Lane, before: float = inf) -> bool:
@@ -245,3 +258,12 @@ class MlxThread:
         said = f"the model {worker.name} cannot be loaded now; the server's log says why"
         for ticket in waiting:
             end(worker, ticket, NotLoaded(said))
+
+
+def _context(worker: Worker, ticket: Ticket) -> tuple[int, bool]:
+    """Count the tokens that a request needs at least, and say whether it has pictures.
+
+    As `fit` has it: behind the prompt one canvas is written, and one is denoised.
+    """
+    prompt = ticket.work.prompt
+    return len(prompt) + 2 * worker.model.config.canvas_length, bool(pictures_in(prompt))

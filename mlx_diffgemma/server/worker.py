@@ -135,11 +135,11 @@ class Source(Protocol):
     def unload(self) -> None:
         """Free the weights."""
 
-    def needs(self, tokens: int) -> int:
-        """Count the bytes that loading it takes, with so many tokens of context."""
+    def needs(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that loading it takes, with so many tokens, perhaps of pictures."""
 
-    def context_bytes(self, tokens: int) -> int:
-        """Count the bytes that so many tokens of context take where it is loaded."""
+    def context_bytes(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that they take where it is loaded."""
 
 
 class Resident:
@@ -160,7 +160,7 @@ class Resident:
     def unload(self) -> None:
         """Do nothing: whoever has the model keeps it."""
 
-    def needs(self, tokens: int) -> int:
+    def needs(self, tokens: int, pictures: bool) -> int:
         """Count nothing: the function sees to it that it fits."""
         return 0
 

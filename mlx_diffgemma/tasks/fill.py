@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import check_kind, shown
-from ..diffusion.automaton import Alternation, Concat, Exactly, Pattern, Repeat, compile_pattern
+from ..diffusion.automaton import compile_pattern
 from ..diffusion.causal import CausalReader
 from ..diffusion.decoding import Decoding, relay, rows_at_once
 from ..diffusion.denoise import denoise
@@ -32,17 +32,25 @@ from ..diffusion.prompt_cache import ContextError, PromptCache, Reading, remaini
 from ..model.cache import LayerCache
 from ..model.diffusion_gemma import DiffusionGemma, Pass
 from ..model.settings import GenerationConfig, Sampler
-from ..text.template import Hole, TemplateError, check_parts, parse_template, short
+from ..text.template import Hole, TemplateError, check_parts, parse_template
 from ..text.tokenizer import Tokenizer, no_check
-from ..text.vocabulary import Vocabulary, integer
+from ..text.vocabulary import Vocabulary
+from .gaps import (
+    Gap,
+    Piece,
+    Row,
+    cut_behind,
+    near_text,
+    pieces_of,
+    quick_room,
+    row_of,
+    size_of,
+    split_left,
+)
 from .pictures import Given
 from .proofread import Tally, begin_reading, refilled
 from .request import Draft, checked_seed, draft_of, encode_prompt, fresh_draws, stream
 from .starts import clip_context, planned_start
-
-TEXT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-
-INTEGER_LENGTHS = (1, 2, 3, 4, 5, 6)
 
 # Enough to tell a length that fits from one that does not; the length kept gets all steps.
 TRIAL_STEPS = 8
@@ -53,10 +61,16 @@ MOST_SURPRISE = 0.7
 
 RETRIES = 2
 
+# A quick fill tries a length for fewer steps. Where the best tokens of a canvas have not changed
+# for so many of them, it is taken: other noise has then been seen each time.
+QUICK_STEPS, QUICK_PLATEAU = 4, 2
+
+# Tokens at the end of a text that may be others when more is typed; a place before them is kept to
+# go back to, where it saves so many tokens that they are worth a pass of their own.
+UNSURE, WORTH_A_PASS = 16, 64
+
 # Passes over a finished canvas that find how likely its holes are, each hiding some of them.
 GROUPS = 4
-
-_CLOSING = '"`)]}>'
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class FillResult:
         positions_decoded: positions of canvases, over those steps and all rows.
         converged: whether every canvas met the stop rule before its steps were used up.
         encoder_passes: of those that verify, over `positions_encoded` tokens.
+        read_tokens: of the prompt and the text that stands before the first canvas, of which
+            `cached_tokens` had been read before.
     """
 
     text: str
@@ -84,133 +100,8 @@ class FillResult:
     converged: bool
     encoder_passes: int = 0
     positions_encoded: int = 0
-
-
-# Layout ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """A hole with what it may hold, by length in tokens."""
-
-    hole: Hole
-    spaced: bool  # its text begins with the space that stood before it
-    patterns: dict[int, Pattern]
-    start_length: int  # until it is decided
-    any_length: Pattern  # as the encoder writes it, which need not guess
-
-
-_Piece = tuple[int, ...] | _Gap
-
-
-def _gap(
-    vocabulary: Vocabulary,
-    hole: Hole,
-    spaced: bool,
-    closing: str,
-    room: int,
-    check: Callable[[], None],
-) -> _Gap:
-    patterns: dict[int, Pattern] = {}
-    any_length: Pattern | None = None
-    if hole.kind == "choice":
-        by_length: dict[int, list[Pattern]] = {}
-        for option in hole.options:
-            check()
-            literal = vocabulary.literal(" " + option if spaced else option)
-            by_length.setdefault(len(literal.ids), []).append(literal)
-        patterns = {n: Alternation(tuple(options)) for n, options in by_length.items()}
-    elif hole.kind == "int":
-        patterns = {n: integer(vocabulary, n) for n in INTEGER_LENGTHS}
-    else:
-        counts = [n for n in TEXT_LENGTHS if hole.most is None or n <= hole.most]
-        if hole.tokens is not None:
-            counts = [hole.tokens]
-        # What closes the hole cannot stand in it, and only a hole that says its length has lines.
-        unknown = hole.tokens is None and hole.most is None
-        inner = vocabulary.text_without(closing + "\n" if unknown else closing)
-        first = vocabulary.words_without(closing + "\n") if spaced else inner
-        patterns = {n: Concat((first, Repeat(inner, n - 1, n - 1))) for n in counts}
-        if unknown:
-            any_length = Concat((first, Repeat(inner, 0, max(counts) - 1)))
-    patterns = {n: pattern for n, pattern in patterns.items() if n <= room}
-    if not patterns:
-        raise TemplateError(
-            f"the hole {short(hole.name)} is longer than a canvas of {room + 1} tokens"
-        )
-    lengths = sorted(patterns)
-    any_length = any_length or Alternation(tuple(patterns.values()))
-    return _Gap(hole, spaced, patterns, lengths[len(lengths) // 3], any_length)
-
-
-def _pieces(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
-    parts: list[str | Hole],
-    check: Callable[[], None],
-) -> list[_Piece]:
-    """The template in tokens. A space before a hole moves into it, if words begin with theirs."""
-    pieces: list[_Piece] = []
-    room = model.config.canvas_length - 1
-    for i, part in enumerate(parts):
-        check()
-        after = parts[i + 1] if i + 1 < len(parts) else None
-        if isinstance(part, Hole):
-            before = parts[i - 1] if i else ""
-            spaced = isinstance(before, str) and _lends_space(vocabulary, before, part)
-            closing = after[0] if isinstance(after, str) and after[0] in _CLOSING else ""
-            pieces.append(_gap(vocabulary, part, spaced, closing, room, check))
-            continue
-        lends = isinstance(after, Hole) and _lends_space(vocabulary, part, after)
-        text = part[:-1] if lends else part
-        pieces.append(tuple(vocabulary.tokenizer.encode(text)))
-    return pieces
-
-
-def _lends_space(vocabulary: Vocabulary, text: str, hole: Hole) -> bool:
-    if not vocabulary.words_begin_with_spaces:
-        return False
-    return hole.kind != "int" and len(text) > 1 and text[-1] == " " and not text[-2].isspace()
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One canvas: its pattern, where its holes lie, where the template's text ends."""
-
-    pattern: Pattern
-    spans: dict[str, tuple[int, int]]
-    end: int
-
-
-def _row(
-    vocabulary: Vocabulary, pieces: Iterable[_Piece], lengths: dict[str, int], room: int, last: bool
-) -> _Row:
-    """Lay pieces over a canvas of `room` tokens; what does not fit is cut off at its end."""
-    patterns: list[Pattern] = []
-    spans: dict[str, tuple[int, int]] = {}
-    used = 0
-    for piece in pieces:
-        if isinstance(piece, _Gap):
-            length = lengths[piece.hole.name]
-            if used + length > room:
-                last = False
-                break
-            spans[piece.hole.name] = used, used + length
-            patterns.append(piece.patterns[length])
-        else:
-            shown = piece[: room - used]
-            last = last and len(shown) == len(piece)
-            length = len(shown)
-            patterns.append(Exactly(shown))
-        used += length
-    if last and used < room:
-        patterns.append(Exactly(tuple(vocabulary.ending(room - used))))
-    else:
-        patterns.append(Repeat(vocabulary.anything, room - used, room - used))
-    return _Row(Concat(tuple(patterns)), spans, used)
-
-
-# Filling -----------------------------------------------------------------------------------------
+    read_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,18 +109,20 @@ class _Layout:
     """A canvas as it would be with holes of these lengths."""
 
     lengths: dict[str, int]
-    row: _Row
+    row: Row
 
 
 @dataclass(frozen=True)
 class _Settled:
     """A finished canvas (1, L), with the surprise, in nats, of each token of its holes.
 
-    `behind` is that of the token behind the hole in question, where a length is tried.
+    `behind` is that of the token behind the hole in question, where a length is tried. A step more
+    would start from `next`.
     """
 
     layout: _Layout
     canvas: mx.array
+    next: mx.array
     surprises: dict[str, list[float]]
     behind: list[float]
     converged: bool
@@ -266,6 +159,9 @@ class FillOptions(TypedDict, total=False):
         draws: takes the place of `seed`, to replay a run.
         verify: have the encoder read what was filled in; from its first doubt on it writes a hole
             anew, which is kept if it finds the whole line likelier.
+        quick: as an editor wants it, which has the next question soon: fewer lengths and steps, a
+            canvas no longer than the hole and some lines behind it, and of a long text the nearest
+            part.
     """
 
     prompt: str | None
@@ -276,6 +172,7 @@ class FillOptions(TypedDict, total=False):
     sampler: Sampler | None
     draws: Draws | None
     verify: bool
+    quick: bool
 
 
 @dataclass(frozen=True)
@@ -291,6 +188,7 @@ class FillRequest:
     verify: bool = False
     images: Sequence[Given] = ()
     image_tokens: int | None = None
+    quick: bool = False
 
     def prepare(
         self,
@@ -307,13 +205,22 @@ class FillRequest:
             SettingError: a setting is out of range.
         """
         config = model.generation.override(max_denoising_steps=self.steps, sampler=self.sampler)
-        parts = self.parts()
-        _refuse_long(model, vocabulary.tokenizer, parts)
-        pieces = tuple(_pieces(model, vocabulary, parts, check))
+        parts = near = self.parts()
+        room, whole = model.config.canvas_length, True
+        if self.quick:
+            near, whole = near_text(parts, vocabulary.tokenizer.longest, model.context)
+        _refuse_long(model, vocabulary.tokenizer, near)
+        pieces = tuple(pieces_of(model, vocabulary, near, check, self.quick))
+        if self.quick:
+            pieces, uncut = cut_behind(pieces)
+            whole = whole and uncut
+        fits = whole and _fits(model, pieces)
+        if self.quick:
+            room = quick_room(room, pieces, whole, fits)
         prompt = self.prompt
         if prompt is None:
             shown = "the gap in the text"
-            if _fits(model, pieces):
+            if fits:
                 shown = "".join(part if isinstance(part, str) else "..." for part in parts)
             prompt = f"Fill: {shown}"
         most = {} if self.image_tokens is None else {"tokens": self.image_tokens}
@@ -337,6 +244,10 @@ class FillRequest:
             self.seed,
             self.draws,
             self.verify,
+            room,
+            whole,
+            self.quick,
+            fits,
         )
 
     def parts(self) -> list[str | Hole]:
@@ -344,11 +255,12 @@ class FillRequest:
 
         Raises:
             TemplateError: as `parse_template`.
-            SettingError: the seed is none, the prompt no text, or `verify` no boolean.
+            SettingError: the seed is none, the prompt no text, `verify` or `quick` no boolean.
         """
         checked_seed(self.seed)
         check_kind("a prompt", self.prompt, (str, NoneType), "text")
         check_kind("verify", self.verify, bool, "true or false")
+        check_kind("quick", self.quick, bool, "true or false")
         check_kind("images", self.images, (list, tuple), "a list of pictures")
         if isinstance(self.template, str):
             return parse_template(self.template)
@@ -368,10 +280,10 @@ def _refuse_long(model: DiffusionGemma, tokenizer: Tokenizer, parts: list[str | 
         )
 
 
-def _fits(model: DiffusionGemma, pieces: Iterable[_Piece]) -> bool:
+def _fits(model: DiffusionGemma, pieces: Iterable[Piece]) -> bool:
     """Tell whether a canvas holds all of a template, before its holes' lengths are decided."""
-    lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, _Gap)}
-    return _size(pieces, lengths) < model.config.canvas_length
+    lengths = {p.hole.name: p.start_length for p in pieces if isinstance(p, Gap)}
+    return size_of(pieces, lengths) < model.config.canvas_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,17 +293,35 @@ class Form:
     model: DiffusionGemma
     vocabulary: Vocabulary
     parts: tuple[str | Hole, ...]
-    pieces: tuple[_Piece, ...]
-    prompt: list[int]
+    pieces: tuple[Piece, ...]
+    instruction: list[int]
     config: GenerationConfig
     seed: int | None
     draws: Draws | None
-    verify: bool = False
+    verify: bool
+    room: int  # positions of a canvas
+    whole: bool  # the pieces are all that stands behind the last hole
+    quick: bool
+    fits: bool  # a canvas holds all of it, before its holes' lengths are decided
 
     @cached_property
-    def gaps(self) -> dict[str, _Gap]:
+    def prompt(self) -> list[int]:
+        """What is read before the first canvas: a server finds by it what it has read before."""
+        context, _ = self.context
+        return context
+
+    @cached_property
+    def context(self) -> tuple[list[int], int]:
+        """The instruction and the text left of the first hole, unless a canvas holds it; without
+        as many of its first tokens as do not fit, and how many those are."""
+        left, _ = ([], ()) if self.fits else split_left(self.pieces)
+        step = self.room if self.quick else 1
+        return clip_context(self.model, self.instruction, left, step)
+
+    @cached_property
+    def gaps(self) -> dict[str, Gap]:
         """The holes by name, in their order."""
-        return {piece.hole.name: piece for piece in self.pieces if isinstance(piece, _Gap)}
+        return {piece.hole.name: piece for piece in self.pieces if isinstance(piece, Gap)}
 
     def run(self, prompt_cache: PromptCache) -> Decoding[Reading | Draft | FillResult, None]:
         """A `Draft` a denoising step (of the first row tried), at last the `FillResult`."""
@@ -411,9 +341,9 @@ class _Filling:
         self._form, self._cache, self._draws = form, prompt_cache, draws
         self._pieces = form.pieces
         self._lengths = {name: gap.start_length for name, gap in form.gaps.items()}
-        self._fits = _fits(form.model, form.pieces)
+        self._fits = form.fits
         self._context: list[int] = []  # to be read next
-        self._window = self._passes = self._decoded = 0
+        self._window = self._passes = self._decoded = self._read = self._cached = 0
         self._notes: list[str] = []
         self._converged = True
         self._probabilities: dict[str, tuple[float, ...]] = {}
@@ -421,27 +351,29 @@ class _Filling:
         self._tally = Tally()
         self.written: dict[str, list[int]] = {}
 
-    @property
-    def _room(self) -> int:
-        return self._form.model.config.canvas_length
-
-    def _row(self, lengths: dict[str, int]) -> _Row:
-        return _row(self._form.vocabulary, self._pieces, lengths, self._room, last=True)
+    def _row(self, lengths: dict[str, int]) -> Row:
+        form = self._form
+        return row_of(form.vocabulary, self._pieces, lengths, form.room, last=form.whole)
 
     def read(self) -> Decoding[Reading, None]:
         """Read what stands left of the next hole, but for a template that fits as a whole."""
         form = self._form
-        while not self._fits and not isinstance(left := self._pieces[0], _Gap):
+        while not self._fits and not isinstance(left := self._pieces[0], Gap):
             self._context += left
             self._pieces = self._pieces[1:]
         if not self._window:
-            context, dropped = clip_context(form.model, form.prompt, self._context)
+            context, dropped = form.context
+            self._read, self._cached = len(context), self._cache.shared(context)
             if dropped:
                 self._notes.append(f"The model did not see the first {dropped} tokens of the text.")
         else:
             context = [*self._cache.tokens, *self._context]
-            if len(context) + self._room > form.model.context:
+            if len(context) + form.room > form.model.context:
                 raise ContextError("the text between the holes does not fit into the context")
+        # What is typed next may change the last tokens, but leaves what stands before them.
+        sure = len(context) - UNSURE
+        if form.quick and sure - self._cache.shared(context) >= WORTH_A_PASS:
+            yield from self._cache.reading(context[:sure])
         self._reader = yield from begin_reading(form.model, self._cache, context, form.verify)
 
     def decide(self) -> Decoding[Draft, _Settled]:
@@ -449,14 +381,16 @@ class _Filling:
         gaps = self._form.gaps
         names = list(self._row(self._lengths).spans)
         undecided = [name for name in names if len(gaps[name].patterns) > 1]
-        for name in [*undecided, None]:
-            if name is not None and name not in self._row(self._lengths).spans:
+        settled: _Settled | None = None
+        for name in undecided:
+            if name not in self._row(self._lengths).spans:
                 continue  # longer holes before it have pushed it out of this canvas
-            tried = [self._lengths]
-            if name is not None:
-                tried = [{**self._lengths, name: length} for length in sorted(gaps[name].patterns)]
+            tried = [{**self._lengths, name: length} for length in sorted(gaps[name].patterns)]
             settled = yield from self._try([_Layout(each, self._row(each)) for each in tried], name)
             self._lengths = settled.layout.lengths
+        if settled is None or not (self._form.quick and settled.converged):
+            layout = _Layout(self._lengths, self._row(self._lengths))
+            settled = yield from self._try([layout], None, settled)
         sure = [name for name in settled.layout.row.spans if gaps[name].hole.kind != "text"]
         for _ in range(RETRIES if settled.surprising(sure) else 0):
             other = yield from self._try([settled.layout], None)
@@ -469,8 +403,8 @@ class _Filling:
 
     def _verified(self, settled: _Settled, reader: CausalReader) -> Decoding[Never, _Settled]:
         """The canvas with its holes as they are, or as the encoder has written them."""
-        form, row, room = self._form, settled.layout.row, self._room
-        whole = _size(self._pieces, settled.layout.lengths) == row.end < room
+        form, row, room = self._form, settled.layout.row, self._form.room
+        whole = size_of(self._pieces, settled.layout.lengths) == row.end < room
         line, spans = settled.tokens[: row.end + whole], dict(row.spans)
         for name in spans:
             start, end = spans[name]
@@ -491,21 +425,16 @@ class _Filling:
             return settled
         canvas = mx.array([(line + form.vocabulary.ending(room)[1:])[:room]])
         surprises = yield from _in_groups(form.model, self._cache.cache, canvas, spans, self._draws)
-        changed = _Row(row.pattern, spans, len(line) - whole)
+        changed = Row(row.pattern, spans, len(line) - whole)
         layout = _Layout(settled.layout.lengths, changed)
         return replace(settled, layout=layout, canvas=canvas, surprises=surprises)
 
-    def _try(self, layouts: list[_Layout], name: str | None) -> Decoding[Draft, _Settled]:
+    def _try(
+        self, layouts: list[_Layout], name: str | None, begun: _Settled | None = None
+    ) -> Decoding[Draft, _Settled]:
         form = self._form
         settled, steps, decoded = yield from _try(
-            form.model,
-            form.vocabulary,
-            self._cache.cache,
-            layouts,
-            name,
-            form.config,
-            self._draws,
-            self._window,
+            form, self._cache.cache, layouts, name, self._draws, self._window, begun
         )
         self._passes += steps
         self._decoded += decoded
@@ -521,8 +450,8 @@ class _Filling:
         last, (_, reach) = list(row.spans.items())[-1]
         stop = self._pieces.index(gaps[last]) + 1
         self._context = settled.tokens[:reach]
-        unseen = _size(self._pieces[stop:], self._lengths) - (row.end - reach)
-        if unseen > 0:
+        unseen = size_of(self._pieces[stop:], self._lengths) - (row.end - reach)
+        if unseen > 0 and not self._form.quick:
             filled = ", ".join(row.spans)
             self._notes.append(
                 f"Filling {filled}, the model did not see the last {unseen} tokens of the text."
@@ -556,6 +485,8 @@ class _Filling:
             converged=self._converged,
             encoder_passes=self._tally.passes,
             positions_encoded=self._tally.positions,
+            read_tokens=self._read,
+            cached_tokens=self._cached,
         )
 
 
@@ -572,38 +503,52 @@ def stream_fill(
     return stream(model, tokenizer, FillRequest(template, **options))
 
 
-def _size(pieces: Iterable[_Piece], lengths: dict[str, int]) -> int:
-    return sum(lengths[p.hole.name] if isinstance(p, _Gap) else len(p) for p in pieces)
+def _config(form: Form, layouts: list[_Layout], name: str | None) -> GenerationConfig:
+    """How canvases are denoised, to try lengths of the hole `name` or to the end.
+
+    In the end a quick fill takes no more steps than its holes have tokens, and one: each step
+    accepts one token at least, and to take them one by one is as careful as it gets.
+    """
+    config, quick = form.config, form.quick
+    if name is not None:
+        steps = QUICK_STEPS if quick else TRIAL_STEPS
+    elif quick:
+        steps = 1 + sum(end - start for start, end in layouts[0].row.spans.values())
+    else:
+        return config
+    plateau = config.plateau or QUICK_PLATEAU if quick else config.plateau
+    most = min(steps, config.max_denoising_steps)
+    return replace(config, max_denoising_steps=most, plateau=plateau)
 
 
 def _try(
-    model: DiffusionGemma,
-    vocabulary: Vocabulary,
+    form: Form,
     cache: list[LayerCache],
     layouts: list[_Layout],
     name: str | None,
-    config: GenerationConfig,
     draws: Draws,
     window: int,
+    begun: _Settled | None,
 ) -> Decoding[Draft, tuple[_Settled, int, int]]:
     """Denoise each layout; the one whose hole `name` surprises least, steps and positions.
 
-    Without a name there is one layout, and it gets all its steps.
+    Without a name there is one layout, and it gets all its steps; a quick one goes on from what was
+    `begun`.
     """
-    room = model.config.canvas_length
+    model, room, config = form.model, form.room, _config(form, layouts, name)
     at_once = rows_at_once(model)
-    if name is not None:
-        config = replace(config, max_denoising_steps=min(TRIAL_STEPS, config.max_denoising_steps))
     finished: list[_Settled] = []
     passes = decoded = 0
     layouts = [each for each in layouts if name is None or name in each.row.spans]
     for first in range(0, len(layouts), at_once):
         group = layouts[first : first + at_once]
         plans = [compile_pattern(each.row.pattern).plan(room, room) for each in group]
-        start = planned_start(plans, vocabulary, draws)
+        start = planned_start(plans, form.vocabulary, draws)
+        if form.quick and begun is not None:
+            start = replace(start, canvas=begun.next)
         state = yield from relay(
             denoise(model, cache, config, draws, start),
-            lambda state: [draft_of(vocabulary.tokenizer, state, window, config)],
+            lambda state: [draft_of(form.vocabulary.tokenizer, state, window, config)],
         )
         passes += state.step
         decoded += state.decoded * len(group)
@@ -620,7 +565,8 @@ def _try(
                 surprises = yield from _in_groups(model, cache, canvas, spans, draws)
                 behind = []
             converged = bool(np.array(state.converged)[i])
-            finished.append(_Settled(layout, canvas, surprises, behind, converged))
+            following = state.canvas[i : i + 1]
+            finished.append(_Settled(layout, canvas, following, surprises, behind, converged))
     if name is None:
         return finished[0], passes, decoded
     return min(finished, key=lambda settled: settled.mean(name)), passes, decoded

@@ -1,7 +1,7 @@
 """What is written next: a canvas denoised, one that the encoder verifies, its next token, a draft.
 
 Each is a decoding of one attempt, whose result is the state to commit. The loop over canvases, in
-`generate.py`, asks for it, judges it, and has the encoder keep what is committed.
+`canvases.py`, asks for it, judges it, and has the encoder keep what is committed.
 """
 
 import math

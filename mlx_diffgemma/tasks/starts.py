@@ -294,14 +294,14 @@ def planned_start(plans: Sequence[Plan], vocabulary: Vocabulary, draws: Draws) -
 
 
 def clip_context(
-    model: DiffusionGemma, prompt: list[int], given: list[int]
+    model: DiffusionGemma, prompt: list[int], given: list[int], step: int = 1
 ) -> tuple[list[int], int]:
     """A prompt and the text that the answer begins with, without as many tokens of the text's
-    beginning as do not fit; and how many those are.
+    beginning as do not fit; and how many those are, a multiple of `step`.
 
     Raises:
         ContextError: the prompt alone does not fit.
     """
     remaining = remaining_context(model, prompt) - model.config.canvas_length
-    dropped = max(len(given) - remaining, 0)
+    dropped = min(-(-max(len(given) - remaining, 0) // step) * step, len(given))
     return prompt + given[dropped:], dropped

@@ -29,13 +29,17 @@ class TemplateError(Error):
 
 @dataclass(frozen=True)
 class Hole:
-    """A gap in a text: of `tokens` tokens, at `most` as many, or as many as fit best."""
+    """A gap in a text: of `tokens` tokens, at `most` as many, or as many as fit best.
+
+    With `line` there is no line break in it.
+    """
 
     name: str
     kind: Lit["text", "int", "choice"] = "text"
     tokens: int | None = None
     most: int | None = None
     options: tuple[str, ...] = ()
+    line: bool = False
 
 
 def parse_template(template: str) -> list[str | Hole]:

@@ -112,7 +112,8 @@ def test_a_short_hole_is_measured() -> None:
     assert found["most_tokens"] == 2
     assert 0 < found["first_draft_seconds"] <= found["whole_seconds"]
     assert found["steps"] > 0
+    assert found["canvases"] > 0
     shown = bench(*short).stdout.splitlines()
-    assert [line.split("\t")[0] for line in shown] == ["first draft", "whole", "steps"]
+    assert [line.split("\t")[0] for line in shown] == ["first draft", "whole", "steps", "canvases"]
     refused = bench("--fill", "--compare", "x")
     assert (refused.returncode, "neither --compare" in refused.stderr) == (2, True)

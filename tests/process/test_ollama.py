@@ -237,7 +237,6 @@ def test_pictures(tmp_path: Path) -> None:
         ),
         ("generate", {"prompt": "x", "raw": True, "system": "y"}, "raw goes with neither"),
         ("generate", {"prompt": "1" * 90_000, "raw": True}, "fit"),
-        ("generate", {"prompt": "1" * 90_000, "suffix": "x"}, "has room for"),
         ("show", {}, "model: it is missing"),
         ("nothing", {}, "Not Found"),
     ],

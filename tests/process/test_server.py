@@ -707,7 +707,6 @@ MUCH = "1" * 3_900_000
         ("chat/completions", {"messages": HELLO, "opening": MUCH}),
         ("chat/completions", {"messages": HELLO, "stop": MUCH}),
         ("completions", {"prompt": MUCH}),
-        ("completions", {"prompt": "x", "suffix": MUCH}),
         ("fill", {"template": MUCH + "{{x}}"}),
         ("fill", {"template": "{{x}}", "prompt": MUCH}),
         ("fill", {"canvas": [{"text": MUCH}]}),

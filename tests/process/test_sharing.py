@@ -17,8 +17,11 @@ from command import run
 from paths import SUDOKU
 from ranks import COMMAND, launched, started, variables_of
 from servers import Server, serving, sudoku_model
+from sharing import write_checkpoint
 from terminal import Terminal
 
+from mlx_diffgemma import load
+from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, save_adapter, trained
 from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
 from mlx_diffgemma.distributed.launch import LaunchError
@@ -28,9 +31,17 @@ PUZZLE = (SUDOKU / "puzzles.txt").read_text()[:36]
 SECONDS = 10  # in which all have ended once one has
 
 
-def test_four_ranks_write_what_one_does() -> None:
-    """Two heads of keys, in full layers one: some ranks have the same."""
-    asked = ["generate", "-m", SUDOKU, "--seed", "3", "--steps", "2", "--json", PUZZLE]
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In full layers four heads look at each of two of keys; weights are several groups wide."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "model")
+
+
+def test_four_ranks_write_what_one_does(wide: Path, tmp_path: Path) -> None:
+    """Of experts in groups of 32; in full layers two ranks each have the same keys."""
+    convert(wide, tmp_path / "packed", recipe=RECIPES["mxfp4"])
+    more = ["--seed", "3", "--steps", "2", "--max-tokens", "32", "--json", "How far?"]
+    asked = ["generate", "-m", tmp_path / "packed", *more]
     done = launched(4, *COMMAND, *asked, "--shard")
     found, wanted = json.loads(done.stdout), json.loads(run(*asked).stdout)
     for key in ("text", "denoising_steps", "finish_reason", "generated_tokens"):
@@ -38,10 +49,18 @@ def test_four_ranks_write_what_one_does() -> None:
     assert done.stderr.count("prompt tokens in") == 1
 
 
-def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
-    """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for."""
-    convert(SUDOKU, tmp_path / "packed", recipe=RECIPES["mxfp4"])
-    program = [sys.executable, PROGRAM, tmp_path / "packed"]
+def test_two_ranks_do_all_tasks_as_one(wide: Path, tmp_path: Path) -> None:
+    """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for.
+
+    Of weights in groups of 64, of which they have unequal parts, with an adapter beside them.
+    """
+    packed, adapter = tmp_path / "packed", tmp_path / "adapter"
+    convert(wide, packed, recipe=RECIPES["4bit"])
+    model, config = load(packed)[0], AdapterConfig("dora", rank=2, keys=("mlp.down_proj",))
+    add_adapter(model, config)
+    terms = {name: mx.random.normal(each.shape) for name, each in trained(model).items()}
+    save_adapter(adapter, terms, config)
+    program = [sys.executable, PROGRAM, packed, adapter]
     shared = launched(2, *program)
     alone = subprocess.run([*map(str, program)], capture_output=True, text=True, check=True)
     assert shared.stdout == alone.stdout, shared.stderr

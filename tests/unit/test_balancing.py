@@ -4,10 +4,13 @@ import asyncio
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command import run
 
+from mlx_diffgemma.cli import ranks
 from mlx_diffgemma.cli.front import Front
 from mlx_diffgemma.server.affinity import (
     BLOCK,
@@ -48,7 +51,9 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 SYSTEM, HELLO, FINE = said("system", "Be brief."), said("user", "hello"), said("assistant", "Fine.")
 
-MARKED = [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}]
+MARK = {"cache_control": {"type": "ephemeral"}}
+
+PART: dict[str, Any] = {"type": "text", "text": "hello"}
 
 OLD, NEW = "x" * 3 * BLOCK, "x" * 3 * BLOCK + "y" * BLOCK
 
@@ -61,8 +66,13 @@ GO_ON: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "/v1/messages",
-        {"system": "s", "messages": [said("user", MARKED)]},
-        {"system": "s", "messages": [HELLO, FINE, said("user", MARKED)]},
+        {"system": "s", "messages": [said("user", [{**PART, **MARK}])]},
+        {"system": "s", "messages": [HELLO, FINE, said("user", [{**PART, **MARK}])]},
+    ),
+    (
+        "/v1/messages",
+        {"messages": [said("user", [PART, {**PART, **MARK}])]},
+        {"messages": [said("user", [PART, PART]), FINE, said("user", [{**PART, **MARK}])]},
     ),
     ("/api/chat", {"messages": [HELLO]}, {"messages": [HELLO, FINE, HELLO]}),
     ("/v1/responses", {"input": [HELLO]}, {"input": [HELLO, FINE, {"type": "reasoning"}, HELLO]}),
@@ -231,7 +241,34 @@ def test_addresses_of_workers(
     assert wanted in told
 
 
+def test_a_launcher_is_not_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "place", lambda: SimpleNamespace(size=2))
+    with pytest.raises(SystemExit):
+        ranks.check_shared("serve")
+    assert "serve --workers HOST:PORT,... needs no launcher" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["mlx-diffgemma", "serve", "--shard"])
+    with pytest.raises(SystemExit):
+        Front("mac-1:1")
+    assert "--workers does not go with --shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("--model", "x"), ("--dtype", "float32"), ("--max-batch", "3"), ("--cache-gb", "2")],
+)
+def test_options_of_a_model_belong_to_workers(given: tuple[str, str]) -> None:
+    """But a model that is named for other commands stands in nobody's way."""
+    done = run("serve", "--workers", "mac-1:1,x", MLX_DIFFGEMMA_MODEL="y")
+    assert "'x' is no HOST:PORT" in done.stderr
+    done = run("serve", "--workers", "mac-1:1", *given, MLX_DIFFGEMMA_MODEL="y")
+    assert done.returncode == 2
+    assert f"error: {given[0]} belongs to the workers" in done.stderr
+
+
 def test_it_needs_no_mlx() -> None:
     code = "import sys, mlx_diffgemma.server.balancer, mlx_diffgemma.server.connections; "
-    code += "assert not {'mlx', 'fastapi', 'pydantic', 'numpy'} & {*sys.modules}, sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code += "print({'mlx', 'fastapi', 'pydantic', 'numpy'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert found.stdout == b"set()\n"

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from held import active_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SUDOKU
@@ -80,7 +81,7 @@ def test_a_canvas_is_written_behind_the_context_in_place() -> None:
     new = mx.ones((1, 4, 8, 16))
     mx.eval(cache.read(new))
     del held
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     seen = cache.read(2 * new)
     mx.eval(seen)
@@ -95,7 +96,7 @@ def test_a_long_prompt_is_not_copied_at_each_chunk() -> None:
     mx.eval(chunk)
     cache.reserve(20_000 + 8)
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = active_memory()
     for _ in range(20):
         cache.append(chunk)
         mx.eval(cache.state)

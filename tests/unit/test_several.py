@@ -47,6 +47,7 @@ class Weights:
         self.pieces, self.needed = pieces, needed
         self.loads = self.unloads = 0
         self.broken = False
+        self.gone = 0.0  # when, on the monotonic clock
 
     def _made(self) -> Any:
         return untrained(TOKENIZER.vocab_size, 24, kind=Gated)
@@ -62,11 +63,12 @@ class Weights:
 
     def unload(self) -> None:
         self.unloads += 1
+        self.gone = time.monotonic()
 
-    def needs(self, tokens: int) -> int:
+    def needs(self, tokens: int, pictures: bool) -> int:
         return self.needed
 
-    def context_bytes(self, tokens: int) -> int:
+    def context_bytes(self, tokens: int, pictures: bool) -> int:
         return 0
 
 
@@ -164,6 +166,7 @@ def test_the_model_that_was_used_longest_ago_makes_room() -> None:
         Asked(first).until(Done)
         Asked(third).until(Done)  # it is tried though it does not fit: nobody else is in the way
         assert (a.unloads, b.unloads) == (1, 1)
+        assert b.gone < a.gone
         c.needed = 0
         Asked(first).until(Done)
         settled(lambda: first.loaded and third.loaded)
@@ -172,24 +175,53 @@ def test_the_model_that_was_used_longest_ago_makes_room() -> None:
 
 def test_a_busy_model_is_not_unloaded_and_keeps_nobody_waiting_for_ever() -> None:
     """Later requests for the busy one begin behind the one that waits for its memory."""
-    a, b = Weights(), Weights(needed=LARGE)
-    free(b)
-    with serving(a, b, memory=LARGE - 1, overtaken=0, max_batch=1) as (first, second):
+    a, b, c = Weights(), Weights(needed=LARGE), Weights()
+    free(b, c)
+    with serving(a, b, c, memory=LARGE - 1, overtaken=0, max_batch=1) as (first, second, third):
+        Asked(third).until(Done)
         running = Asked(first, tokens=4000)
         settled(lambda: first.running == 1)
+        a.needed = LARGE
         waiting = Asked(second)
         later = Asked(first)
         a.model.leave.release(20)
         time.sleep(0.1)
         assert (a.unloads, b.loads) == (0, 0)
+        assert c.unloads == 0  # what is idle does not go where that would not be enough
         assert waiting.events.empty()
         first.cancel(running.ticket)
         free(a)
         waiting.until(Done)
         assert a.unloads == 1
-        b.needed = 0
+        a.needed = b.needed = 0
         later.until(Done)
         assert (a.loads, b.loads) == (2, 1)
+
+
+def test_a_model_that_fits_does_not_wait_for_one_that_does_not() -> None:
+    a, b, c = Weights(), Weights(needed=LARGE), Weights()
+    free(c)
+    with serving(a, b, c, memory=LARGE - 1) as (first, second, third):
+        Asked(first, tokens=4000)
+        settled(lambda: first.running == 1)
+        waiting = Asked(second)
+        a.model.leave.release(30)
+        Asked(third).until(Done)
+        assert waiting.events.empty()
+        assert (first.running, second.waiting) == (1, 1)
+
+
+def test_a_defect_that_ends_the_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited did so for ever."""
+    a = Weights(pieces=1000)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with serving(a) as (worker,):
+        waiting = Asked(worker)
+        settled(lambda: a.loads == 1)
+        monkeypatch.setattr(MlxThread, "_unload_idle", None)
+        assert isinstance(waiting.until(Stopped), Stopped)
+        with pytest.raises(Busy):
+            Asked(worker)
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again_but_not_at_once() -> None:

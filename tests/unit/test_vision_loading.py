@@ -1,6 +1,5 @@
 """The vision tower is loaded by itself, and what is wrong with it is one sentence."""
 
-import gc
 import json
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from held import active_memory
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.arguments import SettingError
@@ -108,9 +108,7 @@ def test_what_a_picture_takes_is_not_more_than_is_told(
     seen = Vision(numbers)
     patches = mx.zeros((side * side, 48))
     mx.eval(seen.parameters(), patches)
-    gc.collect()
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     mx.eval(seen(patches, side, side, mx.eval))
     taken = mx.get_peak_memory() - before
