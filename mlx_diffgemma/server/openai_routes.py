@@ -11,6 +11,7 @@ from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
 from ..tasks.score import ScoreResult
 from ..text.tokenizer import Tokenizer
+from .infill import unmarked
 from .openai import (
     ChatBody,
     CompletionBody,
@@ -44,6 +45,7 @@ def router(service: Service) -> APIRouter:
     async def complete(http: Http, body: CompletionBody) -> Response:
         if asks_scores(body):
             return await _score(service, http, body)
+        body = unmarked(body)
         answer = _infill if body.suffix else _complete
         return await answer(service, http, body)
 
