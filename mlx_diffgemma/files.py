@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EISDIR
@@ -105,15 +107,33 @@ def check_writable(path: Path) -> None:
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A file beside `path`, to be written; at the end it takes the place of what `path` names.
 
-    A full disk or a kill leaves the old file; a link stays a link. `suffix` is for writers that
-    insist on one.
+    A full disk or a kill leaves the old file; a link stays a link. Who may read it stays as it was,
+    and is what the umask says of a new one. `suffix` is for writers that insist on one.
     """
     target = Path(os.path.realpath(path))
-    with NamedTemporaryFile(dir=target.parent, suffix=suffix, delete=False) as file:
-        pass
     try:
-        yield Path(file.name)
-        os.replace(file.name, target)
+        kept = stat.S_IMODE(target.stat().st_mode)
+    except OSError:  # there is none; what else is wrong is said where a file is made
+        kept = None
+    # Until it is whole, nobody reads what takes a private file's place.
+    fresh = _create_beside(target, suffix, 0o666 if kept is None else 0o600)
+    try:
+        yield fresh
+        if kept is not None and kept != stat.S_IMODE(fresh.stat().st_mode):
+            fresh.chmod(kept)
+        os.replace(fresh, target)
     except BaseException:
-        os.unlink(file.name)
+        fresh.unlink()
         raise
+
+
+def _create_beside(target: Path, suffix: str, mode: int) -> Path:
+    """An empty file of a new name. The system takes the umask off its mode, as of any file's;
+    what `tempfile` makes is its owner's alone."""
+    while True:
+        fresh = target.with_name(f"tmp{secrets.token_hex(4)}{suffix}")
+        try:
+            os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        except FileExistsError:
+            continue
+        return fresh

@@ -1,4 +1,5 @@
-"""Count what ranks that share a model exchange in a denoising step, and model how long steps take.
+"""Count what ranks that share a model exchange in a denoising step, and model how long steps take;
+and what ranks that learn together exchange in an update of the weights.
 
     python scripts/count_exchanges.py
     python scripts/count_exchanges.py --chips "M4 Max,M3 Ultra" --context 1024
@@ -20,6 +21,7 @@ from roofline import CHIPS, header, row
 from roofline_model import Assumed, Chip, seconds, step
 
 from mlx_diffgemma import GenerationConfig, PromptCache
+from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, trained
 from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws, sub_block
@@ -27,6 +29,7 @@ from mlx_diffgemma.distributed.share import Share
 from mlx_diffgemma.model.config import Config
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.part import cut_model
+from mlx_diffgemma.training.exchange import summed
 
 # Narrow where it does not matter for what is exchanged.
 NARROW: dict[str, Any] = {
@@ -92,6 +95,18 @@ def of_all(size: int) -> list[int]:
     return [*two[: 1 + layer], *two[1 : 1 + layer] * 28, *two[1 + layer :]]
 
 
+def of_an_update(adapter: AdapterConfig) -> list[int]:
+    """Bytes of each collective in which the real model's gradients are summed, and the losses."""
+    model = DiffusionGemma(Config.from_dict(config(30)), GenerationConfig())
+    add_adapter(model, adapter)
+    gradients = {name: mx.zeros(each.shape) for name, each in trained(model).items()}
+    group = Counting(2, -1, 0)
+    share = Share(0, 2, group)
+    share.sums(*[mx.zeros(())] * 3)
+    summed(share, gradients)
+    return group.exchanged
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +119,12 @@ def main() -> None:
     header("ranks", "collectives a step", "MB a step", "largest MB")
     for size, each in found.items():
         row(size, len(each), f"{sum(each) / 1e6:.1f}", f"{max(each) / 1e6:.2f}")
+    print()
+    header("learning", "collectives an update", "MB an update", "largest MB")
+    for rank in (8, 16):
+        each = of_an_update(AdapterConfig(rank=rank))
+        told = f"LoRA, rank {rank}", len(each), f"{sum(each) / 1e6:.1f}", f"{max(each) / 1e6:.1f}"
+        row(*told)
     print(f"\nModelled, not measured: milliseconds a step, context {arguments.context}.\n")
     header("chip", "1", *(f"{size}, {link}" for size in found for link in LINKS))
     assumed = Assumed(bits=8, expert_bits=4, vocabulary_gb=2.15)

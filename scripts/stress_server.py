@@ -1,6 +1,6 @@
 """Ordinary clients beside attackers: nobody may wait, get another's answer, or bring it down.
 
-    python scripts/stress_server.py [--seconds 90] [--clients 8] [--attackers 4]
+    python scripts/stress_server.py [--seconds 90] [--clients 8] [--attackers 4] [--workers]
 
 Starts a server with the Sudoku checkpoint. Attackers send what has hurt a server before: `attacks`
 has all of it. Afterwards every request is asked again, alone, with its seed: the texts must be the
@@ -8,6 +8,9 @@ same. Exits 1 where one is not, where /health took longer than a second, memory 
 `MOST_GROWTH`, an answer was of the server's making (5xx) or no JSON, or a schema fetched something.
 
 Where the machine has other work, /health waits for that, too: `--health 5` allows five seconds.
+
+With --workers all of them ask one address before two servers, of which one is killed in the middle,
+and started again. Only what that one had under way may be lost, and has to be told so.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -37,14 +41,16 @@ PATIENCE = 20  # seconds after which an attacker goes away
 CHAT = "/v1/chat/completions"
 
 
-class Server:
-    """The server's process and address, and what is to be said of it at the end."""
+MODEL = ("-m", str(SUDOKU), "--max-batch", "8")
+LOST = "the worker that had this request is lost"  # as a client is told
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "mlx_diffgemma", "serve", "-m", str(SUDOKU), "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, "--max-batch", "8"], stderr=subprocess.PIPE, text=True
-        )
+
+class Server:
+    """A server's process and address, and what is to be said of it at the end."""
+
+    def __init__(self, *arguments: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "mlx_diffgemma", "serve", "--port", str(port), *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr
         lines = (re.search(r"running on (http://\S+)", line) for line in self.process.stderr)
         self.url = next(found[1] for found in lines if found)
@@ -58,10 +64,68 @@ class Server:
             if not line.startswith("INFO"):
                 self.said.append(line)
 
+    def end(self) -> None:
+        """Stop the process, if it has not ended."""
+        self.process.terminate()
+        self.process.wait(30)
+
     def memory(self) -> float:
         """MB that are in memory."""
         shown = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.process.pid)])
         return int(shown) / 1024
+
+
+Lost = tuple[float, float]  # when a request was asked, and when it was told to be lost
+
+
+class Two:
+    """Two workers, of which the first is killed and started again, and one address before them."""
+
+    def __init__(self) -> None:
+        self._workers = [Server(*MODEL), Server(*MODEL)]
+        self._addresses = [f"127.0.0.1:{each.port}" for each in self._workers]
+        self.front = Server("--workers", ",".join(self._addresses))
+        self.killed = 0.0  # when
+        self.under_way = 0  # requests of the one that was killed
+
+    @property
+    def all(self) -> list[Server]:
+        """All that run."""
+        return [self.front, *self._workers]
+
+    def replace(self, after: float) -> None:
+        """Kill the first worker, and start another at its address five seconds later."""
+        time.sleep(after)
+        self._workers[0].process.send_signal(signal.SIGSTOP)  # none of them ends meanwhile
+        self.under_way = self._count()
+        self._workers[0].process.kill()
+        self.killed = time.monotonic()
+        self._workers[0].process.wait()
+        time.sleep(5)
+        self._workers[0] = Server(*MODEL, port=self._workers[0].port)
+
+    def _count(self) -> int:
+        text = httpx.get(f"{self.front.url}/metrics", timeout=60).text
+        counted = re.search(rf'under_way{{worker="{self._addresses[0]}"}} (\d+)', text)
+        assert counted
+        return int(counted[1])
+
+    def problems(self, lost: list[Lost]) -> list[str]:
+        """What went wrong, where these requests were lost."""
+        texts = [httpx.get(f"{each.url}/metrics", timeout=60).text for each in self.all]
+        print(*re.findall(r"^diffgemma_(front_\w+ \d+)$", texts[0], re.M), sep=", ")
+        counted = [re.findall(r"^diffgemma_answered_total (\d+)$", text, re.M) for text in texts]
+        print(f"{self.under_way} requests were with the first worker just before it was killed;")
+        print(f"{len(lost)} clients that waited were told that theirs is lost")
+        print(f"its successor has answered {counted[1][0]} since, the other {counted[2][0]} in all")
+        found = [
+            f"lost: asked {began - self.killed:.2f} s and told {ended - self.killed:.2f} s after"
+            for began, ended in lost
+            if not began < self.killed < ended < self.killed + 10
+        ]
+        if not int(counted[1][0]):
+            found.append("the worker that came back was not used")
+        return found
 
 
 # Ordinary clients -------------------------------------------------------------------------------
@@ -84,6 +148,7 @@ class Clients:
         self.problems: list[str] = []
         self.longest = 0.0
         self.refused = 0
+        self.lost: list[Lost] = []
 
     def ask(self, asked: Asked, stream: bool = False) -> str:
         """The answer's text."""
@@ -111,7 +176,10 @@ class Clients:
                 self.refused += 1
                 time.sleep(1)
             except openai.OpenAIError as error:
-                self.problems.append(f"an ordinary client: {error}")
+                if LOST in str(error):
+                    self.lost.append((began, time.monotonic()))
+                else:
+                    self.problems.append(f"an ordinary client: {error}")
             self.longest = max(self.longest, time.monotonic() - began)
             turn += 1
 
@@ -126,7 +194,7 @@ def watch(url: str, ends: float, told: "Queue[tuple[float, int]]") -> None:
     with httpx.Client(timeout=60) as client:
         while time.time() < ends:
             began = time.monotonic()
-            assert client.get(f"{url}/health").json() == {"status": "ok"}
+            assert client.get(f"{url}/health").json()["status"] == "ok"
             longest = max(longest, time.monotonic() - began)
             count += 1
             time.sleep(0.1)
@@ -260,6 +328,7 @@ class Attackers:
         self._requests = requests
         self.told: dict[str, Counter[str]] = defaultdict(Counter)
         self.longest: dict[str, float] = defaultdict(float)
+        self.lost: list[Lost] = []
         self.problems: list[str] = []
 
     def attack(self, number: int, ends: float) -> None:
@@ -283,6 +352,7 @@ class Attackers:
 
     def _send(self, name: str) -> str:
         path, body = self._requests[name]
+        began = time.monotonic()
         kind = {"Content-Type": "application/json"}
         try:
             reply = httpx.post(
@@ -296,7 +366,9 @@ class Attackers:
         except ValueError:
             self.problems.append(f"{name}: {reply.status_code} is no JSON: {reply.text[:100]}")
             return "no JSON"
-        if reply.status_code >= 500:
+        if reply.status_code == 502 and LOST in reply.text:
+            self.lost.append((began, time.monotonic()))
+        elif reply.status_code >= 500:
             self.problems.append(f"{name}: {reply.status_code} {reply.text[:200]}")
         return str(reply.status_code)
 
@@ -342,7 +414,7 @@ def listening(heard: list[str]) -> int:
     return listener.getsockname()[1]
 
 
-def run(arguments: argparse.Namespace, server: Server) -> list[str]:
+def run(arguments: argparse.Namespace, server: Server, two: Two | None) -> list[str]:
     """What went wrong, after everything that is to be told has been printed."""
     heard: list[str] = []
     clients = Clients(server, arguments.clients)
@@ -362,6 +434,8 @@ def run(arguments: argparse.Namespace, server: Server) -> list[str]:
         )
         for i in range(count)
     ]
+    if two is not None:
+        threads.append(threading.Thread(target=two.replace, args=(arguments.seconds / 3,)))
     for thread in threads:
         thread.start()
     time.sleep(arguments.seconds / 2)
@@ -382,6 +456,8 @@ def run(arguments: argparse.Namespace, server: Server) -> list[str]:
     print("memory in MB, start, middle, end:", *(f"{mb:.0f}" for mb in memory))
     print("load of the machine:", *(f"{load:.1f}" for load in os.getloadavg()))
     problems = [*clients.problems, *attackers.problems, *(f"heard from {who}" for who in heard)]
+    if two is not None:
+        problems += two.problems([*clients.lost, *attackers.lost])
     if others or not clients.answers:
         problems.append(f"{others} of {len(clients.answers)} answers are not what is given alone")
     if longest > arguments.health:
@@ -397,15 +473,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--attackers", type=int, default=4)
     parser.add_argument("--health", type=float, default=1, help="seconds that /health may take")
+    parser.add_argument("--workers", action="store_true", help="one address before two servers")
     arguments = parser.parse_args()
-    server = Server()
+    two = Two() if arguments.workers else None
+    server = Server(*MODEL) if two is None else two.front
     try:
-        problems = run(arguments, server)
-        if server.process.poll() is not None:
-            problems.append("the server has ended")
+        problems = run(arguments, server, two)
+        if any(each.process.poll() is not None for each in (two.all if two else [server])):
+            problems.append("a server has ended")
     finally:
-        server.process.terminate()
-        server.process.wait(30)
+        for each in two.all if two else [server]:
+            each.end()
     for line in [*dict.fromkeys(problems), *server.said[:20]]:
         print(line.rstrip(), file=sys.stderr)
     sys.exit(bool(problems))

@@ -40,17 +40,23 @@ def launched(count: int, *command: str | Path) -> "subprocess.CompletedProcess[s
     )
 
 
-def started(
-    count: int, folder: Path, *command: str | Path, **environment: str
-) -> "list[subprocess.Popen[str]]":
-    """The ranks of a command, which nobody ends but the test."""
+def variables_of(count: int, folder: Path) -> list[dict[str, str]]:
+    """What `mlx.launch` sets for each rank."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)]
+
+
+def started(
+    count: int, folder: Path, *command: str | Path, stdin: int | None = None, **environment: str
+) -> "list[subprocess.Popen[str]]":
+    """The ranks of a command, which nobody ends but the test; rank 0 may have another stdin."""
+    variables = variables_of(count, folder)
     return [
         subprocess.Popen(
             list(map(str, command)),
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), **environment},
-            stdin=subprocess.DEVNULL,
+            env={**os.environ, **variables[rank], **environment},
+            stdin=subprocess.DEVNULL if rank or stdin is None else stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

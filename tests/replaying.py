@@ -11,7 +11,7 @@ from mlx_diffgemma.diffusion.draws import Draws
 from mlx_diffgemma.diffusion.guards import trust
 from mlx_diffgemma.diffusion.prompt_cache import PromptCache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.tasks.generate import Committed, decode_tokens
+from mlx_diffgemma.tasks.canvases import Committed, decode_tokens
 from mlx_diffgemma.tasks.starts import Noise
 
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -25,8 +25,10 @@ from starlette.types import ASGIApp
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.balancer import make_front
 from mlx_diffgemma.server.connections import Connection
-from mlx_diffgemma.server.worker import Worker
+from mlx_diffgemma.server.thread import MlxThread
+from mlx_diffgemma.server.worker import Resident, Worker
 from mlx_diffgemma.tasks import request as requests
 
 SUDOKU = Path(__file__).parent / "data" / "sudoku6"
@@ -62,7 +64,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
-        return float(re.search(rf"^diffgemma_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+        return float(re.search(rf"^diffgemma_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
 class Process(Server):
@@ -103,14 +105,16 @@ def process(*arguments: str) -> Iterator[Process]:
 
 
 @contextmanager
-def listening(app: ASGIApp, http: type[Connection] = Connection) -> Iterator[uvicorn.Server]:
+def listening(
+    app: ASGIApp, http: type[Connection] = Connection, lifespan: Literal["on", "off"] = "off"
+) -> Iterator[uvicorn.Server]:
     """An application on a free port, in a thread; whoever is still asked at the end is cut off."""
     config = uvicorn.Config(
         app,
         port=0,
         http=http,
         ws="none",
-        lifespan="off",
+        lifespan=lifespan,
         log_level="critical",
         timeout_keep_alive=60,
         timeout_graceful_shutdown=1,
@@ -137,16 +141,24 @@ def working(
     max_batch: int = 4,
     max_queue: int = 64,
     timeout: float = 600,
-) -> Iterator[Worker]:
-    """A worker that has loaded the small model, or another."""
+    name: str = "tiny",
+    aliases: Sequence[str] = (),
+) -> Iterator[MlxThread]:
+    """A thread that has loaded the small model, or another."""
     worker = Worker(
-        model, max_batch=max_batch, max_queue=max_queue, timeout=timeout, cache_bytes=10**9
+        Resident(model),
+        name=name,
+        aliases=aliases,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        timeout=timeout,
     )
-    worker.start()
+    thread = MlxThread([worker], cache_bytes=10**9)
+    thread.start()
     try:
-        yield worker
+        yield thread
     finally:
-        worker.stop()
+        thread.stop()
 
 
 @contextmanager
@@ -159,10 +171,18 @@ def serving(
     **settings: Any,
 ) -> Iterator[Server]:
     """A server in a thread, with settings of `make_app`."""
-    with working(model, max_batch=max_batch, max_queue=max_queue, timeout=timeout) as worker:
-        app = make_app(worker, name="tiny", **settings)
+    with working(model, max_batch=max_batch, max_queue=max_queue, timeout=timeout) as thread:
+        app = make_app(thread, **settings)
         with listening(app) as server:
             yield Server(address(server))
+
+
+@contextmanager
+def fronting(*addresses: str, **settings: Any) -> Iterator[Server]:
+    """One address before workers at these, in a thread, with settings of `make_front`."""
+    app = make_front(addresses, **{"tell": lambda told: None, **settings})
+    with listening(app, lifespan="on") as server:
+        yield Server(address(server))
 
 
 def sudoku_model() -> tuple[DiffusionGemma, Tokenizer]:

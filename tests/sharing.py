@@ -1,6 +1,7 @@
 """Ranks that are threads of this process: each has its part of a model, and its end of a group."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from paths import SUDOKU
 
 from mlx_diffgemma import GenerationConfig
 from mlx_diffgemma.checkpoint.load import build_model
@@ -43,14 +45,16 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_model(directory: Path, packed: tuple[int, int, str] | None = None) -> Path:
+def write_model(
+    directory: Path, packed: tuple[int, int, str] | None = None, vocabulary: int = 500
+) -> Path:
     """A random model, its weights packed in groups of so many, so many bits and in this mode."""
-    model = build_model(CONFIG, GenerationConfig(), set())
+    config = {**CONFIG, "text_config": {**TEXT, "vocab_size": vocabulary}}
+    model = build_model(config, GenerationConfig(), set())
     keys = iter(mx.random.split(mx.random.key(5), 999))
     model.update(
         tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)) * 0.3, model.parameters())
     )
-    config = dict(CONFIG)
     if packed is not None:
         size, bits, mode = packed
         nn.quantize(model, size, bits, mode=mode)
@@ -62,6 +66,17 @@ def write_model(directory: Path, packed: tuple[int, int, str] | None = None) -> 
     directory.mkdir()
     mx.save_safetensors(str(directory / "model.safetensors"), named)
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """A random model with the tokenizer of another: programs can be asked something of it."""
+    known = json.loads((SUDOKU / "config.json").read_text())["text_config"]["vocab_size"]
+    write_model(directory, vocabulary=known)
+    for file in SUDOKU.glob("*_config.json"):
+        shutil.copy(file, directory)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(SUDOKU / name, directory)
     return directory
 
 

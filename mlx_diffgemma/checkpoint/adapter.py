@@ -7,8 +7,9 @@ that takes seconds. Those of PEFT are read too, see `peft`.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import file_digest, sha256
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,9 +21,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..arguments import SettingError, is_number, shown, whole_number
 from ..errors import CheckpointError
 from ..files import replacing
-from ..model.config import LAYERS_LIMIT
+from ..model.config import LAYERS_LIMIT, Config
 from ..model.diffusion_gemma import DiffusionGemma
-from ..model.layers import ExpertLinear
+from ..model.feed_forward import ExpertLinear
+from ..model.part import ModelPart
 from . import peft
 from .files import (
     FLOATS,
@@ -36,8 +38,10 @@ from .files import (
 )
 from .hub import Unreachable, look_up
 from .info import Info
+from .magnitudes import over_ranks
 from .peft import RANK_LIMIT, SCALE_LIMIT, Sided
-from .weights import read_weights, sentence
+from .slices import Cut, cut_of_term, read_part
+from .weights import sentence
 
 Kind = Literal["lora", "dora", "full"]
 
@@ -139,21 +143,33 @@ class Stored:
         """The file of its tensors."""
         return self.directory / (WEIGHTS_FILE if self.sided is None else peft.WEIGHTS_FILE)
 
-    @property
-    def loaded_bytes(self) -> int:
+    def cuts(self, part: ModelPart, config: Config) -> dict[str, Cut]:
+        """What a rank keeps of its tensors, by their names; of the others all, and alone all."""
+        if part.share.size == 1:
+            return {}
+        if self.sided is not None:
+            return self.sided.cuts(part, config)
+        found = {name: cut_of_term(name, part, config) for name in self.tensors}
+        return {name: cut for name, cut in found.items() if cut is not None}
+
+    def loaded_bytes(self, cuts: Mapping[str, Cut]) -> int:
         """Bytes beside those of the model once it is in place; whole parameters take others'."""
         if self.config.fine_tune_type == "full":
             return 0
-        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        sizes = {name: tensor.end - tensor.start for name, tensor in self.tensors.items()}
+        for name, cut in cuts.items():
+            sizes[name] = sizes[name] * cut.kept // cut.whole
+        return sum(sizes.values())
 
 
 def add_adapter(model: DiffusionGemma, config: AdapterConfig) -> None:
     """Freeze a model and put what is to be trained in place: `trained` tells what that is.
 
     Raises:
-        SettingError: the model has not so many layers, a name in `keys` fits no map of it, or the
-            maps are of a kind that cannot be adapted so.
+        SettingError: the model has an adapter or not so many layers, a name in `keys` fits no map
+            of it, or the maps are of a kind that cannot be adapted so.
     """
+    _check_bare(model)
     count = len(model.layers)
     if config.num_layers > count:
         raise SettingError(f"num_layers is {config.num_layers}, and the model has {count}")
@@ -167,6 +183,14 @@ def add_adapter(model: DiffusionGemma, config: AdapterConfig) -> None:
             tree_unflatten([(name, make(name, module)) for name, module in places.items()])
         )
     model.adapter = str(config)
+
+
+def _check_bare(model: DiffusionGemma) -> None:
+    """Refuse a second adapter: its file would not say that it belongs on the first one."""
+    if model.adapter is not None:
+        raise SettingError(
+            f"the model has an adapter in place ({model.adapter}): load it again for another one"
+        )
 
 
 def _unfreeze(model: DiffusionGemma, config: AdapterConfig) -> None:
@@ -385,6 +409,23 @@ def _read_peft(directory: Path, values: dict[str, Any]) -> Stored:
     return Stored(directory, AdapterConfig(), tensors, model, found)
 
 
+def fingerprint(directory: Path) -> str:
+    """Tells an adapter from others: of two runs, even the names and shapes are mostly the same.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
+    stored = read_adapter(directory)
+    found = sha256()
+    for path in (directory / CONFIG_FILE, stored.file):
+        try:
+            with path.open("rb") as file:
+                found.update(file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return found.hexdigest()[:16]
+
+
 def _config_of(values: dict[str, Any]) -> AdapterConfig:
     """Read the values of an `adapter_config.json`.
 
@@ -415,13 +456,20 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
     )
 
 
-def with_adapter(found: Info, stored: Stored) -> Info:
-    """What a model's headers say of it, with the memory that an adapter takes."""
-    return replace(found, loaded_bytes=found.loaded_bytes + stored.loaded_bytes)
+def with_adapter(found: Info, stored: Stored, cuts: Mapping[str, Cut] | None = None) -> Info:
+    """What a model's headers say of it, with the memory that an adapter takes, or what a rank keeps
+    of it."""
+    return replace(found, loaded_bytes=found.loaded_bytes + stored.loaded_bytes(cuts or {}))
 
 
 def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
-    """Put an adapter whose files were read in place; arguments and errors as in `load_adapter`."""
+    """Put an adapter whose files were read in place, in each rank what belongs to its part of the
+    model; arguments and errors as in `load_adapter`.
+
+    Raises:
+        SettingError: the model has one already.
+    """
+    _check_bare(model)
     if stored.sided is not None:
         _put_peft(model, stored, stored.sided)
         return
@@ -429,25 +477,30 @@ def put_adapter(model: DiffusionGemma, stored: Stored) -> None:
         add_adapter(model, stored.config)
     except SettingError as error:
         raise CheckpointError(f"{stored.directory / CONFIG_FILE}: {error}") from None
-    expected = trained(model)
-    _check(stored, {name: tuple(array.shape) for name, array in expected.items()})
-    weights = read_weights(stored.tensors, None)
+    expected, cuts = trained(model), stored.cuts(model.part, model.config)
+    shapes = {name: tuple(array.shape) for name, array in expected.items()}
+    _check(stored, {n: cuts[n].before(s) if n in cuts else s for n, s in shapes.items()})
+    weights = read_part(stored.tensors, cuts, None)
     if stored.config.fine_tune_type == "full":
         weights = {name: array.astype(expected[name].dtype) for name, array in weights.items()}
     _check_finite(stored, weights)
     model.load_weights(list(weights.items()), strict=False)
+    if stored.config.fine_tune_type == "dora" and cuts:
+        over_ranks(model, [n.removesuffix(".lora_a") for n in cuts if n.endswith(".lora_a")])
     model.eval()  # dropout is for training
 
 
 def _put_peft(model: DiffusionGemma, stored: Stored, found: Sided) -> None:
     """Put an adapter that PEFT has written in place."""
-    weights = read_weights(stored.tensors, None)
-    _check_finite(stored, weights)
-    model.freeze()
+    cuts = stored.cuts(model.part, model.config)
     try:
-        peft.put_sided(model, found, weights)
+        peft.check_sided(model, found, cuts)
     except CheckpointError as error:
         raise CheckpointError(f"{stored.file}: {error}{_trained_on(stored)}") from None
+    weights = read_part(stored.tensors, cuts, None)
+    _check_finite(stored, weights)
+    model.freeze()
+    peft.put_sided(model, found, weights)
     model.adapter = stored.kind
     model.eval()
 

@@ -51,7 +51,7 @@ NEEDED = ("*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "NOTI
 WEIGHTS = ("model*.safetensors",)
 
 # Small trained models that ship inside the package. The first is the default; the second knows
-# nothing but Sudokus, and more of them.
+# Sudokus, which the first does not, and nothing else.
 SHIPPED = {
     name: Path(__file__).parent.parent / "data" / name.replace("-", "_")
     for name in ("tiny", "tiny-puzzles")

@@ -1,6 +1,9 @@
 """A checkpoint directory or hub name -> model and tokenizer."""
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arguments import SettingError, shown
+from ..diffusion.cache_file import fingerprint
 from ..diffusion.draws import sub_block
 from ..distributed.share import ALONE, Share
 from ..errors import CheckpointError
@@ -28,10 +32,10 @@ from .files import (
     resolve,
     size_of_file,
 )
-from .fit import Fit, fit, free_memory, read_size
+from .fit import Fit, TooLarge, fit, free_memory, read_size
 from .info import config_of, info_of
 from .quantization import quantization_of
-from .slices import read_part
+from .slices import cut_of, cut_of_parameter, read_part
 from .vision import sight_of
 from .weights import DType, check_parameters, read_weights, sentence
 
@@ -59,8 +63,8 @@ def load(
 
     Args:
         path_or_repo: a directory, or a hub name, of which only the needed files are fetched; None
-            is "tiny", the small demonstration model that ships with the package, and "tiny-puzzles"
-            one that solves Sudokus better.
+            is "tiny", the small demonstration model that ships with the package. "tiny-puzzles" is
+            another, which solves Sudokus, as "tiny" does not.
         revision: branch, tag or commit of a hub name.
         dtype: what to compute in. None is the checkpoint's own type, except on MLX's CPU backend,
             where it is float32: half-precision products are less exact there.
@@ -85,26 +89,22 @@ def load(
     keep_in_memory()
     memory = free_memory() if max_memory is None else read_size(max_memory)
     stored = None if adapter is None else read_adapter(find_adapter(str(adapter)))
-    if stored is not None and share.size > 1:
-        raise SettingError(
-            "a part of a model takes no adapter yet: make it part of the weights first "
-            "(mlx-diffgemma fuse)"
-        )
     directory = directory_of(path_or_repo, revision)
     dtype = computed_in(dtype)
     headers = read_headers(directory)
     part = part_of(headers, share)
     found = info_of(headers, dtype, part)
     if stored is not None:
-        found = with_adapter(found, stored)
+        found = with_adapter(found, stored, stored.cuts(part, config_of(headers)))
     decided = fit(found, memory)
     model = model_of(headers, dtype, stored, part)
     decided = _in_all(share, decided)
     model.context = decided.context
     table = found.table_bytes if decided.keep_table else 0
-    model.sight = sight_of(
-        headers, dtype, lambda: fit(found, memory - table, pictures=True).context
-    )
+
+    _let_see(model, headers, dtype, lambda: fit(found, memory - table, pictures=True).context)
+    if share.size > 1:
+        model.identity = fingerprint(model)
     model.generation = model.generation.with_speed(speed)
     if decided.keep_table:
         model.keep_table(mx.eval)
@@ -210,6 +210,38 @@ def _in_all(share: Share, decided: Fit) -> Fit:
     return Fit(context, bool(keep_table))
 
 
+def _let_see(
+    model: DiffusionGemma, headers: Headers, dtype: DType | None, context: Callable[[], int]
+) -> None:
+    """Give a model its way to see, if it has one; ranks that share it leave room from the start."""
+    model.sight = sight_of(headers, dtype, context)
+    if model.sight is None or model.part.share.size == 1:
+        return
+    agreed = _beside_tower(model.part.share, context)
+    model.sight = sight_of(headers, dtype, agreed)
+    with suppress(TooLarge):
+        model.context = min(model.context, agreed())
+
+
+def _beside_tower(share: Share, context: Callable[[], int]) -> Callable[[], int]:
+    """Tokens of context beside the tower in the memory of each rank, found at once: later it might
+    change, or be refused, while the other ranks are elsewhere."""
+    problem = "another rank has no memory to see pictures"
+    try:
+        mine = context()
+    except TooLarge as error:
+        mine, problem = 0, str(error)
+    told = share.gather([mx.array([[[mine]]], dtype=mx.int32)])
+    least: int = min(np.array(each).max() for (each,) in told)
+
+    def agreed() -> int:
+        if not least:
+            raise TooLarge(problem)
+        return least
+
+    return agreed
+
+
 def model_of(
     headers: Headers,
     dtype: DType | None,
@@ -217,6 +249,21 @@ def model_of(
     part: ModelPart | None = None,
 ) -> DiffusionGemma:
     """Load a model, or a part of it, by its headers; other arguments and errors as `load_model`."""
+    model = lazy_model(headers, dtype, adapter, part)
+    mx.eval(model.parameters(), model.constants)
+    return model
+
+
+def lazy_model(
+    headers: Headers,
+    dtype: DType | None,
+    adapter: Stored | None = None,
+    part: ModelPart | None = None,
+) -> DiffusionGemma:
+    """Make what `model_of` does of arrays that are read when they are evaluated.
+
+    Parameters and `constants` are to be evaluated, by the thread that has called this.
+    """
     tensors = {name: tensor for name, tensor in headers.tensors.items() if is_text(name)}
     generation = read_generation(headers.directory, headers.config)
     model = build_model(headers.config, generation, set(tensors))
@@ -225,14 +272,15 @@ def model_of(
         weights = sanitize(read_weights(tensors, dtype))
     else:
         model = build_model(headers.config, generation, set(tensors), part)
-        weights = sanitize(read_part(tensors, part, model.config, dtype))
+        cuts = {name: cut_of(name, part, model.config) for name in tensors}
+        weights = sanitize(read_part(tensors, cuts, dtype))
+        model.cut = partial(cut_of_parameter, part=part, config=model.config)
     model.load_weights(list(weights.items()))
     del weights
     if adapter is not None:
         put_adapter(model, adapter)
     model.merge()
     model.sight = sight_of(headers, dtype, lambda: model.context)
-    mx.eval(model.parameters(), model.constants)
     model.eval()
     return model
 

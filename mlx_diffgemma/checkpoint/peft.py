@@ -5,6 +5,7 @@ The reference has an encoder and a decoder over one set of weights, and PEFT ada
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ from mlx.utils import tree_unflatten
 from ..arguments import SettingError, is_number, shown, whole_number
 from ..errors import CheckpointError
 from ..model.adapters import SidedLinear
+from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.part import ModelPart
 from .files import Tensor
+from .slices import COLUMNS, Cut, cut_of
 
 CONFIG_KEY = "peft_type"
 
@@ -87,6 +91,16 @@ class Sided:
     scale: float
     maps: dict[str, dict[str, Terms]]
 
+    def cuts(self, part: ModelPart, config: Config) -> dict[str, Cut]:
+        """What a rank keeps of A or B, by the name of the tensor; of others it keeps all."""
+        found: dict[str, Cut] = {}
+        for module, sides in self.maps.items():
+            cut = cut_of(f"{module}.weight", part, config)
+            if cut is not None:
+                for terms in sides.values():
+                    found[(terms.a if cut.axis == COLUMNS else terms.b).name] = cut
+        return found
+
 
 def factors_of(config: dict[str, Any]) -> tuple[int, float]:
     """Rank and scale of a config.
@@ -156,12 +170,39 @@ def _place(module: str, name: str) -> tuple[str, str]:
     raise CheckpointError(f"{name} adapts what is not adapted here: blocks and self-conditioning")
 
 
-def put_sided(model: DiffusionGemma, found: Sided, weights: dict[str, mx.array]) -> None:
-    """Put terms in place, once where the encoder's and the decoder's agree.
+def check_sided(model: DiffusionGemma, found: Sided, cuts: Mapping[str, Cut]) -> None:
+    """Compare terms with the maps that they are for; of some a rank keeps what `cuts` say.
 
     Raises:
         CheckpointError: the model has no such map, or one of another shape.
     """
+    modules = dict(model.named_modules())
+    for name, sides in found.maps.items():
+        module = modules.get(name)
+        if module is None or type(module) not in (nn.Linear, nn.QuantizedLinear):
+            raise CheckpointError(
+                f"{next(iter(sides.values())).a.name}: this model has no such map"
+            )
+        outputs, inputs = module.weight.shape
+        if isinstance(module, nn.QuantizedLinear):
+            inputs = inputs * 32 // module.bits
+        for terms in sides.values():
+            _check_shape(terms.a, (found.rank, inputs), cuts)
+            _check_shape(terms.b, (outputs, found.rank), cuts)
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, ...], cuts: Mapping[str, Cut]) -> None:
+    if tensor.name in cuts:
+        expected = cuts[tensor.name].before(expected)
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"{tensor.name} has the shape {shown(list(tensor.shape))}, where this model has "
+            f"{list(expected)}"
+        )
+
+
+def put_sided(model: DiffusionGemma, found: Sided, weights: dict[str, mx.array]) -> None:
+    """Put terms that were checked in place, once where the encoder's and the decoder's agree."""
     from mlx_lm.tuner.lora import LoRALinear
 
     modules = dict(model.named_modules())
@@ -170,23 +211,12 @@ def put_sided(model: DiffusionGemma, found: Sided, weights: dict[str, mx.array])
         if terms is None:
             return module
         adapted: nn.Module = LoRALinear.from_base(module, found.rank, 0.0, found.scale)
-        for tensor, leaf in ((terms.a, "lora_a"), (terms.b, "lora_b")):
-            expected = tuple(reversed(adapted[leaf].shape))
-            if tensor.shape != expected:
-                raise CheckpointError(
-                    f"{tensor.name} has the shape {shown(list(tensor.shape))}, where this model "
-                    f"has {list(expected)}"
-                )
-            adapted[leaf] = weights[tensor.name].T
+        adapted.lora_a, adapted.lora_b = (weights[each.name].T for each in (terms.a, terms.b))
         return adapted
 
     places: list[tuple[str, nn.Module]] = []
     for name, sides in found.maps.items():
-        module = modules.get(name)
-        if type(module) not in (nn.Linear, nn.QuantizedLinear):
-            raise CheckpointError(
-                f"{next(iter(sides.values())).a.name}: this model has no such map"
-            )
+        module = modules[name]
         encoder, decoder = (made(module, sides.get(side)) for side in ("encoder", "decoder"))
         one = ".layers." not in name or _agree(sides, weights)
         places.append((name, decoder if one else SidedLinear(encoder, decoder, model.side)))

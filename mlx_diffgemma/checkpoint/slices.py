@@ -1,8 +1,8 @@
 """Reads a rank's part of a checkpoint: of each tensor its rows or columns, and no other bytes."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from errno import EIO
 from io import FileIO
 from math import prod
@@ -28,6 +28,15 @@ _CONDITIONING = re.compile(r"model\.decoder\.self_conditioning\.(.+?)\.(?:weight
 # What of a matrix (..., rows, columns) is kept.
 ROWS, COLUMNS = -2, -1
 
+# Where an adapter has a map's rows and columns: in A (in, r), B (r, out) and magnitudes (out,), or
+# beside experts in A (experts, r, in) and B (experts, out, r).
+_TERM = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+_TERMS = {("lora_a", COLUMNS): -2, ("lora_b", ROWS): -1, ("m", ROWS): -1}
+_EXPERT_TERMS = {("lora_a", COLUMNS): -1, ("lora_b", ROWS): -2}
+
+# What adapters put around a map: one module, or one for each side of the model.
+_AROUND = re.compile(r"(?<=_proj)(?:\.linear|\.encoder|\.decoder)+(?=\.)")
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -50,6 +59,17 @@ class Cut:
                 raise CheckpointError(f"{self.whole} columns cannot be cut at {each.start}")
             found.append(range(*(end // self.whole for end in ends)))
         return found
+
+    @property
+    def kept(self) -> int:
+        """How many that are."""
+        return sum(map(len, self.ranges))
+
+    def before(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a whole tensor, of which one of this shape is kept."""
+        found = list(shape)
+        found[self.axis] = self.whole
+        return tuple(found)
 
 
 def cut_of(name: str, part: ModelPart, config: Config) -> Cut | None:
@@ -81,6 +101,27 @@ def cut_of(name: str, part: ModelPart, config: Config) -> Cut | None:
     )
     numbers = range(mine.start * size, mine.stop * size)
     return Cut(COLUMNS if leaf == "o_proj" else ROWS, (numbers,), count * size)
+
+
+def cut_of_term(name: str, part: ModelPart, config: Config) -> Cut | None:
+    """The same of a parameter that an adapter has: a term beside a map, or what takes its place.
+
+    Where the map's rows are cut, so are those of B and the magnitudes; where its columns are, those
+    of A. What reads them is then a sum over ranks, which is there without an adapter, too.
+    """
+    found = _TERM.fullmatch(name)
+    if not found:
+        return cut_of(name, part, config)
+    cut = cut_of(f"{found[1]}.weight", part, config)
+    if cut is None:
+        return None
+    axis = (_EXPERT_TERMS if ".experts." in name else _TERMS).get((found[2], cut.axis))
+    return None if axis is None else replace(cut, axis=axis)
+
+
+def cut_of_parameter(name: str, part: ModelPart, config: Config) -> Cut | None:
+    """The same by a parameter's name in a model, where modules of an adapter stand around a map."""
+    return cut_of_term(_AROUND.sub("", name), part, config)
 
 
 def _gated(leaf: str, own: range, width: int) -> Cut | None:
@@ -164,18 +205,19 @@ def _fill(file: FileIO, array: Bytes) -> None:
 
 
 def read_part(
-    tensors: dict[str, Tensor], part: ModelPart, config: Config, dtype: DType | None
+    tensors: dict[str, Tensor], cuts: Mapping[str, Cut | None], dtype: DType | None
 ) -> dict[str, mx.array]:
-    """Read a rank's part of these tensors, computed; floating-point numbers as in `read_weights`.
+    """Read what a rank keeps of these tensors, computed; those without a cut, and floating-point
+    numbers, as in `read_weights`.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    cuts = {name: cut_of(name, part, config) for name in tensors}
-    weights = read_weights({n: t for n, t in tensors.items() if cuts[n] is None}, dtype)
-    for name, cut in cuts.items():
-        if cut is not None:
-            array = as_type(read_cut(tensors[name], cut), dtype)
+    whole = {name: tensor for name, tensor in tensors.items() if cuts.get(name) is None}
+    weights = read_weights(whole, dtype)
+    for name, tensor in tensors.items():
+        if (cut := cuts.get(name)) is not None:
+            array = as_type(read_cut(tensor, cut), dtype)
             mx.eval(array)  # or what was read would stay beside what it becomes
             weights[name] = array
     return weights

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..checkpoint.fit import TooLarge
 from ..diffusion.prompt_cache import Reading
+from ..distributed.launch import place
 from ..errors import Error
 from ..model.placeholders import Pixels
 from ..tasks.pictures import Given
@@ -23,7 +24,17 @@ from ..text.turns import BadToolCall, Text, Thought, ToolCall
 from .display import Screen, summary, tell, told
 from .images import dropped, pasted
 from .keyboard import Interrupts
-from .lines import DIRECTORIES, FILES, Arguments, Lines, Plain, message_in, messages
+from .lines import (
+    DIRECTORIES,
+    FILES,
+    Arguments,
+    Lines,
+    Plain,
+    deaf,
+    echoes,
+    message_in,
+    messages,
+)
 from .outside import copied, edited, given_path, text_of_file, with_files
 from .terminal import quoted
 
@@ -95,6 +106,7 @@ class Chat:
         yes: call them without asking.
         live: draw drafts where the terminal can.
         plain: show answers as they are written, not as Markdown.
+        pictures: that stand before the first message.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class Chat:
         yes: bool,
         live: bool,
         plain: bool,
+        pictures: Sequence[Pixels] = (),
     ):
         self.session = session
         self._tokenizer = tokenizer
@@ -122,7 +135,7 @@ class Chat:
         self._thought = ""
         self._answered: list[Answered] = []
         self._files: list[tuple[str, str]] = []
-        self._pictures: list[Pixels] = []
+        self._pictures: list[Pixels] = list(pictures)
         self._commands: dict[str, Callable[[str], None]] = {
             "/bye": self._quit,
             "/clear": self._reset,
@@ -245,6 +258,8 @@ class Chat:
             finally:
                 events.close()
             screen.end()
+            if interrupts.stopped and deaf():
+                raise Leave
             if done is None:
                 screen.note("Stopped; /retry answers again, /quit leaves.")
                 return []
@@ -351,6 +366,9 @@ class Chat:
     def _model(self, rest: str) -> None:
         if not rest:
             self._say(f"Model: {self._load_model.model or 'tiny'}")
+            return
+        if self._load_model.shard:
+            self._say("/model does not go with --shard.")
             return
         load = replace(self._load_model, model=str(given_path(rest)), revision=None)
         try:
@@ -463,7 +481,8 @@ def lines_of(commands: Arguments) -> Lines:
     # Into a file go answers, and no prompts.
     screen = next((each for each in (sys.stderr, sys.stdout) if each.isatty()), None)
     dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
-    if dumb or screen is None or not sys.stdin.isatty():
+    launched = place().size > 1 and not echoes()
+    if dumb or launched or screen is None or not sys.stdin.isatty():
         return Plain()
     from .prompt import Prompt
 

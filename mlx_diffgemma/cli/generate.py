@@ -85,8 +85,6 @@ def generate(
     if many.batch is None:
         if place().size > 1 and not load.shard:
             fail("under mlx.launch, generate goes with --batch or --shard", code=2)
-        if load.shard and prompt_cache is not None:
-            fail("--prompt-cache does not go with --shard", code=2)
         if many.output is not None:
             fail("--output goes with --batch; one answer goes to stdout", code=2)
         parts = [*pictures.parts(prompt), *_frames(video or ())]

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from select import select
 from typing import Protocol
 
+from ..distributed.launch import place
+
 BLOCK = '"""'
 
 # What a command takes: words of which one is meant, or what is on the disk.
@@ -80,6 +82,20 @@ class Plain:
         return self._terminal and bool(select([sys.stdin], [], [], 0)[0])
 
 
+def deaf() -> bool:
+    """Whether nothing can be typed any more after Ctrl-C: it ends what `mlx.launch` passes on."""
+    return place().size > 1 and not sys.stdin.isatty()
+
+
+def echoes() -> bool:
+    """Whether what is typed shows. Through ssh, `mlx.launch` has a terminal that does not show it:
+    what arrives are lines, which somebody has edited elsewhere."""
+    try:
+        return bool(termios.tcgetattr(sys.stdin.fileno())[3] & termios.ECHO)
+    except termios.error:
+        return False
+
+
 def messages(lines: Lines) -> Iterator[str]:
     """Messages that are not empty, until the end of input or two Ctrl-C."""
     warned = False
@@ -89,7 +105,7 @@ def messages(lines: Lines) -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            if warned:
+            if warned or deaf():
                 return
             warned = True
             print("Ctrl-C again, /quit or Ctrl-D leaves.", file=sys.stderr, flush=True)

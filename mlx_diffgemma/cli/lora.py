@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, size, with_options
+from .options import DType, LoadFaithful, MaxMemory, Quiet, Revision, with_options
 from .terminal import fail, put, say
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
     from ..training.data import Data
     from ..training.events import Finished
+    from ..training.exchange import Together
     from ..training.folder import Mode
-    from ..training.plan import Plan
     from .lora_config import Asked
 
 app = typer.Typer()
@@ -195,12 +195,16 @@ def lora(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a model to a task by examples: LoRA, DoRA or all its parameters."""
+    from .learning import check_asked, enter_training
+
+    enter_training()
     flags: dict[str, Any] = {"train": train, "test": test, "data": data}
     for group in (base, adapting, learning, watching, keeping):
         flags |= asdict(group)
     asked, notes = _asked(flags, config, keeping)
     if notes and not quiet:
         say(*(f"note: {each}" for each in notes))
+    check_asked(asked, plan=plan)
     if plan:
         _plan(asked, _loading(base, asked))
         return
@@ -257,7 +261,9 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     from ..training.folder import check_folder, locked
     from ..training.optimizers import make_optimizer
     from ..training.plots import NO_PLOTS, can_plot
+    from ..training.ranks import Work
     from ..training.run import load_weights
+    from .learning import check_fit, share_work
     from .training import waiting
 
     path = asked.adapter_path
@@ -278,10 +284,12 @@ def _work(asked: "Asked", load: LoadFaithful, mode: "Mode", *, quiet: bool) -> N
     if not (quiet or can_plot()):
         say(f"note: {NO_PLOTS}")
     make_optimizer(asked.settings)
-    _planned(asked, load, found, fit=True)
+    check_fit(load, asked.settings, asked.adapter, found.longest)
     with locked(path, mode):
+        samples = tuple(each.sample for each in found.train)
+        together = share_work(load, Work(samples, asked.settings, asked.adapter))
         model, tokenizer = load()
-        _train(asked, path, model, tokenizer, found, mode, quiet=quiet)
+        _train(asked, path, model, tokenizer, found, mode, together, quiet=quiet)
         if asked.test:
             load_weights(model, path / WEIGHTS_FILE)
             _test(asked, model, tokenizer, found, quiet=quiet)
@@ -299,35 +307,20 @@ def _examples(asked: "Asked", load: LoadFaithful) -> "Data":
     return read_data(asked.data, encoder, asked.keys, train=asked.train, test=asked.test)
 
 
-def _planned(
-    asked: "Asked", load: LoadFaithful, data: "Data | None", *, fit: bool = False
-) -> "Plan":
-    """What training will need of memory; with `fit`, of what is free."""
-    from ..checkpoint.fit import free_memory
-    from ..checkpoint.hub import headers_of
-    from ..checkpoint.load import computed_in
-    from ..training.plan import fitting, plan
-
-    headers = headers_of(load.model or DEFAULT, revision=load.revision)
-    tokens = data.longest if data else asked.settings.max_seq_length
-    dtype = computed_in(load.dtype)
-    if not fit:
-        return plan(headers, asked.settings, asked.adapter, tokens=tokens, dtype=dtype)
-    memory = size(load.max_memory)
-    memory = free_memory() if memory is None else memory
-    return fitting(
-        headers, asked.settings, asked.adapter, tokens=tokens, memory=memory, dtype=dtype
-    )
-
-
 def _plan(asked: "Asked", load: LoadFaithful) -> None:
     """Print what training would need, part by part, and on which Macs there is so much."""
     from rich.filesize import decimal
 
-    data = None
+    from ..checkpoint.hub import headers_of
+    from ..checkpoint.load import computed_in
+    from ..training.plan import plan
+
+    tokens = asked.settings.max_seq_length
     if asked.data is not None:
-        data = _examples(replace(asked, train=True, test=False), load)
-    made = _planned(asked, load, data)
+        tokens = _examples(replace(asked, train=True, test=False), load).longest
+    headers = headers_of(load.model or DEFAULT, revision=load.revision)
+    dtype = computed_in(load.dtype)
+    made = plan(headers, asked.settings, asked.adapter, tokens=tokens, dtype=dtype)
     for part in made.parts:
         put(f"{part.name:<42}{decimal(part.bytes):>10}")
     put(f"{'in all':<42}{decimal(made.total):>10}")
@@ -345,6 +338,7 @@ def _train(
     tokenizer: "Tokenizer",
     data: "Data",
     mode: "Mode",
+    together: "Together",
     *,
     quiet: bool,
 ) -> None:
@@ -370,6 +364,7 @@ def _train(
             arguments=asked.values,
             weights=asked.resume_adapter_file,
             stopped=stopped,
+            together=together,
         )
         for event in events:
             show(event)

@@ -35,7 +35,8 @@ def mcp(
 
     from .. import __version__
     from ..errors import Error
-    from ..server.worker import Worker
+    from ..server.thread import MlxThread
+    from ..server.worker import Resident, Worker
 
     if sys.stdin.isatty():
         say("An agent starts this command and asks it on stdin; Ctrl-D ends it.")
@@ -50,13 +51,12 @@ def mcp(
             failures.append(error)
             raise
 
-    worker = Worker(
-        loaded, max_batch=4, max_queue=64, timeout=timeout, cache_bytes=int(cache_gb * 1e9)
-    )
+    worker = Worker(Resident(loaded), max_batch=4, max_queue=64, timeout=timeout)
+    thread = MlxThread([worker], cache_bytes=int(cache_gb * 1e9))
     # Ctrl-C ends it at once: a thread that reads stdin cannot be interrupted, and nothing is lost.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        asyncio.run(serve(worker, __version__))
+        asyncio.run(serve(thread, __version__))
     finally:
         signal.signal(signal.SIGINT, before)
     if failures:

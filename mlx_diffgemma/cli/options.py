@@ -157,8 +157,6 @@ class LoadFaithful:
         size(self.max_memory)  # a mistake in it should not have to wait
         if self.shard and place().size == 1:
             fail("--shard goes with mlx.launch", code=2)
-        if self.shard and self.adapter is not None:
-            fail("--shard takes no --adapter yet: fuse it first (mlx-diffgemma fuse)", code=2)
 
     def begin(self) -> None:
         """With --shard, meet the other ranks; in another than rank 0, do what that says, and end.
@@ -208,11 +206,13 @@ class LoadFaithful:
 
     def _facts(self) -> "dict[str, Any]":
         """What all ranks that share a model must agree on."""
+        from ..checkpoint.adapter import find_adapter, fingerprint
         from ..checkpoint.load import directory_of
         from .sharing import facts_of
 
         directory = directory_of(self.model, self.revision)
-        return facts_of(directory, dtype=self.dtype, speed=self._speed)
+        adapter = None if self.adapter is None else fingerprint(find_adapter(self.adapter))
+        return facts_of(directory, dtype=self.dtype, speed=self._speed, adapter=adapter)
 
     def introduce(self) -> None:
         """Tell those who named no model which one answers, and how to get the real one; once a

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..distributed.link import Link
 
 # Commands whose work several ranks divide, and those that they do together with --shard.
-APART = ("generate", "eval")
-TOGETHER = ("generate", "fill", "edit", "choose", "score", "bench")
+APART = ("generate", "eval", "lora")
+TOGETHER = ("generate", "chat", "fill", "edit", "choose", "score", "serve", "bench")
 
 
 # Seconds in which rank 0 will have found a mistake, and characters that another rank says of it.
@@ -68,11 +68,12 @@ def check_shared(command: str | None) -> None:
     """
     if command in APART or place().size == 1:
         return
+    way = "; serve --workers HOST:PORT,... needs no launcher" if command == "serve" else ""
     if command not in TOGETHER:
         known = ", ".join(dict.fromkeys((*APART, *TOGETHER)))
-        fail(f"{command} is for one process; under mlx.launch run one of {known}", code=2)
+        fail(f"{command} is for one process; under mlx.launch run one of {known}{way}", code=2)
     if "--shard" not in sys.argv:
-        fail(f"under mlx.launch, {command} goes with --shard", code=2)
+        fail(f"under mlx.launch, {command} goes with --shard{way}", code=2)
 
 
 def tell_defect() -> None:

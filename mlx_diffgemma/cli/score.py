@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .images import Pictures
 from .inputs import optional_text, text_of
 from .options import LoadFaithful, Quiet, System, messages_of, with_options
 from .terminal import fail, put, quoted
@@ -26,6 +27,7 @@ def score(
         str | None, typer.Option(help="What the text answers. [the text stands for itself]")
     ] = None,
     system: System = None,
+    pictures: Pictures,
     load: LoadFaithful,
     top: Annotated[
         int, typer.Option(min=1, max=20, help="Likeliest tokens told of each place, in JSON.")
@@ -36,10 +38,13 @@ def score(
     """Say how likely each token of a text is, in one pass of the encoder."""
     if system is not None and prompt is None:
         fail("--system goes with --prompt", code=2)
+    if pictures.image and prompt is None:
+        fail("--image goes with --prompt, which it stands before", code=2)
     asked = None
     if prompt is not None:
         system = optional_text(system, "the system message")
-        asked = messages_of(text_of(prompt, "the prompt"), system)
+        parts = pictures.parts("-" if "-" in (prompt, text) else prompt)
+        asked = messages_of(text_of(prompt, "the prompt"), system, parts)
     text = text_of(text, "the text")
     if not text:
         fail("the text is empty", code=2)

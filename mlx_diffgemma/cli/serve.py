@@ -1,15 +1,24 @@
 """`serve`: the server as a command."""
 
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EADDRINUSE
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Load, with_options
+from .front import Front, allow_connections
+from .options import with_options
+from .served import Served
 from .terminal import fail, put, say
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from ..server.thread import MlxThread
 
 app = typer.Typer()
 
@@ -64,44 +73,31 @@ class Bounds:
 @with_options
 def serve(
     *,
-    load: Load,
+    load: Served,
     reach: Reach,
     bounds: Bounds,
+    front: Front,
     print_launchd: Annotated[
         bool,
         typer.Option("--print-launchd", help="Print a launch agent of macOS that serves so."),
     ] = False,
 ) -> None:
     """Serve OpenAI's, Anthropic's and Ollama's APIs, a page, and routes to fill and choose."""
+    if front.workers is not None:
+        _stand_before(front, load, reach, bounds, print_launchd)
+        return
     try:
-        import uvicorn
-
         from ..server.app import make_app
-        from ..server.connections import Connection
     except ImportError as error:
         fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
     if print_launchd:
         _print_agent()
         return
-    from ..checkpoint.files import aliases_of, name_of
-    from ..server.worker import Worker
-
     _check_port(reach.host, reach.port)
-    load.introduce()
-    worker = Worker(
-        load,
-        max_batch=bounds.max_batch,
-        max_queue=bounds.max_queue,
-        timeout=bounds.timeout,
-        cache_bytes=int(bounds.cache_gb * 1e9),
-    )
-    worker.start()
-    if not reach.loopback and reach.api_key is None:
-        say("Anybody who reaches this machine can ask; --api-key changes that.")
+    thread = _thread(load, bounds)
+    thread.start()
     served = make_app(
-        worker,
-        name=name_of(load.model),
-        aliases=aliases_of(load.model),
+        thread,
         api_key=reach.api_key,
         cors=reach.cors or (),
         loopback=reach.loopback,
@@ -110,17 +106,95 @@ def serve(
         picture_bytes=int(bounds.max_pictures_mb * 1e6),
     )
     try:
-        uvicorn.run(
-            served,
-            host=reach.host,
-            port=reach.port,
-            log_config=_logging(),
-            timeout_graceful_shutdown=10,
-            http=Connection,
-            ws="none",
-        )
+        _run(served, reach)
     finally:
-        worker.stop()
+        thread.stop()
+
+
+def _thread(load: Served, bounds: Bounds) -> "MlxThread":
+    """The thread that answers for one model, which it loads at once, or for several."""
+    from ..checkpoint.files import aliases_of, name_of
+    from ..server.thread import MlxThread
+    from ..server.worker import Resident, Source, Worker
+
+    def worker(source: Source, name: str, aliases: Sequence[str]) -> Worker:
+        return Worker(
+            source,
+            name=name,
+            aliases=aliases,
+            max_batch=bounds.max_batch,
+            max_queue=bounds.max_queue,
+            timeout=bounds.timeout,
+        )
+
+    cache_bytes = int(bounds.cache_gb * 1e9)
+    if not load.models:
+        load.introduce()
+        one = worker(Resident(load), name_of(load.model), aliases_of(load.model))
+        return MlxThread([one], cache_bytes=cache_bytes)
+    memory = load.memory()
+    several = [worker(source, name, also) for name, also, source in load.late(memory)]
+    say(f"Models: {', '.join(each.name for each in several)}; each is loaded when it is asked for.")
+    return MlxThread(several, cache_bytes=cache_bytes, memory=memory, keep_alive=load.seconds)
+
+
+def _stand_before(
+    front: Front, load: Served, reach: Reach, bounds: Bounds, print_launchd: bool
+) -> None:
+    """Be one address before other servers."""
+    addresses = front.addresses(reach.host, reach.port)
+    _refuse_what_workers_do(load, bounds)
+    try:
+        from ..server.balancer import make_front
+    except ImportError as error:
+        fail(f"{error.name} is missing: pip install 'mlx-diffgemma[server]'")
+    if print_launchd:
+        _print_agent()
+        return
+    _check_port(reach.host, reach.port)
+    allow_connections()
+    served = make_front(
+        addresses,
+        tell=say,
+        api_key=reach.api_key,
+        cors=reach.cors or (),
+        loopback=reach.loopback,
+        allowed_hosts=reach.allowed_host or (),
+        most_bytes=int(bounds.max_body_mb * 1e6),
+        picture_bytes=int(bounds.max_pictures_mb * 1e6),
+        seconds=bounds.timeout,
+    )
+    _run(served, reach)
+
+
+def _refuse_what_workers_do(load: Served, bounds: Bounds) -> None:
+    """Refuse options of a model, which belong to the workers that have one."""
+    given = {**vars(load), **vars(bounds)}
+    # A variable of the environment is there for other commands, too.
+    plain = {**vars(type(load)(model=os.environ.get("MLX_DIFFGEMMA_MODEL"))), **vars(Bounds())}
+    for name, value in given.items():
+        if value != plain[name] and name not in ("timeout", "max_body_mb", "max_pictures_mb"):
+            told = name.replace("_", "-")
+            fail(f"--{told} belongs to the workers: --workers loads no model", code=2)
+
+
+def _run(served: "ASGIApp", reach: Reach) -> None:
+    """Serve an application until this is asked to stop."""
+    import uvicorn
+
+    from ..server.connections import Connection
+
+    if not reach.loopback and reach.api_key is None:
+        say("Anybody who reaches this machine can ask; --api-key changes that.")
+    uvicorn.run(
+        served,
+        host=reach.host,
+        port=reach.port,
+        log_config=_logging(),
+        timeout_graceful_shutdown=10,
+        http=Connection,
+        ws="none",
+    )
 
 
 def _print_agent() -> None:
@@ -150,6 +224,11 @@ def _check_port(host: str, port: int) -> None:
         fail(f"the server cannot listen on {host}, port {port}: {error.strerror}{way}")
 
 
+def _is_told(access: logging.LogRecord) -> bool:
+    """Say whether an access is logged: not that a front, or a monitor, has looked each second."""
+    return not (isinstance(access.args, tuple) and access.args[2:3] == ("/health",))
+
+
 def _logging() -> dict[str, Any]:
     """The configuration of uvicorn's log, with accesses on stderr too."""
     from copy import deepcopy
@@ -158,4 +237,6 @@ def _logging() -> dict[str, Any]:
 
     log = deepcopy(uvicorn.config.LOGGING_CONFIG)
     log["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    log["filters"] = {"told": {"()": lambda: _is_told}}
+    log["handlers"]["access"]["filters"] = ["told"]
     return log

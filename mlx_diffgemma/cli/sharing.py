@@ -13,6 +13,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..distributed.launch import LaunchError, place
@@ -20,6 +21,7 @@ from ..errors import Error
 
 if TYPE_CHECKING:
     from ..distributed.link import Link
+    from ..distributed.others import Others
     from ..distributed.share import Share
     from ..model.diffusion_gemma import DiffusionGemma
     from ..text.tokenizer import Tokenizer
@@ -55,7 +57,22 @@ def lead() -> "tuple[Share, Link]":
 
     share, link = _joined(lost)
     atexit.register(link.close)
+    _leave_when_ended(link)
     return share, link
+
+
+def _leave_when_ended(link: "Link") -> None:
+    """Take leave when SIGTERM comes, too: it ends a process without more, and the others would
+    take rank 0 for lost."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        taking = threading.Thread(target=link.close)  # this thread may be amid a message
+        taking.start()
+        taking.join(LAST)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, Tokenizer]":
@@ -65,31 +82,41 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         LaunchError: they are not, or cannot be connected.
         Error: as `load`.
     """
+    from ..distributed.link import end
+    from ..distributed.others import Others
+
     share, link = lead()
-    others = range(1, share.size)
+    ranks = range(1, share.size)
 
     def tell(message: bytes) -> None:
-        for rank in others:
+        for rank in ranks:
             link.send(message, rank)
 
-    for _ in others:
+    for _ in ranks:
         found = link.received()
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
-        rank, told = found[0], found[1]
-        if told.startswith(_FAILED):
-            raise LaunchError(f"rank {rank}: {told[len(_FAILED) :].decode()}")
-        _check_equal(facts, rank, json.loads(told))
+        rank, said = found[0], found[1]
+        if said.startswith(_FAILED):
+            raise LaunchError(f"rank {rank}: {said[len(_FAILED) :].decode()}")
+        _check_equal(facts, rank, json.loads(said))
     tell(b"")
-    return load(replace(share, tell=tell))
+    others = Others(tell, share.size, end)
+    threading.Thread(target=_listen, args=(link, others), daemon=True).start()
+    return load(replace(share, others=others))
+
+
+def _listen(link: "Link", others: "Others") -> None:
+    """Take what the others answer; what one says before it ends by itself is not that."""
+    while (found := link.received()) is not None:
+        if found[1] is not None and not found[1].startswith(_FAILED):
+            others.heard(found[1])
 
 
 def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
     """In another rank than 0, load its part of the model and do what rank 0 says, to its end."""
     from ..distributed.link import end
-    from ..tasks.batch import stream_batch
-    from ..tasks.request import stream
-    from ..tasks.together import follow
+    from ..tasks.following import Follower
 
     here = place()
 
@@ -103,15 +130,10 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
     share, link = _joined(lost, left)
     try:
         link.send(json.dumps(facts()).encode())
-        if _next(link) is None:  # it has said why
+        found = link.received()
+        if found is None or found[1] is None:  # it has said why
             raise SystemExit(1)
-        model, tokenizer = load(share)
-        run: dict[str, Callable[[Any], Any]] = {
-            "stream": lambda task: stream(model, tokenizer, task),
-            "batch": lambda work: stream_batch(model, tokenizer, work[0], max_batch=work[1]),
-        }
-        while (message := _next(link)) is not None:
-            follow(message, run)
+        Follower(*load(share), link.send).run(link.received)
     except Error as error:
         link.send(_FAILED + str(error).encode())
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
@@ -129,12 +151,6 @@ def _joined(
     here, group = place(), all_ranks()
     share = Share(here.rank, here.size, Ranks(group), check=os.environ.get(CHECK) == "1")
     return share, connect(here, group, lost, left)
-
-
-def _next(link: "Link") -> bytes | None:
-    """What rank 0 says next; None once it has left."""
-    found = link.received()
-    return None if found is None else found[1]
 
 
 def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:

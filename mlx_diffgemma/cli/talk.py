@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .images import Pictures
 from .inputs import optional_text
 from .options import Answering, GuardNames, Load, System, with_options
 from .terminal import say
@@ -30,6 +31,7 @@ def chat(
     load: Load,
     answering: Watched,
     system: System = None,
+    pictures: Pictures,
     thinking: Annotated[
         bool | None,
         typer.Option("--thinking/--no-thinking", help="Ask for thoughts before an answer."),
@@ -63,6 +65,7 @@ def chat(
     system = optional_text(system, "the system message")
     if session is not None:
         check_destination(session)
+    given = pictures.given("-")  # stdin is the messages
     load.introduce()
     model, tokenizer = load()
     talk = ChatSession(model, tokenizer, tools=declared, overflow=overflow, **settings)
@@ -84,6 +87,7 @@ def chat(
             yes=yes,
             live=live,
             plain=plain,
+            pictures=[talk.show(each, pictures.image_tokens) for each in given],
         ).run()
     except KeyboardInterrupt:
         # Whoever leaves by Ctrl-C may press it again: the session is saved all the same.

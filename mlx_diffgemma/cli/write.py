@@ -217,9 +217,7 @@ def _tell_edit(result: "EditResult", source: Source, *, whole: bool) -> None:
 
 
 def _rewrite(source: Source, text: str, *, backup: bool, quiet: bool) -> None:
-    """Replace a file's text at once, and keep its mode and, as a backup, what it was."""
-    from shutil import copymode
-
+    """Replace a file's text at once, and keep what it was as a backup."""
     path = source.path
     assert path is not None
     if read_text(path) != source.text:
@@ -228,7 +226,6 @@ def _rewrite(source: Source, text: str, *, backup: bool, quiet: bool) -> None:
         kept = _backup(path) if backup else None
         with replacing(path) as fresh:
             fresh.write_text(text, encoding="utf-8", newline="")
-            copymode(path, fresh)
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror}")
     if kept is not None and not quiet:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from ..arguments import is_size, token_ids
 from ..errors import Error
 from ..files import check_writable, parse_json, replacing
 from ..model.diffusion_gemma import DiffusionGemma
-from ..model.placeholders import Kept, Placeholder, placeholders
+from ..model.part import Kept
+from ..model.placeholders import Kept as KeptPicture
+from ..model.placeholders import Placeholder, placeholders
+from .cache_parts import shapes_held
 
 # Characters of messages and tokens in a file; the longest contexts are said in some megabytes.
 MOST_METADATA = 1 << 25
@@ -41,6 +45,37 @@ class Saved:
     layers: list[list[mx.array | None]]
     extra: object
 
+    @property
+    def described(self) -> "Described":
+        """All but the numbers, for ranks that are given them."""
+        arrays = [
+            [None if a is None else (a.shape, str(a.dtype)) for a in row] for row in self.layers
+        ]
+        return self.tokens, self.snapshots, arrays
+
+    @classmethod
+    def like(cls, described: "Described") -> "Saved":
+        """One with zeros in place of the numbers."""
+        tokens, snapshots, arrays = described
+        return cls(tokens, snapshots, [[*map(_zeros, row)] for row in arrays], None)
+
+
+# Shape and type of an array, or None.
+Told = tuple[tuple[int, ...], str] | None
+
+Described = tuple[list[int], list[int], list[list[Told]]]
+
+
+def _told(array: mx.array | None) -> Told:
+    return None if array is None else (array.shape, str(array.dtype))
+
+
+def _zeros(told: Told) -> mx.array | None:
+    if told is None:
+        return None
+    dtype = getattr(mx, told[1].rpartition(".")[2])
+    return mx.zeros(told[0], dtype)
+
 
 def write_saved(path: Path, model: DiffusionGemma, saved: Saved) -> None:
     """Write a file, at once.
@@ -48,11 +83,11 @@ def write_saved(path: Path, model: DiffusionGemma, saved: Saved) -> None:
     Raises:
         SessionError: as `PromptCache.save`.
     """
-    _check_ours(path)
+    check_ours(path)
     arrays = dict(_named(saved.layers))
     metadata = {
         "format": FORMAT,
-        "model": fingerprint(model),
+        "model": model.identity or fingerprint(model),
         "tokens": json.dumps(saved.tokens),
         "pictures": json.dumps(_described(saved.tokens)),
         "marks": json.dumps(saved.snapshots),
@@ -79,8 +114,8 @@ def _named(layers: Sequence[Sequence[mx.array | None]]) -> Iterator[tuple[str, m
                 yield f"{prefix}layers.{i}", state
 
 
-def read_saved(path: Path, model: DiffusionGemma) -> Saved:
-    """Read a file that `write_saved` wrote.
+def read_saved(path: Path, model: DiffusionGemma, types: Callable[[], Sequence[mx.Dtype]]) -> Saved:
+    """Read a file that `write_saved` wrote, with arrays of these types.
 
     Raises:
         SessionError: as `PromptCache.load`.
@@ -88,11 +123,11 @@ def read_saved(path: Path, model: DiffusionGemma) -> Saved:
     arrays, metadata = _read(path)
     if metadata.get("format") != FORMAT:
         raise SessionError(f"{path} is not a context that this version saved")
-    if metadata.get("model") != fingerprint(model):
+    if metadata.get("model") != (model.identity or fingerprint(model)):
         raise SessionError(f"{path} was saved with another model than the one that is loaded")
     try:
         tokens, lengths = _read_lengths(model, metadata)
-        layers = _layers(model, arrays, [len(tokens), *lengths])
+        layers = _layers(model, arrays, [len(tokens), *lengths], types())
         extra = parse_json(metadata["extra"])
     except (KeyError, ValueError, RuntimeError) as error:
         raise SessionError(f"{path} is damaged: {error}") from None
@@ -134,7 +169,7 @@ def _described(tokens: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def kept_picture(described: object) -> Kept:
+def kept_picture(described: object) -> KeptPicture:
     """A picture as a file tells it: `digest` in hexadecimal, `rows`, `columns` and `tokens`.
 
     Raises:
@@ -144,7 +179,7 @@ def kept_picture(described: object) -> Kept:
         case {"digest": str(digest), "rows": rows, "columns": columns, "tokens": tokens}:
             sizes = is_size(rows) and is_size(columns) and is_size(tokens)
             if sizes and re.fullmatch("[0-9a-f]{64}", digest):
-                return Kept(bytes.fromhex(digest), rows, columns, tokens)
+                return KeptPicture(bytes.fromhex(digest), rows, columns, tokens)
     raise ValueError("a picture has no digest and size")
 
 
@@ -169,31 +204,29 @@ def _with_pictures(tokens: list[int], described: object) -> list[int]:
 
 
 def _layers(
-    model: DiffusionGemma, arrays: dict[str, mx.array], lengths: Sequence[int]
+    model: DiffusionGemma,
+    arrays: dict[str, mx.array],
+    lengths: Sequence[int],
+    types: Sequence[mx.Dtype],
 ) -> list[list[mx.array | None]]:
     """Keys and values of each layer, of all tokens, then of each snapshot, named as by `_named`.
 
     Raises:
         ValueError: one is missing or too many, of the wrong shape or type, or not finite.
     """
-    like = model.make_cache()
-    model.encode(mx.array([[0]]), like)  # never computed: only its shapes and type are asked
     found: list[list[mx.array | None]] = []
     count = 1  # the one that says that there are some
-    for number, length in enumerate(lengths):
+    for number, shapes in enumerate(shapes_held(model, lengths)):
         prefix = f"marks.{number - 1}." if number else ""
         found.append([])
-        for i, layer in enumerate(like):
-            if not length or (number and layer.window is None):
+        for i, (shape, dtype) in enumerate(zip(shapes, types, strict=True)):
+            if shape is None:
                 found[-1].append(None)
                 continue
-            assert layer.state is not None
-            kept = length if layer.window is None else min(length, layer.window - 1)
-            batch, heads, _, size = layer.state.shape
             held = arrays.get(f"{prefix}layers.{i}")
-            if held is None or held.dtype != layer.state.dtype:
+            if held is None or held.dtype != dtype:
                 raise ValueError(f"{prefix}layers.{i} is missing or of the wrong type")
-            if held.shape != (batch, heads, kept, size):
+            if held.shape != tuple(shape):
                 raise ValueError(f"{prefix}layers.{i} has the wrong shape")
             if not mx.isfinite(held).all().item():
                 raise ValueError(f"{prefix}layers.{i} has numbers that are not finite")
@@ -223,13 +256,13 @@ def check_destination(path: Path) -> None:
     try:
         if path.exists() and not (path.is_file() and not path.stat().st_size):
             _read(path)  # which says what else it is
-        _check_ours(path)
+        check_ours(path)
         check_writable(path)
     except OSError as error:
         raise SessionError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _check_ours(path: Path) -> None:
+def check_ours(path: Path) -> None:
     """Tell whether a file may take this name: none is there, an empty one, or one that was saved.
 
     Raises:
@@ -264,17 +297,49 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def fingerprint(model: DiffusionGemma) -> str:
     """Equal for equal weights: a hash of the config and of 64 numbers of each parameter.
 
-    An adapter's are among them; its factor is no parameter, and is said beside them.
+    An adapter's are among them; its factor is no parameter, and is said beside them. Ranks that
+    have parts of a model must call it at once, and all find what one finds that has the whole.
     """
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    heads = {name: array.reshape(-1)[:64].view(mx.uint8) for name, array in parameters.items()}
-    mx.eval(heads)
+    named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    parameters = {
+        # Modules of an adapter stand around a map, in parts of a model others than in the whole.
+        name.replace(".linear", ""): array
+        for name, array in named.items()
+        if not name.endswith((".factors", ".m"))
+    }
+    heads = {name: _head(array, model.cut(name)) for name, array in sorted(parameters.items())}
+    packed = mx.concatenate([head for _, head in heads.values()])
+    if (group := model.part.share.group) is not None:
+        packed = group.gather(packed).max(axis=0)  # who does not have a number says zero
+    told = np.array(packed).tobytes()
     digest = hashlib.sha256(repr(model.config).encode())
     if model.sight is not None:
         digest.update(model.sight.rule.encode())
     if model.adapter is not None:
         digest.update(model.adapter.encode())
-    for name in sorted(parameters):
-        digest.update(f"{name} {parameters[name].shape} {parameters[name].dtype}".encode())
-        digest.update(np.array(heads[name]).tobytes())
+    for name, (shape, head) in heads.items():
+        digest.update(f"{name} {shape} {parameters[name].dtype}".encode())
+        digest.update(told[: len(head)])
+        told = told[len(head) :]
     return digest.hexdigest()
+
+
+def _head(array: mx.array, cut: Kept | None) -> tuple[tuple[int, ...], mx.array]:
+    """The shape of a whole parameter and the bytes of its first 64 numbers; of those that this rank
+    does not have, zeros."""
+    if cut is None:
+        return array.shape, _bytes(array.reshape(-1)[:64]).reshape(-1)
+    shape = list(array.shape)
+    shape[cut.axis] = shape[cut.axis] * cut.whole // sum(map(len, cut.ranges))
+    places = [*np.unravel_index(np.arange(min(64, prod(shape))), shape)]
+    own = [i for each in cut.stored(shape[cut.axis]) for i in each]
+    known = mx.array(np.isin(places[cut.axis], own))[:, None]
+    places[cut.axis] = np.searchsorted(own, places[cut.axis])
+    at = mx.array(np.ravel_multi_index(places, array.shape, mode="clip"))
+    found = _bytes(array.reshape(-1)[at])
+    return tuple(shape), mx.where(known, found, mx.zeros_like(found)).reshape(-1)
+
+
+def _bytes(numbers: mx.array) -> mx.array:
+    """(N,) numbers as (N, bytes of each)."""
+    return numbers[:, None].view(mx.uint8)

@@ -71,9 +71,7 @@ def read_out(
     peaks, masses, slopes = [], [], []
     soft: list[tuple[mx.array, mx.array]] = []  # each relative to exp(its peak)
     count = _tokens_at_once(model, shape[0] * shape[1])
-    noise = (
-        Noise(draws, shape, count, model.config.vocab_size) if draws and constraint.joint else None
-    )
+    noise = Noise(draws, shape, model.config.vocab_size) if draws and constraint.joint else None
     for first, table in model.vocabulary(count):
         raw = hidden @ table.T
         allowed = constraint.allowed(first, table.shape[0], positions)

@@ -1,12 +1,17 @@
 """Keeps what a model has read: tokens, their keys and values, and places to go back to."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import finalize
+from zlib import crc32
 
 import mlx.core as mx
+import numpy as np
 
 from ..arguments import SettingError, token_ids, whole_number
+from ..distributed.others import Others
 from ..errors import Error
 from ..model.cache import LayerCache, LayerSnapshot
 from ..model.diffusion_gemma import DiffusionGemma
@@ -19,7 +24,8 @@ from ..model.placeholders import (
     runs,
     without_pixels,
 )
-from .cache_file import Saved, read_saved, write_saved
+from .cache_file import Saved, check_ours, read_saved, write_saved
+from .cache_parts import put_together, take_apart, types_held, whole_bytes
 
 # Tokens encoded in one pass of a long prompt; bounds the memory of the pass, not the result.
 PREFILL_CHUNK = 2048
@@ -38,7 +44,14 @@ Seen = Mapping[bytes, mx.array]
 
 
 class ContextError(Error):
-    """A prompt that is empty, or leaves no room for a canvas in the model's context."""
+    """A prompt that is empty, or leaves no room for a canvas in the model's context.
+
+    Where it is too long, it has `tokens`, at least, and may have `most`.
+    """
+
+    def __init__(self, message: str, tokens: int | None = None, most: int | None = None):
+        super().__init__(message)
+        self.tokens, self.most = tokens, most
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,9 @@ def remaining_context(model: DiffusionGemma, prompt: Sequence[int]) -> int:
     if remaining < length:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens; with a canvas of {length} it does not fit into "
-            f"the context of {context}" + (", which is all that fits into memory" if short else "")
+            f"the context of {context}" + (", which is all that fits into memory" if short else ""),
+            len(prompt),
+            context - length,
         )
     return remaining
 
@@ -129,11 +144,6 @@ class CacheSnapshot:
     length: int
     layers: tuple[LayerSnapshot, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the sliding layers' arrays."""
-        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
-
 
 class PromptCache:
     """The tokens a model has encoded, with its cache; later prompts pay only for what is new.
@@ -146,6 +156,7 @@ class PromptCache:
         self._model = model
         self._tokens: list[int] = []
         self._snapshots: list[CacheSnapshot] = []
+        self._number: int | None = None
         self.cache = model.make_cache()
 
     def __len__(self) -> int:
@@ -161,9 +172,29 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, snapshots included."""
-        held = sum(layer.state.nbytes for layer in self.cache if layer.state is not None)
-        return held + sum(snapshot.nbytes for snapshot in self._snapshots)
+        """Bytes of keys and values, snapshots included; of all ranks that share a model."""
+        return whole_bytes(self._model, self.cache) + self._snapshot_bytes
+
+    @property
+    def _snapshot_bytes(self) -> int:
+        return sum(whole_bytes(self._model, each.layers) for each in self._snapshots)
+
+    @property
+    def standing(self) -> tuple[int, ...]:
+        """Numbers that are equal for caches that have read the same and can go back as far."""
+        lengths = [snapshot.length for snapshot in self._snapshots]
+        return (len(self), crc32(np.array(self._tokens, np.int64).tobytes()), *lengths)
+
+    def number(self, others: Others) -> int:
+        """What rank 0 calls it to the others, which have theirs under this number."""
+        if self._number is None:
+            self._take_number(others.number(), others)
+        assert self._number is not None
+        return self._number
+
+    def _take_number(self, number: int, others: Others) -> None:
+        self._number = number
+        finalize(self, others.drop, number).atexit = False
 
     def clear(self) -> None:
         """Forget everything."""
@@ -265,10 +296,7 @@ class PromptCache:
             self._snapshots.append(
                 CacheSnapshot(len(self), tuple(layer.snapshot() for layer in self.cache))
             )
-        while (
-            len(self._snapshots) > 2
-            and sum(snapshot.nbytes for snapshot in self._snapshots) > SNAPSHOT_BYTES
-        ):
+        while len(self._snapshots) > 2 and self._snapshot_bytes > SNAPSHOT_BYTES:
             del self._snapshots[0]
 
     def forget_snapshot(self) -> bool:
@@ -338,13 +366,34 @@ class PromptCache:
         Raises:
             SessionError: the file cannot be written, or is there and nothing that was saved so.
         """
+        check_ours(path)
+        others = self._model.part.share.others
+        if others is not None and others.broken:  # without what only all ranks together have
+            empty: list[mx.array | None] = [None] * len(self.cache)
+            write_saved(path, self._model, Saved([], [], [empty], extra))
+            return
+        if others is not None:
+            others.tell("put together", (self.number(others), self.standing))
+        with nullcontext() if others is None else others.in_step():
+            lengths, layers = self.put_together()
+        write_saved(path, self._model, Saved(self._tokens, lengths, layers, extra))
+
+    def put_together(self) -> tuple[list[int], list[list[mx.array | None]]]:
+        """Where snapshots stand, and keys and values of all heads there, after those at the end.
+
+        All ranks that share a model call it at once.
+        """
         # A snapshot at the very end would say everything twice.
         snapshots = [snapshot for snapshot in self._snapshots if snapshot.length < len(self)]
         held: list[Sequence[LayerCache | LayerSnapshot]] = [self.cache]
         held += [snapshot.layers for snapshot in snapshots]
-        layers = [[layer.state for layer in each] for each in held]
-        lengths = [snapshot.length for snapshot in snapshots]
-        write_saved(path, self._model, Saved(self._tokens, lengths, layers, extra))
+        found = put_together(self._model, [[layer.state for layer in each] for each in held])
+        leads = not self._model.part.share.rank
+        # The others' arrays go at once: together they would be all heads once more.
+        arrays = [each if leads else None for each in found]
+        count = len(self.cache)
+        layers = [arrays[i : i + count] for i in range(0, len(arrays), count)]
+        return [snapshot.length for snapshot in snapshots], layers
 
     @classmethod
     def load(cls, path: Path, model: DiffusionGemma) -> tuple["PromptCache", object]:
@@ -353,17 +402,41 @@ class PromptCache:
         Raises:
             SessionError: there is no such file, it is damaged, or another model made it.
         """
-        saved = read_saved(path, model)
+        others = model.part.share.others
+        if others is None:
+            saved = read_saved(path, model, lambda: types_held(model))
+            return cls.of(model, saved), saved.extra
+
+        def types() -> list[mx.Dtype]:
+            others.tell("types held")
+            with others.in_step():
+                return types_held(model)
+
+        saved = read_saved(path, model, types)
+        number = others.number()
+        others.tell("take apart", (number, saved.described))
+        with others.in_step():
+            prompt_cache = cls.of(model, saved)
+        prompt_cache._take_number(number, others)
+        return prompt_cache, saved.extra
+
+    @classmethod
+    def of(cls, model: DiffusionGemma, saved: Saved) -> "PromptCache":
+        """A context out of tokens, and keys and values of all heads, of which rank 0's count.
+
+        All ranks that share a model call it at once.
+        """
         prompt_cache = cls(model)
-        prompt_cache._tokens = saved.tokens
-        for layer, held in zip(prompt_cache.cache, saved.layers[0], strict=True):
+        prompt_cache._tokens = list(saved.tokens)
+        first, *others = take_apart(model, saved.layers)
+        for layer, held in zip(prompt_cache.cache, first, strict=True):
             layer.set_state(len(saved.tokens), held)
         prompt_cache._snapshots = [
             CacheSnapshot(length, tuple(LayerSnapshot(length, held) for held in each))
-            for length, each in zip(saved.snapshots, saved.layers[1:], strict=True)
+            for length, each in zip(saved.snapshots, others, strict=True)
         ]
         prompt_cache.snapshot()
-        return prompt_cache, saved.extra
+        return prompt_cache
 
 
 class PrefixCache:
@@ -380,10 +453,17 @@ class PrefixCache:
         return sum(prompt_cache.nbytes for prompt_cache in self._kept)
 
     def take(self, tokens: Sequence[int]) -> PromptCache:
-        """A cache for a new prompt: a copy of the one that has read most of it, or an empty one."""
-        shared = [prompt_cache.shared(tokens) for prompt_cache in self._kept]
-        most = max(shared, default=0)
-        return self._kept[shared.index(most)].fork() if most else PromptCache(self._model)
+        """A cache for a new prompt: a copy of the one that has read most of it, or an empty one.
+
+        Of those that can go back to nothing of it, the one that begins alike for longest: where
+        the two depart a snapshot is left then, from which a third prompt can go on.
+        """
+        agreed = [_common(prompt_cache._tokens, tokens) for prompt_cache in self._kept]
+        ranked = [(each._reusable(n), n) for each, n in zip(self._kept, agreed, strict=True)]
+        best = max(ranked, default=(0, 0))
+        if not best[0] and best[1] < WORTH_A_SNAPSHOT:
+            return PromptCache(self._model)
+        return self._kept[ranked.index(best)].fork()
 
     def give(self, prompt_cache: PromptCache) -> None:
         """Keep a cache that is no longer used; the ones that it goes on from are dropped."""

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import mlx.core as mx
 
 from ..distributed.share import Share
 from .constraints import Choices, fold, highest, merge
-from .draws import Draws
+from .draws import Draws, sub_block
+
+# Bytes of a piece of noise: of the real vocabulary and canvas as many ids as a block mostly has,
+# which then takes a piece as it is. Another number gives other texts of the same seed.
+NOISE_BYTES = 57 << 19
 
 # Sums over blocks (B, L, 1 each), of numbers relative to exp(a block's peak).
 
@@ -34,14 +39,19 @@ def slope_of(
 
 
 class Noise:
-    """Gumbel noise of the vocabulary, drawn block by block: each rank draws all, and uses its own,
-    so that their number does not matter."""
+    """Gumbel noise of the vocabulary, drawn piece by piece.
 
-    def __init__(self, draws: Draws, shape: tuple[int, ...], count: int, vocab_size: int):
-        self._draws, self._shape, self._count = draws, shape, count
-        self._blocks = -(-vocab_size // count)
-        self._vocab_size = vocab_size
-        self._drawn = 0
+    How many ids a piece has follows from the shape alone. So neither the blocks that are read off,
+    whose size follows from free memory, nor the number of ranks, each of which draws all and uses
+    its own, change what a seed gives.
+    """
+
+    def __init__(self, draws: Draws, shape: tuple[int, ...], vocab_size: int):
+        width, positions = sub_block(vocab_size), prod(shape)
+        self._draws, self._shape, self._vocab_size = draws, shape, vocab_size
+        self._count = max(NOISE_BYTES // (4 * positions) // width, 1) * width
+        self._drawn = 0  # pieces
+        self._last: mx.array | None = None  # of them, while some of it is still to be used
 
     def _next(self) -> mx.array:
         first = self._drawn * self._count
@@ -49,16 +59,24 @@ class Noise:
         return self._draws.gumbel((*self._shape, min(self._count, self._vocab_size - first)))
 
     def at(self, first: int, count: int) -> mx.array:
-        """Of `count` ids from one on, within the next block or a later one."""
-        while self._drawn < first // self._count:
-            self._next()
-        block = self._next()
-        begin = first % self._count
-        return block if count == block.shape[-1] else block[..., begin : begin + count]
+        """Of `count` ids from one on; they only grow."""
+        parts = []
+        while count:
+            number, begin = divmod(first, self._count)
+            while self._drawn <= number:
+                self._last = self._next()
+            assert self._last is not None
+            piece, length = self._last, self._last.shape[-1]
+            end = min(begin + count, length)
+            if end == length:
+                self._last = None  # or its memory could not be taken for what becomes of it
+            parts.append(piece if end - begin == length else piece[..., begin:end])
+            first, count = first + end - begin, count - end + begin
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def end(self) -> None:
         """Nothing more is used, and whoever draws next finds the same on all ranks."""
-        while self._drawn < self._blocks:
+        while self._drawn * self._count < self._vocab_size:
             self._next()
 
 

@@ -1,6 +1,6 @@
 """One rank's share of a model that several compute together, and how they put results together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .launch import LaunchError
+from .others import Others
 
 
 class Group(Protocol):
@@ -46,14 +47,14 @@ class Ranks:
 class Share:
     """Rank `rank` of `size`; one rank alone has everything, and needs no group.
 
-    `tell` is rank 0's: the others hear what they are to do. With `check`, what must be the same on
-    all ranks is compared, which takes its time.
+    `others` is rank 0's way to tell them what they are to do. With `check`, what must be the same
+    on all ranks is compared, which takes its time.
     """
 
     rank: int = 0
     size: int = 1
     group: Group | None = field(default=None, compare=False)
-    tell: Callable[[bytes], None] | None = field(default=None, compare=False)
+    others: Others | None = field(default=None, compare=False)
     check: bool = False
 
     def cut(self, count: int, unit: int = 1) -> range:

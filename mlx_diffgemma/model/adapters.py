@@ -1,4 +1,5 @@
-"""Modules that stand in the place of adapted ones: experts with low-rank terms, maps of two sides.
+"""Modules that stand in the place of adapted ones: experts with low-rank terms, maps of two sides,
+rows with factors.
 
 Of linear layers mlx-lm's are used, see `checkpoint.adapter`.
 """
@@ -51,6 +52,18 @@ class LoRAExperts(nn.Module):
         for low in (self.lora_a, self.lora_b):
             inner = gathered(inner, low, experts, in_order)
         return out + (self.scale * inner).astype(out.dtype)
+
+
+class ScaledRows(nn.Module):
+    """A map each of whose outputs is multiplied by a number of its own."""
+
+    def __init__(self, linear: nn.Module, factors: mx.array):
+        super().__init__()
+        self.linear, self.factors = linear, factors
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self.linear(x)
+        return out * self.factors.astype(out.dtype)
 
 
 @dataclass

@@ -5,7 +5,7 @@ mask, its own layer scalars and a cache that is written; the decoder with no mas
 and a cache that is only read. The model builds graphs and its caller evaluates them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,11 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..arguments import SettingError
+from ..distributed.launch import LaunchError
 from .adapters import Side
 from .cache import EncoderMask, Evaluate, LayerCache
 from .config import Config, LayerConfig
 from .layers import Block, SelfConditioning, View
-from .part import ModelPart
+from .part import Kept, ModelPart
 from .placeholders import Pixels
 from .settings import GenerationConfig
 from .sight import Sight
@@ -136,6 +137,9 @@ class DiffusionGemma(nn.Module):
         self.sight: Sight | None = None  # of a checkpoint that has a vision tower
         self.side = Side()
         self.adapter: str | None = None  # what an adapter that is in place says of itself
+        # Of a part, what of a parameter it has, by the parameter's name; None is all of it.
+        self.cut: Callable[[str], Kept | None] = lambda name: None
+        self.identity: str | None = None  # of a part, what tells the whole from other models
         self._table: mx.array | None = None
 
     @property
@@ -179,12 +183,24 @@ class DiffusionGemma(nn.Module):
 
         Raises:
             SettingError: this model reads text alone.
+            LaunchError: another rank cannot see it.
             Error: as `Sight`.
         """
         if self.sight is None:
             raise SettingError(READS_TEXT)
         self.context = min(self.context, self.sight.context)
-        return self.sight(picture)
+        share, failed = self.part.share, None
+        try:
+            seen = self.sight(picture)
+        except Exception as error:
+            failed = error
+        # One that goes on without another would wait for it for ever.
+        alone = share.sum(mx.array(failed is not None, mx.int32)).item()
+        if failed is not None:
+            raise failed
+        if alone:
+            raise LaunchError(f"{alone} of the ranks cannot see a picture that others see")
+        return seen
 
     def encode(
         self,
@@ -280,6 +296,13 @@ class DiffusionGemma(nn.Module):
         for block in self.model.decoder.layers:
             block.merge()
         self.model.decoder.self_conditioning.merge()
+
+    def take_weights(self, other: "DiffusionGemma") -> None:
+        """Compute with the modules of another model of the same config; those of before go.
+
+        So a model can be known, and requests be prepared for it, while its weights come and go.
+        """
+        self.model, self.side, self._table = other.model, other.side, other._table
 
     @property
     def constants(self) -> list[mx.array]:

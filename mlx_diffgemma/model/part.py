@@ -7,6 +7,7 @@ Norms, routers, the residual and the table that ids are looked up in are whole o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..distributed.share import ALONE, Share
 from ..errors import Error
@@ -17,16 +18,36 @@ class CutError(Error):
     """A model that cannot be cut for so many ranks."""
 
 
+class Kept(Protocol):
+    """What a rank has of a parameter: of `whole` rows or columns of an axis those in the ranges."""
+
+    @property
+    def axis(self) -> int:
+        """Counted from the last."""
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """As the model counts them."""
+
+    @property
+    def whole(self) -> int:
+        """As the model counts them."""
+
+    def stored(self, length: int) -> list[range]:
+        """The ranges, where an axis stores all in `length` numbers."""
+
+
 @dataclass(frozen=True)
 class LayerPart:
     """Of one layer: heads of queries and of keys and values, columns of the dense half and of each
-    expert."""
+    expert. `first` tells whether no rank before this one has the same keys and values."""
 
     share: Share
     heads: range
     keys: range
     inner: range
     expert: range
+    first: bool = True
 
     @classmethod
     def whole(cls, config: Config, layer: LayerConfig) -> "LayerPart":
@@ -77,11 +98,13 @@ def cut_model(config: Config, share: Share, group: Callable[[str], int], tokens:
     layers = []
     for i, layer in enumerate(config.layers):
         path = f"model.decoder.layers.{i}"
-        heads, keys = _heads(config, layer, share, group(f"{path}.self_attn.o_proj"), i)
+        cuts = _heads(config, layer, share, group(f"{path}.self_attn.o_proj"), i)
+        heads, keys = cuts[share.rank]
+        first = keys not in [each for _, each in cuts[: share.rank]]
         widths = config.intermediate_size, config.moe_intermediate_size
         inner = _cut(share, widths[0], group(f"{path}.mlp.down_proj"), f"layer {i}'s MLP")
         expert = _cut(share, widths[1], group(f"{path}.experts.down_proj"), f"layer {i}'s experts")
-        layers.append(LayerPart(share, heads, keys, inner, expert))
+        layers.append(LayerPart(share, heads, keys, inner, expert, first))
     path, what = "model.decoder.self_conditioning.down_proj", "the self-conditioning"
     conditioning = _cut(share, config.intermediate_size, group(path), what)
     vocabulary = _cut(share, config.vocab_size, tokens, "the vocabulary")
@@ -100,8 +123,8 @@ def _cut(share: Share, width: int, unit: int, what: str) -> range:
 
 def _heads(
     config: Config, layer: LayerConfig, share: Share, group: int, number: int
-) -> tuple[range, range]:
-    """Heads of queries, and of the keys and values that they look at.
+) -> list[tuple[range, range]]:
+    """Of each rank the heads of queries, and of the keys and values that they look at.
 
     What cannot be cut for one rank is refused by all: none waits for it.
     """
@@ -113,7 +136,7 @@ def _heads(
             f"layer {number}'s {count} heads of {layer.head_dim} cannot be cut for {size} "
             f"ranks in groups of {group}"
         )
-    return cuts[share.rank]
+    return cuts
 
 
 def _heads_of(rank: int, size: int, count: int, known: int) -> tuple[range, range]:

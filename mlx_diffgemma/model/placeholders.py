@@ -98,6 +98,9 @@ class Placeholder(int):
 
     __hash__ = int.__hash__
 
+    def __getnewargs__(self) -> tuple[int, Pixels, int]:  # type: ignore[override]
+        return int(self), self.picture, self.place
+
 
 def placeholders(token: int, pictures: Sequence[Pixels]) -> list[Placeholder]:
     """Those of all pictures, one after another."""

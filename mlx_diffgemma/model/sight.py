@@ -111,6 +111,10 @@ class Sight:
         """Tell whether the tower is in memory."""
         return self._vision is not None
 
+    def unload(self) -> None:
+        """Free the tower; the next picture loads it again."""
+        self._vision = None
+
     def __call__(self, picture: Pixels) -> mx.array:
         """Embeddings (tokens, hidden) of a picture, computed; the first one loads the tower.
 

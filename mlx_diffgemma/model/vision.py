@@ -9,7 +9,8 @@ import mlx.nn as nn
 
 from ..arguments import SettingError
 from .cache import Evaluate
-from .layers import GatedMLP, rms_norm
+from .feed_forward import GatedMLP
+from .layers import rms_norm
 from .vision_config import SCORE_BYTES, VisionConfig
 
 # Widths of a head that MLX has a fused attention for: other heads are padded to the next one.

@@ -80,12 +80,16 @@ class VisionConfig:
         """Return what reading a picture takes beside the weights, where numbers have `item` bytes.
 
         As measured on MLX's CPU backend: a block of scores beside seven arrays as wide as the
-        tower, or eleven of these before it. Where attention is fused there are no scores.
+        tower, or eleven of these before it. Scores of one block are not waited for, so that what an
+        MLP holds stands beside them. Where attention is fused there are no scores.
         """
         patches = tokens * self.pool**2
-        scores = min(SCORE_BYTES, 4 * self.heads * patches**2)
+        scores = 4 * self.heads * patches**2
         array = patches * item * self.hidden_size
-        return max(scores + 7 * array, 11 * array)
+        if scores <= SCORE_BYTES:
+            within = item * 8 * self.intermediate_size * min(self.rows, patches)
+            return scores + within + 5 * array
+        return max(SCORE_BYTES + 7 * array, 11 * array)
 
     @property
     def rows(self) -> int:

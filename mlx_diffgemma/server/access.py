@@ -7,13 +7,15 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from .json_body import JsonError, read_json
 from .page import PREFIX
-from .pictures import bytes_of_pictures
 from .refused import Refused, refusal
 
 # Names of this machine that only it can reach.
@@ -56,6 +58,26 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 def _is_open(path: str) -> bool:
     """Say whether a path needs no key: the page asks for one itself."""
     return path in ("/", "/health") or path.startswith(PREFIX)
+
+
+def guard(
+    app: Starlette,
+    *,
+    api_key: str | None,
+    cors: Sequence[str],
+    loopback: bool,
+    allowed_hosts: Sequence[str],
+    most_bytes: int,
+    picture_bytes: int,
+) -> None:
+    """Put all checks of this file before an application; the arguments are those of `make_app`."""
+    # The last one added is met first.
+    app.add_middleware(Limits, most_bytes=most_bytes, picture_bytes=picture_bytes, api_key=api_key)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
 
 
 class Gate:
@@ -279,3 +301,24 @@ class Limits:
 def _pictures_of(body: bytes) -> int:
     """Check a large body, and count its characters that are pictures; raises `JsonError`."""
     return bytes_of_pictures(read_json(body))
+
+
+def bytes_of_pictures(value: Any) -> int:
+    """Count characters of a body's texts that are data: URLs, or base64 as Anthropic and Ollama
+    have it; `read_json` has bounded the value."""
+    count, waiting = 0, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            rest = dict(each)
+            if rest.get("type") == "base64" and isinstance(rest.get("data"), str):
+                count += len(rest.pop("data"))
+            if isinstance(images := rest.get("images"), list):
+                count += sum(len(image) for image in images if isinstance(image, str))
+                rest["images"] = [image for image in images if not isinstance(image, str)]
+            waiting += rest.values()
+        elif isinstance(each, list):
+            waiting += each
+        elif isinstance(each, str) and each[:5].lower() == "data:":
+            count += len(each)
+    return count

@@ -1,138 +1,26 @@
 """Checks and translates Anthropic's requests. Knows nothing of HTTP and nothing of threads."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
 from ..text.tokenizer import Message
-from .body import Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .anthropic_body import Block, ChatMessage, CountBody, Given, MessagesBody, ThinkingConfig
+from .anthropic_tools import MOVES, offered, told_of
+from .body import UNLIMITED
 from .forced import forced_call
 from .openai import stops
 from .pictures import Sent
 from .refused import Refused
 
-ONLY = "only text, image, tool_use, tool_result, thinking and documents of plain text are supported"
+ONLY = (
+    "only text, image, tool_use, tool_result, tool_reference, thinking and documents of plain text "
+    "are supported"
+)
 
 # What stands between two blocks of text: programs send each as a paragraph of its own.
 BETWEEN = "\n\n"
-
-
-class Source(Body):
-    """Where a picture or a document is: in base64, at an address, or as text."""
-
-    type: str
-    media_type: str | None = None
-    data: str | None = None
-    url: str | None = None
-
-
-class Block(Body):
-    type: str
-    text: str | None = None
-    source: Source | None = None
-    id: NotBlank | None = None
-    name: NotBlank | None = None
-    input: dict[str, Any] | None = None
-    tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
-    is_error: bool | None = None
-    thinking: str | None = None
-    signature: str | None = None  # of a thought; nothing is signed here
-    cache_control: dict[str, Any] | None = None  # what was read is kept anyway
-
-    @property
-    def has_pictures(self) -> bool:
-        """Say whether it is a picture, or the result of a tool with one."""
-        inner = self.content if isinstance(self.content, list) else ()
-        return self.type == "image" or any(each.type == "image" for each in inner)
-
-
-class TextBlock(Body):
-    type: Literal["text"]
-    text: str
-    cache_control: dict[str, Any] | None = None
-
-
-class ChatMessage(Body):
-    role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Give the content as blocks."""
-        if isinstance(self.content, str):
-            return [Block(type="text", text=self.content)]
-        return self.content
-
-
-class Tool(Body):
-    name: NotBlank
-    type: str | None = None
-    description: str | None = None
-    input_schema: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None
-
-
-class ToolChoice(Body):
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-
-
-class ThinkingConfig(Body):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Positive | None = None
-
-
-class OutputFormat(Body):
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
-class OutputConfig(Body):
-    format: OutputFormat | None = None
-
-
-class CountBody(Body):
-    """Holds what is read of a request, whose tokens can be counted."""
-
-    model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: list[Tool] | None = None
-    tool_choice: ToolChoice | None = None
-    thinking: ThinkingConfig | None = None
-    output_config: OutputConfig | None = None
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """Give the schema of a guaranteed document."""
-        form = None if self.output_config is None else self.output_config.format
-        return None if form is None else form.schema_
-
-    @property
-    def slow(self) -> bool:
-        """Say whether a few bytes may be long work: a schema, or pictures to decode."""
-        blocks = (block for message in self.messages for block in message.blocks)
-        return self.schema_of_answer is not None or any(each.has_pictures for each in blocks)
-
-
-class MessagesBody(CountBody):
-    max_tokens: Budget = None
-    stop_sequences: Annotated[list[NotBlank], Field(max_length=16)] | None = None
-    stream: bool | None = None
-    metadata: dict[str, Any] | None = None  # says who asks, which changes nothing
-    seed: NonNegative | None = None
-    steps: Steps | None = None
-
-    def unused(self) -> set[str]:
-        """Name what means nothing beside a schema, whose document begins at once and is not cut."""
-        if self.schema_of_answer is None:
-            return set()
-        told = {"stop_sequences": self.stop_sequences, "thinking": self.thinking}
-        return {name for name, value in told.items() if value}
 
 
 def begun_by(body: CountBody) -> str:
@@ -149,7 +37,7 @@ def message_request(body: CountBody, thinks: bool) -> Request:
     Raises:
         Refused: a combination or a content that is not supported.
     """
-    tools = [_declaration(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
+    tools = offered(body)
     opening, choice, schema = begun_by(body), body.tool_choice, body.schema_of_answer
     if choice is not None and choice.type == "none":
         tools = []
@@ -173,24 +61,6 @@ def message_request(body: CountBody, thinks: bool) -> Request:
         tools=tools,
         opening=opening,
     )
-
-
-def _declaration(tool: Tool, place: str) -> dict[str, Any]:
-    """A tool as templates want it.
-
-    Raises:
-        Refused: it is one of those that run at Anthropic.
-    """
-    if tool.type not in (None, "custom"):
-        told = f"{place}: only tools with an input_schema are supported, not {tool.type}"
-        raise Refused(400, told, param=place)
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.input_schema or {"type": "object", "properties": {}},
-    }
-    known = {name: value for name, value in function.items() if value is not None}
-    return {"type": "function", "function": known}
 
 
 def messages_of(body: CountBody) -> list[Message]:
@@ -280,7 +150,7 @@ def _asked(message: ChatMessage, place: str, names: dict[str, str]) -> list[Mess
     return [*results, *said]
 
 
-def _part(block: Block, place: str) -> dict[str, Any]:
+def _part(block: Given, place: str) -> dict[str, Any]:
     """A part of a content: text or a picture.
 
     Raises:
@@ -289,6 +159,8 @@ def _part(block: Block, place: str) -> dict[str, Any]:
     source = block.source
     if block.type == "text" and block.text is not None:
         return {"type": "text", "text": block.text}
+    if block.type in MOVES:
+        return {"type": "text", "text": told_of(block)}
     if block.type == "document" and source and source.type == "text" and source.data is not None:
         return {"type": "text", "text": source.data}
     if block.type == "image" and source:
@@ -308,7 +180,7 @@ def settings_of(body: MessagesBody) -> dict[str, Any]:
     """
     given = None if body.schema_of_answer is not None else body.stop_sequences
     return {
-        "max_tokens": body.max_tokens,
+        "max_tokens": body.max_tokens or UNLIMITED,
         "steps": body.steps,
         "seed": body.seed,
         "stop": stops(given, "stop_sequences"),

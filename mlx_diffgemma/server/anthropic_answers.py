@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ..tasks.request import Done
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
+from .events import sse
 from .refused import Refused, told
-from .stream import sse
 
 # What thoughts are signed with: clients send it back, and nobody looks at it.
 UNSIGNED = "unsigned"

@@ -9,26 +9,28 @@ from fastapi import APIRouter
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 
-from .anthropic import CountBody, MessagesBody, begun_by, message_request, settings_of
+from .anthropic import begun_by, message_request, settings_of
 from .anthropic_answers import PING, MessageReply, failed_event
-from .refused import RESPONSES
-from .service import Service
+from .anthropic_body import CountBody, MessagesBody
+from .refused import RESPONSES, streamed
+from .service import Models, Service
 from .stream import Lines, begun, gathered
 
 # Seconds of a stream in which nothing but drafts has come, after which it says that it goes on.
 PING_SECONDS = 5
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of Anthropic's API."""
     routes = APIRouter()
 
-    @routes.post("/v1/messages", responses=RESPONSES)
+    @routes.post("/v1/messages", responses=streamed())
     async def messages(http: Http, body: MessagesBody) -> Response:
-        return await _answered(service, http, body)
+        return await _answered(models.answering(body.model), http, body)
 
     @routes.post("/v1/messages/count_tokens", responses=RESPONSES)
     async def count(http: Http, body: CountBody) -> dict[str, Any]:
+        service = models.answering(body.model)
         thinks = service.worker.tokenizer.knows_thinking
         work, _ = await service.chat(http, lambda: message_request(body, thinks), slow=body.slow)
         return {"input_tokens": len(work.prompt)}

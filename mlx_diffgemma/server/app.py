@@ -1,4 +1,4 @@
-"""Puts the HTTP server together over one `Worker`: middleware, errors, and a router for each API.
+"""Puts the HTTP server together over the models: middleware, errors, and a router for each API.
 
 Needs the extra `server`. Another API is one more file, and one more line in `make_app`.
 """
@@ -6,15 +6,11 @@ Needs the extra `server`. Another API is one more file, and one more line in `ma
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 
-import mlx.core as mx
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as Http
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.exceptions import HTTPException
 
 from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
@@ -26,20 +22,19 @@ from . import (
     openai_routes,
     responses_routes,
 )
-from .access import Gate, Limits
+from .access import guard
 from .invalid import mistake
+from .metrics import metrics_of
 from .page import add_page
 from .pictures import sees
-from .refused import Refused, refusal
-from .service import Service
-from .worker import Worker
+from .refused import Refused, beyond_context, refusal, tell_errors
+from .service import Models
+from .thread import MlxThread
 
 
 def make_app(
-    worker: Worker,
+    thread: MlxThread,
     *,
-    name: str,
-    aliases: Sequence[str] = (),
     api_key: str | None = None,
     cors: Sequence[str] = (),
     loopback: bool = True,
@@ -47,105 +42,84 @@ def make_app(
     most_bytes: int = 4 << 20,
     picture_bytes: int = 24 << 20,
 ) -> FastAPI:
-    """Make the application, which stops the worker at its end.
+    """Make the application, which stops the thread at its end.
 
     Args:
-        worker: started by whoever makes the application.
-        name: the model's, as `/v1/models` lists it.
-        aliases: further names by which it is found there.
+        thread: answers for the models; started by whoever makes the application.
         api_key: what clients have to send, if anything.
         cors: origins whose pages may ask.
         loopback: only this machine can reach the server, so it answers only to `localhost` and
             the like; otherwise also to addresses and to this machine's own name.
         allowed_hosts: further names that it answers to; `*` is any.
         most_bytes: of a request's body, its pictures not counted.
-        picture_bytes: of the pictures of a body, where the model sees any.
+        picture_bytes: of the pictures of a body, where a model sees any.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(thread.stop)
 
     # Their pages would have the browser fetch scripts from elsewhere.
     app = FastAPI(title="mlx-diffgemma", lifespan=lifespan, docs_url=None, redoc_url=None)
-    # The last one added is met first.
-    room = picture_bytes if sees(worker.model) else 0
-    app.add_middleware(Limits, most_bytes=most_bytes, picture_bytes=room, api_key=api_key)
-    if cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
-        )
-    app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
+    guard(
+        app,
+        api_key=api_key,
+        cors=cors,
+        loopback=loopback,
+        allowed_hosts=allowed_hosts,
+        most_bytes=most_bytes,
+        picture_bytes=picture_bytes if any(sees(each.model) for each in thread.workers) else 0,
+    )
     _handle_errors(app)
-    service = Service(worker, name, aliases)
-    app.include_router(openai_routes.router(service))
-    app.include_router(responses_routes.router(service))
-    app.include_router(anthropic_routes.router(service))
-    app.include_router(ollama_routes.router(service))
-    app.include_router(infill_routes.router(service))
-    app.include_router(native.router(service))
-    app.include_router(_state(worker))
+    models = Models(thread.workers)
+    app.include_router(openai_routes.router(models))
+    app.include_router(responses_routes.router(models))
+    app.include_router(anthropic_routes.router(models))
+    app.include_router(ollama_routes.router(models))
+    app.include_router(infill_routes.router(models))
+    app.include_router(native.router(models))
+    app.include_router(_state(thread))
     add_page(app)
     return app
 
 
 def _handle_errors(app: FastAPI) -> None:
     """Tell whatever goes wrong in the form of the route's clients."""
+    tell_errors(app)
 
     def answer(http: Http, error: Refused) -> Response:
         return refusal(error, http.url.path)
 
-    @app.exception_handler(Refused)
-    async def refused(http: Http, error: Refused) -> Response:
-        return answer(http, error)
-
     @app.exception_handler(Error)
     async def expected(http: Http, error: Error) -> Response:
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return answer(http, Refused(400, str(error), code))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(http: Http, error: HTTPException) -> Response:
-        response = answer(http, Refused(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
+        if isinstance(error, ContextError):
+            return answer(http, beyond_context(error, http.url.path))
+        return answer(http, Refused(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Http, error: RequestValidationError) -> Response:
         said, field = mistake(error.errors(), error.body)
         return answer(http, Refused(400, said, param=field))
 
-    @app.exception_handler(Exception)
-    async def defect(http: Http, error: Exception) -> Response:
-        # The connection ends with it: say so, or the client's next request is lost.
-        response = answer(http, Refused(500, "a defect of the server"))
-        response.headers["Connection"] = "close"
-        return response
 
-
-def _state(worker: Worker) -> APIRouter:
+def _state(thread: MlxThread) -> APIRouter:
     """Make the routes that say how the server is."""
-    routes = APIRouter()
+    routes, workers = APIRouter(), thread.workers
 
     @routes.get("/health")
     async def health() -> Response:
-        state = {"status": "ok" if worker.alive else "stopping"}
-        return JSONResponse(state, 200 if worker.alive else 503)
+        state = {
+            "status": "ok" if thread.alive else "stopping",
+            "waiting": sum(each.waiting for each in workers),
+            "running": sum(each.running for each in workers),
+            "max_batch": sum(each.max_batch for each in workers),
+            "max_queue": sum(each.max_queue for each in workers),
+        }
+        return JSONResponse(state, 200 if thread.alive else 503)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
-        gauges = {
-            "requests_waiting": worker.waiting,
-            "requests_running": worker.running,
-            "memory_active_bytes": mx.get_active_memory(),
-            "memory_peak_bytes": mx.get_peak_memory(),
-        }
-        lines = []
-        counters = {f"{key}_total": value for key, value in asdict(worker.counters).items()}
-        for kind, values in (("counter", counters), ("gauge", gauges)):
-            for key, value in values.items():
-                lines += [f"# TYPE diffgemma_{key} {kind}", f"diffgemma_{key} {value}"]
-        return "\n".join(lines) + "\n"
+        return metrics_of(workers)
 
     return routes

@@ -1,10 +1,15 @@
 """Holds what the bodies of all routes share: types of fields, and the report of ignored names."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from .refused import shortened
+
+Entry = TypeVar("Entry")
+
+# A list that is read up to its first mistake: tens of thousands of them take seconds to write down.
+Many = Annotated[list[Entry], Field(fail_fast=True)]
 
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -13,11 +18,15 @@ Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 
 
+# Most tokens of an answer that nothing but the context limits: more than any context has.
+UNLIMITED = 1 << 20
+
+
 def _no_limit(given: object) -> object:
-    return None if given == -1 else given
+    return UNLIMITED if given == -1 else given
 
 
-# Most tokens of an answer; -1, which some clients send, says as little as nothing does.
+# Most tokens of an answer; -1, which some clients send, sets no limit.
 Budget = Annotated[Positive | None, BeforeValidator(_no_limit)]
 
 NotBlank = Annotated[str, StringConstraints(min_length=1)]
@@ -66,8 +75,9 @@ def _ignored(body: Body) -> set[str]:
         for name, value in (body.model_extra or {}).items()
         if value is not None and value not in _NEUTRAL.get(name, ())
     }
-    for name in type(body).model_fields:
-        value = getattr(body, name)
+    for name, value in vars(body).items():
+        if not isinstance(value, list | Body):
+            continue
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, Body):
                 found |= {f"{name}.{inner}" for inner in _ignored(part)}

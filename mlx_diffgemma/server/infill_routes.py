@@ -7,18 +7,20 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 
 from .body import Body
+from .events import sse
 from .infill import Between, FimBody, FimReply, InfillBody, InfillReply, fim_of, infill_of
-from .refused import RESPONSES
-from .service import Service
-from .stream import sse, unless_gone
+from .leaving import unless_gone
+from .refused import streamed
+from .service import Models, Service
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of editors."""
     routes = APIRouter()
 
-    @routes.post("/infill", responses=RESPONSES)
+    @routes.post("/infill", responses=streamed())
     async def infill(http: Http, body: InfillBody) -> Response:
+        service = models.answering(body.model)
         found, reply = infill_of(body), InfillReply(service.name, body.response_fields)
         await _write(service, http, found)
         if not body.stream:
@@ -26,8 +28,9 @@ def router(service: Service) -> APIRouter:
         parts = [reply.part(found), reply.whole(found, "")]
         return _streamed(service, body, parts, "")
 
-    @routes.post("/v1/fim/completions", responses=RESPONSES)
+    @routes.post("/v1/fim/completions", responses=streamed())
     async def complete(http: Http, body: FimBody) -> Response:
+        service = models.answering(body.model)
         found, reply = fim_of(body), FimReply(service.name)
         await _write(service, http, found)
         if not body.stream:

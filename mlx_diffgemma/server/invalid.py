@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+# Mistakes of a body that are looked at; a hostile one may have one for each of its values.
+MOST_ERRORS = 100
+
 
 def mistake(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
     """Tell of the first mistake in a body, in a sentence, and name its field.
@@ -10,7 +13,7 @@ def mistake(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
     A field that may be of several kinds has an error for each. The deepest one is told, as its kind
     fits best; of several at one place, those that say more than that the kind is wrong.
     """
-    places = [(_place(each, body), each) for each in errors]
+    places = [(_place(each, body), each) for each in errors[:MOST_ERRORS]]
     where = places[0][0]
     for place, _ in places:
         if len(place) > len(where) and place[: len(where)] == where:

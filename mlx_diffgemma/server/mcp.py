@@ -20,6 +20,7 @@ from ..tasks.request import Draft, Prepared
 from .invalid import mistake
 from .mcp_tools import TOOLS, Tool, kept
 from .preparing import QUICK_BYTES, Places
+from .thread import MlxThread
 from .worker import Busy, Patience, Worker
 
 # Seconds between two reports of how far a call has come, to clients that ask for them.
@@ -36,17 +37,17 @@ INSTRUCTIONS = (
 Context = ServerRequestContext[Any, Any]
 
 
-async def serve(worker: Worker, version: str) -> None:
-    """Answer on stdin and stdout until stdin ends; the worker is started and stopped here."""
+async def serve(thread: MlxThread, version: str) -> None:
+    """Answer on stdin and stdout until stdin ends; the thread is started and stopped here."""
     async with stdio_server() as (reads, writes):
-        loading = asyncio.create_task(asyncio.to_thread(worker.start))
-        server = _server(worker, loading, version)
+        loading = asyncio.create_task(asyncio.to_thread(thread.start))
+        server = _server(thread.workers[0], loading, version)
         try:
             await server.run(reads, writes, server.create_initialization_options())
         finally:
             with suppress(Exception):
                 await loading
-            worker.stop()
+            thread.stop()
 
 
 def _server(worker: Worker, loading: asyncio.Task[None], version: str) -> Server[Any]:

@@ -17,11 +17,12 @@ from ..tasks.request import Done, Draft, Prepared, Prompt, Task
 from ..tasks.starts import Pieces
 from ..text.tokenizer import Tokenizer
 from ..text.turns import BadToolCall, Text
-from .body import Body, NonNegative, NotBlank, Steps
+from .body import Body, Many, NonNegative, NotBlank, Steps
+from .events import sse
 from .pictures import ImageUrl, Sent, seen
 from .refused import RESPONSES, Refused, stopping
-from .service import Service
-from .stream import Lines, begun, draft_event, gathered, sse
+from .service import Models, Service
+from .stream import Lines, begun, draft_event, gathered
 from .worker import Patience
 
 # Gives an event as JSON for the client, once it is the result; empty before.
@@ -38,10 +39,11 @@ class Piece(Body):
 
 
 class FillBody(Body):
+    model: str | None = None
     template: NotBlank | None = None
-    canvas: Annotated[list[Piece], Field(min_length=1)] | None = None
+    canvas: Annotated[Many[Piece], Field(min_length=1)] | None = None
     prompt: str | None = None
-    images: list[str | ImageUrl] | None = None
+    images: Many[str | ImageUrl] | None = None
     steps: Steps | None = None
     seed: NonNegative | None = None
     verify: bool | None = None
@@ -49,9 +51,10 @@ class FillBody(Body):
 
 
 class EditBody(Body):
+    model: str | None = None
     text: NotBlank
     instruction: NotBlank
-    lines: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    lines: Annotated[Many[int], Field(min_length=2, max_length=2)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = STRENGTH
     steps: Steps | None = None
     seed: NonNegative | None = None
@@ -60,16 +63,17 @@ class EditBody(Body):
 
 
 class ChooseBody(Body):
+    model: str | None = None
     prompt: NotBlank
-    images: list[str | ImageUrl] | None = None
-    labels: Annotated[dict[str, list[str]], Field(max_length=64)] | list[str]
+    images: Many[str | ImageUrl] | None = None
+    labels: Annotated[dict[str, Many[str]], Field(max_length=64)] | Many[str]
     template: str | None = None
     isolated: bool = False
     seed: NonNegative = 0
     draws: Annotated[int, Field(ge=1, le=64)] = 1
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of fills, edits and choices."""
     routes = APIRouter()
 
@@ -77,6 +81,7 @@ def router(service: Service) -> APIRouter:
     async def fill(http: Http, body: FillBody) -> Response:
         if (body.template is None) == (body.canvas is None):
             raise Refused(400, "there must be either a template or a canvas")
+        service = models.answering(body.model)
 
         def task(pictures: Sequence[Picture]) -> Task[object]:
             if body.template is None:
@@ -102,6 +107,7 @@ def router(service: Service) -> APIRouter:
             prompt = _behind(pictures, body.prompt)
             return ChooseRequest(prompt, slots, body.template, body.isolated, body.seed, body.draws)
 
+        service = models.answering(body.model)
         return await _answered(service, http, body, task, choose_facts, _sent(body.images))
 
     @routes.post("/v1/edit", responses=RESPONSES)
@@ -116,6 +122,7 @@ def router(service: Service) -> APIRouter:
             body.seed,
             verify=body.verify or False,
         )
+        service = models.answering(body.model)
         return await _answered(
             service, http, body, lambda _: task, edit_facts, drafts=body.stream_drafts
         )

@@ -8,7 +8,7 @@ from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
 from ..tasks.request import MOST_TOP
 from ..text.tokenizer import Message
-from .body import Body, NonNegative, NotBlank, Positive, Steps
+from .body import UNLIMITED, Body, Many, NonNegative, NotBlank, Positive, Steps
 from .openai import CompletionBody, Continuation, ToolDeclaration, stops
 from .pictures import Sent
 from .refused import Refused
@@ -22,7 +22,7 @@ def _none_below(least: int) -> BeforeValidator:
 class Options(Body):
     num_predict: Annotated[Positive | None, _none_below(0)] = None
     seed: Annotated[NonNegative | None, _none_below(0)] = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[Many[str], Field(max_length=16)] | None = None
     steps: Steps | None = None
 
 
@@ -78,15 +78,15 @@ class ChatMessage(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: list[str] | None = None
-    tool_calls: list[Call] | None = None
+    images: Many[str] | None = None
+    tool_calls: Many[Call] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
 class ChatBody(Asking):
-    messages: list[ChatMessage] | None = None
-    tools: list[ToolDeclaration] | None = None
+    messages: Many[ChatMessage] | None = None
+    tools: Many[ToolDeclaration] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -101,7 +101,7 @@ class GenerateBody(Asking):
     prompt: str | None = None
     suffix: str | None = None
     system: str | None = None
-    images: list[str] | None = None
+    images: Many[str] | None = None
     raw: bool | None = None
 
     @property
@@ -176,7 +176,7 @@ def _request(body: Asking, messages: list[Message], tools: list[dict[str, Any]])
         raise Refused(400, "top_logprobs goes with logprobs", param="top_logprobs")
     return Request(
         messages,
-        max_tokens=options.num_predict,
+        max_tokens=options.num_predict or UNLIMITED,
         steps=options.steps,
         seed=options.seed,
         stop=stops(None if schema is not None else options.stop, "options.stop"),

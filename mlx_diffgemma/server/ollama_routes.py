@@ -23,30 +23,34 @@ from .ollama import (
 from .ollama_answers import SPOKEN, OllamaReply, failed_line, line, listed, shown
 from .openai import infill
 from .openai_answers import InfillReply
-from .refused import RESPONSES, Refused, stopping
-from .service import Service
+from .refused import RESPONSES, Refused, stopping, streamed
+from .service import Models, Service
 from .stream import Lines, Stream, begun, gathered
 from .worker import Patience
 
+NDJSON = "application/x-ndjson"
 
-def router(service: Service) -> APIRouter:
+
+def router(models: Models) -> APIRouter:
     """Make the routes of Ollama's API."""
     routes = APIRouter()
 
-    @routes.post("/api/chat", responses=RESPONSES)
+    @routes.post("/api/chat", responses=streamed(NDJSON))
     async def chat(http: Http, body: ChatBody) -> Response:
+        service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=True)
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         work, patience = await service.chat(http, lambda: chat_request(body), slow=body.slow)
         return await _answered(service, http, body, reply, work, patience)
 
-    @routes.post("/api/generate", responses=RESPONSES)
+    @routes.post("/api/generate", responses=streamed(NDJSON))
     async def generate(http: Http, body: GenerateBody) -> Response:
+        service = models.answering(_named(body.model))
         reply = _reply(service, body, chat=False)
         work: Prepared[object]
         if body.is_empty:
-            return _one(service, body, reply.nothing(body.keep_alive))
+            return await _nothing(service, http, body, reply)
         if body.suffix:
             return await _infill(service, http, body, reply)
         if body.raw:
@@ -59,19 +63,20 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return {"models": [listed(service.facts)]}
+        return {"models": [listed(each.facts) for each in models.services]}
 
     @routes.get("/api/ps")
     async def running() -> dict[str, Any]:
-        facts = service.facts
-        return {"models": [{**listed(facts), "context_length": facts["context_length"]}]}
+        loaded = [each.facts for each in models.services if each.worker.loaded]
+        length = "context_length"
+        return {"models": [{**listed(facts), length: facts[length]} for facts in loaded]}
 
     @routes.post("/api/show", responses=RESPONSES)
     async def show(body: ShowBody) -> dict[str, Any]:
-        name = body.model or body.name
+        name = _named(body.model or body.name)
         if not name:
             raise Refused(400, "model: it is missing", param="model")
-        return shown(service.find(name.removesuffix(":latest")))
+        return shown(models.find(name).facts)
 
     @routes.get("/api/version")
     async def version() -> dict[str, Any]:
@@ -80,16 +85,29 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+def _named(name: str | None) -> str | None:
+    """Give the name of a model without the tag that clients add to it."""
+    return None if name is None else name.removesuffix(":latest")
+
+
 def _reply(service: Service, body: Asking, *, chat: bool) -> OllamaReply:
     pieces = service.worker.tokenizer.pieces if body.logprobs else None
     return OllamaReply(service.name, chat=chat, pieces=pieces)
+
+
+async def _nothing(service: Service, http: Http, body: Asking, reply: OllamaReply) -> Response:
+    """Answer one who only wants the model to be there, which it then is; or to go."""
+    answer = reply.nothing(body.keep_alive)
+    if answer["done_reason"] == "load":
+        await service.warm(http)
+    return _one(service, body, answer)
 
 
 def _one(service: Service, body: Body, answer: dict[str, Any]) -> Response:
     """Answer in one part, which is a stream of one line as well."""
     headers = service.headers(body)
     if isinstance(body, Asking) and body.stream is not False:
-        return Response(line(answer), headers=headers, media_type="application/x-ndjson")
+        return Response(line(answer), headers=headers, media_type=NDJSON)
     return JSONResponse(answer, headers=headers)
 
 
@@ -110,8 +128,7 @@ async def _answered(
 
 
 def _ndjson(lines: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> Lines:
-    kind = "application/x-ndjson"
-    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=kind)
+    return Lines(lines, stream, headers, end="", failed=failed_line, media_type=NDJSON)
 
 
 async def _lines(

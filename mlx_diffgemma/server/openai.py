@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..diffusion.guards import OFF, Guards
 from ..model.diffusion_gemma import DiffusionGemma
+from ..tasks.engine import reseeded
 from ..tasks.fill import FillRequest
 from ..tasks.generate import Answer, Request
 from ..tasks.modes import Mode
@@ -16,7 +17,17 @@ from ..tasks.speculation import Acceptance
 from ..text.template import Hole
 from ..text.tokenizer import no_check
 from ..text.vocabulary import Vocabulary
-from .body import MOST_NAME_CHARACTERS, Body, Budget, NonNegative, NotBlank, Positive, Steps
+from .body import (
+    MOST_NAME_CHARACTERS,
+    UNLIMITED,
+    Body,
+    Budget,
+    Many,
+    NonNegative,
+    NotBlank,
+    Positive,
+    Steps,
+)
 from .forced import forced_call
 from .json_body import JsonError, read_json
 from .pictures import ImageUrl, Sent, has_picture
@@ -38,7 +49,7 @@ class Sampling(Body):
     max_tokens: Budget = None
     seed: NonNegative | None = None
     steps: Steps | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[Many[str], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
@@ -79,10 +90,10 @@ class ContentPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Many[MessageToolCall] | None = None
     reasoning_content: str | None = None
 
 
@@ -110,11 +121,11 @@ class ResponseFormat(Body):
 
 
 class ChatBody(Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Budget = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: list[ToolDeclaration] | None = None
+    tools: Many[ToolDeclaration] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
@@ -284,7 +295,7 @@ def chat_request(body: ChatBody) -> Request:
         thinking = body.reasoning_effort not in (None, "none", "minimal")
     return Request(
         messages_of(body),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=body.max_completion_tokens or body.max_tokens or UNLIMITED,
         steps=body.steps,
         enable_thinking=thinking and schema is None,
         schema=schema,
@@ -312,7 +323,7 @@ def several(work: Prepared[object], count: int, seed: int | None) -> list[Answer
     """Repeat an answer with other seeds; it is encoded once."""
     assert isinstance(work, Answer)
     seeds = [None if seed is None else seed + i for i in range(count)]
-    return [replace(work, seed=each) for each in seeds]
+    return [reseeded(work, each) for each in seeds]
 
 
 def stops(given: str | Sequence[str] | None, name: str = "stop") -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Answers OpenAI's routes: chats, completions with and without a suffix, the model's name."""
+"""Answers OpenAI's routes: chats, completions with and without a suffix, the models' names."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,6 +11,7 @@ from ..tasks.fill import FillResult
 from ..tasks.request import Done, Draft, Prepared
 from ..tasks.score import ScoreResult
 from ..text.tokenizer import Tokenizer
+from .events import sse
 from .infill import unmarked
 from .openai import (
     ChatBody,
@@ -27,22 +28,23 @@ from .openai import (
 )
 from .openai_answers import ChatReply, CompletionReply, InfillReply, Reply, usage_of
 from .openai_scores import ScoreReply, score_requests
-from .refused import RESPONSES, stopping
-from .service import Service
-from .stream import Lines, Stream, begun, draft_event, gathered, sse
+from .refused import RESPONSES, stopping, streamed
+from .service import Models, Service
+from .stream import Lines, Stream, begun, draft_event, gathered
 from .worker import Patience
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of OpenAI's API."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", responses=RESPONSES)
+    @routes.post("/v1/chat/completions", responses=streamed())
     async def chat(http: Http, body: ChatBody) -> Response:
-        return await _chat(service, http, body)
+        return await _chat(models.answering(body.model), http, body)
 
-    @routes.post("/v1/completions", responses=RESPONSES)
+    @routes.post("/v1/completions", responses=streamed())
     async def complete(http: Http, body: CompletionBody) -> Response:
+        service = models.answering(body.model)
         if asks_scores(body):
             return await _score(service, http, body)
         body = unmarked(body)
@@ -50,14 +52,15 @@ def router(service: Service) -> APIRouter:
         return await answer(service, http, body)
 
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def listed() -> dict[str, Any]:
+        found = [each.facts for each in models.services]
         # Anthropic's client asks here, too, and wants to know of further pages.
-        pages = {"has_more": False, "first_id": service.name, "last_id": service.name}
-        return {"object": "list", "data": [service.facts], **pages}
+        pages = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
+        return {"object": "list", "data": found, **pages}
 
     @routes.get("/v1/models/{name:path}", responses=RESPONSES)
     async def model(name: str) -> dict[str, Any]:
-        return service.find(name)
+        return models.find(name).facts
 
     return routes
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi import Request as Http
-from fastapi.responses import Response
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -44,17 +45,20 @@ class PageFiles(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answer with a file, or that the browser has it already."""
-        response = await super().get_response(path, scope)
+        try:
+            response = await super().get_response(path, scope)
+        except ValueError:  # a null byte, with which an older starlette asks the file system
+            raise HTTPException(404) from None
         response.headers.update(HEADERS)
         return response
 
 
-def add_page(app: FastAPI) -> None:
+def add_page(app: Starlette) -> None:
     """Add the page at `/`, and its files under `PREFIX`."""
     files = PageFiles(directory=FILES)
 
-    @app.get("/", include_in_schema=False)
     async def page(http: Http) -> Response:
         return await files.get_response("index.html", http.scope)
 
+    app.add_route("/", page, include_in_schema=False)
     app.mount(PREFIX.rstrip("/"), files)

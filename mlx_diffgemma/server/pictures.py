@@ -88,27 +88,6 @@ def sees(model: DiffusionGemma) -> bool:
         return False
 
 
-def bytes_of_pictures(value: Any) -> int:
-    """Count characters of a body's texts that are data: URLs, or base64 as Anthropic and Ollama
-    have it; `read_json` has bounded the value."""
-    count, waiting = 0, [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            rest = dict(each)
-            if rest.get("type") == "base64" and isinstance(rest.get("data"), str):
-                count += len(rest.pop("data"))
-            if isinstance(images := rest.get("images"), list):
-                count += sum(len(image) for image in images if isinstance(image, str))
-                rest["images"] = [image for image in images if not isinstance(image, str)]
-            waiting += rest.values()
-        elif isinstance(each, list):
-            waiting += each
-        elif isinstance(each, str) and each[:5].lower() == "data:":
-            count += len(each)
-    return count
-
-
 def seen(sent: Sequence[Sent], model: DiffusionGemma, check: Callable[[], None]) -> list[Picture]:
     """Read pictures of a request, all of them or none; for a thread that prepares.
 

@@ -1,8 +1,14 @@
 """Tells errors in the form that a route's clients can read; OpenAI's, unless it is another's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response
+
+if TYPE_CHECKING:  # what stands before several servers imports no MLX
+    from ..diffusion.prompt_cache import ContextError
 
 # Seconds that a refused client is asked to wait.
 RETRY_AFTER = 2
@@ -20,14 +26,20 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "refused"),
         (401, "no key"),
         (403, "another host, or a page of another origin"),
+        (404, "nothing has this name"),
         (408, "the body came too slowly"),
         (413, "too large"),
         (415, "not JSON"),
         (429, "busy"),
-        (503, "stopping"),
+        (503, "stopping, or the model cannot be loaded"),
         (504, "too slow"),
     )
 }
+
+
+def streamed(media: str = "text/event-stream") -> dict[int | str, dict[str, Any]]:
+    """Give what a route may answer that streams where it is asked to, for the document."""
+    return {**RESPONSES, 200: {"content": {media: {}}}}
 
 
 class Refused(Exception):
@@ -38,6 +50,18 @@ class Refused(Exception):
     ):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+
+
+def beyond_context(error: "ContextError", path: str) -> Refused:
+    """Refuse a prompt that does not fit, as the route's clients know it.
+
+    Anthropic's tell it by this sentence alone: coding agents then shorten what was said, and
+    without it ask the same again.
+    """
+    said = str(error)
+    if path.startswith("/v1/messages") and error.tokens is not None:
+        said = f"prompt is too long: {error.tokens} tokens > {error.most} maximum"
+    return Refused(400, said, "context_length_exceeded")
 
 
 def stopping() -> Refused:
@@ -84,6 +108,30 @@ def refusal(error: Refused, path: str) -> Response:
     body = told(path, error)
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status == 429 else None
     return JSONResponse(body, error.status, headers)
+
+
+def tell_errors(app: Starlette) -> None:
+    """Have an application tell what goes wrong in the form of the route's clients."""
+
+    async def refused(http: Http, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return refusal(error, http.url.path)
+
+    async def http_error(http: Http, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = refusal(Refused(error.status_code, str(error.detail)), http.url.path)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def defect(http: Http, error: Exception) -> Response:
+        # The connection ends with it: say so, or the client's next request is lost.
+        response = refusal(Refused(500, "a defect of the server"), http.url.path)
+        response.headers["Connection"] = "close"
+        return response
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, defect)
 
 
 def shortened(text: str, most: int) -> str:

@@ -1,150 +1,26 @@
 """Checks and translates requests of OpenAI's Responses. Knows nothing of HTTP and of threads."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from ..diffusion.guards import OFF, Guards
 from ..tasks.generate import Request
-from ..tasks.request import MOST_TOP
 from ..text.tokenizer import Message
-from .body import Body, Budget, NonNegative, NotBlank, Steps
+from .body import UNLIMITED
 from .forced import forced_call
 from .openai import arguments_of
-from .pictures import Detail, Sent
+from .pictures import Sent
 from .refused import Refused
+from .responses_body import Item, Part, ResponsesBody
+from .responses_tools import INPUT, declared, full_name
 
 ONLY = "only text and input_image are supported, no files"
 
-ITEMS = "only messages, reasoning, function_call and function_call_output are supported"
-
-# What asks for log-probabilities.
-LOGPROBS = "message.output_text.logprobs"
+ITEMS = (
+    "only messages, reasoning, calls of functions and custom tools and their outputs are supported"
+)
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
-
-
-class Part(Body):
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-    image_url: str | None = None
-    detail: Detail | None = None
-    annotations: list[Any] | None = None  # this and the next come back from answers
-    logprobs: list[Any] | None = None
-
-
-class Item(Body):
-    """What was said, thought, called, or given by a tool."""
-
-    type: str | None = None
-    role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part] | None = None
-    summary: list[Part] | None = None
-    id: str | None = None
-    status: str | None = None
-    call_id: str | None = None
-    name: NotBlank | None = None
-    arguments: str | None = None
-    output: str | list[Part] | None = None
-    encrypted_content: str | None = None
-
-    @property
-    def has_pictures(self) -> bool:
-        """Say whether a part is a picture."""
-        given = self.output if isinstance(self.output, list) else self.content
-        return isinstance(given, list) and any(part.image_url is not None for part in given)
-
-
-class Tool(Body):
-    type: str
-    name: NotBlank | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Format(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None  # it always is
-
-
-class TextConfig(Body):
-    format: Format | None = None
-
-
-class Reasoning(Body):
-    effort: str | None = None
-
-
-class ResponsesBody(Body):
-    model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
-    instructions: str | None = None
-    previous_response_id: str | None = None
-    store: bool | None = None
-    stream: bool | None = None
-    max_output_tokens: Budget = None
-    text: TextConfig | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning: Reasoning | None = None
-    include: list[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    metadata: dict[str, str] | None = None
-    conversation: str | dict[str, Any] | None = None
-    prompt: dict[str, Any] | None = None
-    background: bool | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-    seed: NonNegative | None = None
-    steps: Steps | None = None
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """Give the schema of a guaranteed document.
-
-        Raises:
-            Refused: there has to be one and is none.
-        """
-        form = None if self.text is None else self.text.format
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            return {"type": "object"}
-        if form.schema_ is None:
-            raise Refused(400, "text.format json_schema needs a schema", param="text.format.schema")
-        return form.schema_
-
-    @property
-    def thinks(self) -> bool:
-        """Say whether thoughts are asked for."""
-        effort = None if self.reasoning is None else self.reasoning.effort
-        return effort not in (None, "none", "minimal")
-
-    @property
-    def weighs(self) -> bool:
-        """Say whether log-probabilities are asked for."""
-        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
-
-    @property
-    def slow(self) -> bool:
-        """Say whether a few bytes may be long work: a schema, or pictures to decode."""
-        items = self.input if isinstance(self.input, list) else ()
-        return self.schema_of_answer is not None or any(each.has_pictures for each in items)
-
-    def unused(self) -> set[str]:
-        """Name what means nothing here."""
-        found = set()
-        if self.schema_of_answer is not None and self.thinks:
-            found.add("reasoning")
-        if self.truncation == "auto":  # what does not fit is refused
-            found.add("truncation")
-        return found
 
 
 def check(body: ResponsesBody) -> None:
@@ -168,23 +44,26 @@ def response_request(body: ResponsesBody, messages: Sequence[Message]) -> Reques
     Raises:
         Refused: a combination that is not supported.
     """
-    tools = [_declaration(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
+    known = declared(body.tools or ())
+    tools = [each.declaration for each in known.values()]
     choice, schema, opening = body.tool_choice, body.schema_of_answer, ""
     if choice == "none":
         tools = []
     elif choice == "required":
         opening = forced_call(tools)
     elif isinstance(choice, dict):
-        if choice.get("type") != "function":
-            told = "tool_choice: a type other than function is not supported"
+        if choice.get("type") not in ("function", "custom"):
+            told = "tool_choice: a type other than function and custom is not supported"
             raise Refused(400, told, param="tool_choice")
-        opening = forced_call(tools, str(choice.get("name")))
+        wanted = str(choice.get("name"))
+        named = (full for full, each in known.items() if wanted in (full, each.name))
+        opening = forced_call(tools, next(named, wanted))
     if schema is not None and opening:
         raise Refused(400, "text.format does not go with a forced tool call", param="text.format")
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     return Request(
         [*system, *messages],
-        max_tokens=body.max_output_tokens,
+        max_tokens=body.max_output_tokens or UNLIMITED,
         steps=body.steps,
         seed=body.seed,
         enable_thinking=body.thinks and schema is None,
@@ -194,25 +73,6 @@ def response_request(body: ResponsesBody, messages: Sequence[Message]) -> Reques
         opening=opening,
         top=body.top_logprobs or 0,
     )
-
-
-def _declaration(tool: Tool, place: str) -> dict[str, Any]:
-    """A tool as templates want it.
-
-    Raises:
-        Refused: it is one of those that run at OpenAI.
-    """
-    if tool.type != "function":
-        raise Refused(400, f"{place}: only functions are supported, not {tool.type}", param=place)
-    if tool.name is None:
-        raise Refused(400, f"{place}.name: it is missing", param=f"{place}.name")
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters or {"type": "object", "properties": {}},
-    }
-    known = {name: value for name, value in function.items() if value is not None}
-    return {"type": "function", "function": known}
 
 
 def messages_of(body: ResponsesBody, before: Sequence[Message]) -> list[Message]:
@@ -234,7 +94,7 @@ def messages_of(body: ResponsesBody, before: Sequence[Message]) -> list[Message]
     given: list[dict[str, Any]] = []  # pictures of results: templates write none into a result
     for i, item in enumerate(body.input):
         kind, place = item.type or "message", f"input[{i}]"
-        if kind == "function_call_output":
+        if kind in ("function_call_output", "custom_tool_call_output"):
             result, pictures = _result(item, place, names)
             found.append(result)
             given += pictures
@@ -317,13 +177,16 @@ class _Turn:
             case "reasoning":
                 thought = _text(item.content, f"{place}.content") if item.content else ""
                 self._thoughts.append(thought or _text(item.summary or "", f"{place}.summary"))
-            case "function_call":
+            case "function_call" | "custom_tool_call" as kind:
                 if not item.call_id or item.name is None:
-                    told = f"{place}: a function_call needs call_id and name"
+                    told = f"{place}: a {kind} needs call_id and name"
                     raise Refused(400, told, param=place)
-                names[item.call_id] = item.name
-                arguments = arguments_of(item.name, item.arguments or "")
-                function = {"name": item.name, "arguments": arguments}
+                name = names[item.call_id] = full_name(item.namespace, item.name)
+                if kind == "function_call":
+                    arguments = arguments_of(name, item.arguments or "")
+                else:
+                    arguments = {INPUT: item.input or ""}
+                function = {"name": name, "arguments": arguments}
                 self._calls.append({"id": item.call_id, "type": "function", "function": function})
             case _:
                 raise Refused(400, f"{place}: {ITEMS}", param=place)

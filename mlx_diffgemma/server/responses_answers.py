@@ -9,10 +9,11 @@ from typing import Any, Literal
 from ..tasks.request import Done
 from ..text.tokenizer import Message, Tokenizer
 from ..text.turns import BadToolCall, Text, Thought, ToolCall
+from .events import sse
 from .openai_answers import Choice
 from .refused import Refused
-from .responses import ResponsesBody
-from .stream import sse
+from .responses_body import ResponsesBody
+from .responses_tools import INPUT, declared
 
 Kind = Literal["message", "reasoning"]
 
@@ -28,6 +29,7 @@ class ResponseReply:
         self._choice = Choice(tokenizer.pieces if body.weighs else None)
         self._weighs = body.weighs
         self._tokenizer = tokenizer
+        self._tools = declared(body.tools or ())
         self._output: list[dict[str, Any]] = []
         self._calls: list[dict[str, Any]] = []
         self._open: Kind | None = None
@@ -130,15 +132,28 @@ class ResponseReply:
 
     def _call(self, call: ToolCall) -> Iterator[str]:
         yield from self._close()
-        identity, written = _id("call"), json.dumps(call.arguments, ensure_ascii=False)
+        identity = _id("call")
         function = {"name": call.name, "arguments": call.arguments}
         self._calls.append({"id": identity, "type": "function", "function": function})
-        item = {"id": _id("fc"), "type": "function_call", "call_id": identity, "name": call.name}
-        yield self._start({**item, "arguments": "", "status": "in_progress"})
-        self._output[-1]["arguments"] = written
-        kind = "response.function_call_arguments"
-        yield self._of_item(f"{kind}.delta", delta=written)
-        yield self._of_item(f"{kind}.done", name=call.name, arguments=written)
+        known = self._tools.get(call.name)
+        named = {"call_id": identity, "name": call.name if known is None else known.name}
+        if known is not None and known.namespace is not None:
+            named["namespace"] = known.namespace
+        if known is not None and known.custom and isinstance(call.arguments.get(INPUT), str):
+            yield from self._written("custom_tool_call", "input", call.arguments[INPUT], named)
+        else:
+            written = json.dumps(call.arguments, ensure_ascii=False)
+            yield from self._written("function_call", "arguments", written, named)
+
+    def _written(self, kind: str, field: str, text: str, named: dict[str, str]) -> Iterator[str]:
+        """Give the events of a call, which is written at once."""
+        prefix = "fc" if kind == "function_call" else "ctc"
+        item = {"id": _id(prefix), "type": kind, **named, field: ""}
+        yield self._start({**item, "status": "in_progress"})
+        self._output[-1][field] = text
+        more = {"name": named["name"]} if kind == "function_call" else {}
+        yield self._of_item(f"response.{kind}_{field}.delta", delta=text)
+        yield self._of_item(f"response.{kind}_{field}.done", **more, **{field: text})
         yield self._finish()
 
     def _start(self, item: dict[str, Any]) -> str:

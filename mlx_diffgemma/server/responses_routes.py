@@ -1,6 +1,6 @@
 """Answers OpenAI's Responses, which remember what was said before; within bounds."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,21 +9,22 @@ from fastapi.responses import JSONResponse, Response
 
 from ..tasks.generate import Request
 from ..text.tokenizer import Message
-from .refused import RESPONSES, Refused
-from .responses import ResponsesBody, check, messages_of, response_request
+from .refused import RESPONSES, Refused, streamed
+from .responses import check, messages_of, response_request
 from .responses_answers import ResponseReply
+from .responses_body import ResponsesBody
 from .responses_memory import Memory
-from .service import Service
+from .service import Models
 from .stream import Lines, begun, gathered
 
 
-def router(service: Service) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """Make the routes of OpenAI's Responses."""
     routes, memory = APIRouter(), Memory()
 
-    @routes.post("/v1/responses", responses=RESPONSES)
+    @routes.post("/v1/responses", responses=streamed())
     async def respond(http: Http, body: ResponsesBody) -> Response:
-        return await _answered(service, memory, http, body)
+        return await _answered(models, memory, http, body)
 
     @routes.get("/v1/responses/{identity}", responses=RESPONSES)
     async def retrieve(identity: str) -> dict[str, Any]:
@@ -45,9 +46,13 @@ def _unknown(identity: str) -> Refused:
     return Refused(404, f"there is no response {identity!r} here, or no longer")
 
 
-async def _answered(service: Service, memory: Memory, http: Http, body: ResponsesBody) -> Response:
+async def _answered(models: Models, memory: Memory, http: Http, body: ResponsesBody) -> Response:
     check(body)
-    before = _before(memory, body)
+    before, other = _before(memory, body)
+    service = models.answering(body.model or other)
+    if other not in (None, service.name):
+        told = f"the response before was written by {other}, which is another model"
+        raise Refused(400, f"previous_response_id: {told}", param="previous_response_id")
     said: list[Message] = [*before]
 
     def make() -> Request:
@@ -71,19 +76,19 @@ async def _answered(service: Service, memory: Memory, http: Http, body: Response
     return JSONResponse(reply.whole(), headers=headers)
 
 
-def _before(memory: Memory, body: ResponsesBody) -> list[Message]:
-    """What was said up to the response that this one goes on with.
+def _before(memory: Memory, body: ResponsesBody) -> tuple[Sequence[Message], str | None]:
+    """What was said up to the response that this one goes on with, and the model that wrote it.
 
     Raises:
         Refused: it is not kept.
     """
     if body.previous_response_id is None:
-        return []
+        return [], None
     found = memory.find(body.previous_response_id)
     if found is None:
         told = f"previous_response_id: there is no {body.previous_response_id!r} here, or no longer"
         raise Refused(400, told, "previous_response_not_found", "previous_response_id")
-    return [*found.messages]
+    return found.messages, found.response["model"]
 
 
 async def _lines(

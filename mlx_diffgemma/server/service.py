@@ -1,22 +1,25 @@
-"""Gives routes what they need: a worker that answers, and threads that prepare requests."""
+"""Gives routes what they need: models by name, workers that answer, threads that prepare."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from fastapi import Request as Http
 
+from ..diffusion.decoding import Decoding
+from ..diffusion.prompt_cache import PromptCache
 from ..tasks.generate import Answer, Request
 from ..tasks.request import Prepared, Task
 from ..text.tokenizer import Message
 from .body import Body, ignored
+from .leaving import unless_gone
 from .pictures import sees, with_pictures
 from .preparing import QUICK_BYTES, Places
 from .refused import Refused
-from .stream import Stream, unless_gone
+from .stream import Stream, gathered
 from .worker import Patience, Timeout, Worker
 
 Result = TypeVar("Result")
@@ -24,24 +27,46 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """Asks for nothing but that the model is loaded."""
+
+    prompt: tuple[int, ...] = ()
+
+    def run(self, prompt_cache: PromptCache) -> Decoding[object, None]:
+        """End at once."""
+        yield from ()
+
+
 class Service:
-    """Offers a model under a name to the routes of any API.
+    """Offers a model to the routes of any API.
 
     Attributes:
         worker: answers what is prepared.
-        name: the model's, as clients are told.
-        aliases: further names by which it is found.
         started: seconds since the epoch.
+
+    Args:
+        worker: the model's.
+        places: where requests are prepared, for all models together.
     """
 
-    def __init__(self, worker: Worker, name: str, aliases: Sequence[str] = ()):
+    def __init__(self, worker: Worker, places: Places):
         self.worker = worker
-        self.name, self.aliases = name, tuple(aliases)
         self.started = int(time.time())
-        self._places = Places()
+        self._places = places
+
+    @property
+    def name(self) -> str:
+        """Give the model's name, as clients are told."""
+        return self.worker.name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Describe the model as `facts_at_start`, and say whether it is in memory."""
+        return {**self.facts_at_start, "loaded": self.worker.loaded}
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts_at_start(self) -> dict[str, Any]:
         """Describe the model as `/v1/models` does; lengths are in tokens."""
         model, tokenizer = self.worker.model, self.worker.tokenizer
         return {
@@ -52,7 +77,7 @@ class Service:
             "type": "model",  # this and the next two for Anthropic's client
             "display_name": self.name,
             "created_at": datetime.fromtimestamp(self.started, UTC).isoformat(),
-            "aliases": self.aliases,
+            "aliases": self.worker.aliases,
             "context_length": model.context,
             "canvas_length": model.config.canvas_length,
             "denoising_steps": model.generation.max_denoising_steps,
@@ -61,16 +86,6 @@ class Service:
             "images": sees(model),
             "adapter": model.adapter,
         }
-
-    def find(self, name: str) -> dict[str, Any]:
-        """Describe the model of this name or alias.
-
-        Raises:
-            Refused: there is none.
-        """
-        if name not in (self.name, *self.aliases):
-            raise Refused(404, f"there is no model {name!r} here", "model_not_found")
-        return self.facts
 
     async def prepare(self, http: Http, task: Task[Item]) -> tuple[Prepared[Item], Patience]:
         """Prepare a task, and tell the patience that is left for it.
@@ -129,7 +144,52 @@ class Service:
         """
         return Stream(self.worker, works, patience)
 
+    async def warm(self, http: Http) -> None:
+        """Have the model loaded, and wait for it.
+
+        Raises:
+            Refused: it cannot be loaded, the queue is full, or the time is over.
+        """
+        if not self.worker.loaded:
+            await gathered(http, self.stream([Nothing()], self.worker.patience()))
+
     def headers(self, body: Body) -> dict[str, str]:
         """Name, in headers of the answer, what was sent and means nothing here."""
         names = ",".join(ignored(body))
         return {"X-Ignored-Parameters": names} if names else {}
+
+
+class Models:
+    """Finds the service of a model; the first one answers where a request names none."""
+
+    def __init__(self, workers: Sequence[Worker]):
+        places = Places()
+        self.services = [Service(worker, places) for worker in workers]
+        self._by_name = {
+            name: service
+            for service in self.services
+            for name in (*service.worker.aliases, service.name)
+        }
+
+    def answering(self, name: str | None) -> Service:
+        """Give what answers a request that names this model. One that is alone answers to any name.
+
+        Raises:
+            Refused: there are several, and none of them is called so.
+        """
+        if len(self.services) == 1 or not name:
+            return self.services[0]
+        return self.find(name)
+
+    def find(self, name: str) -> Service:
+        """Give the service of the model of this name or alias.
+
+        Raises:
+            Refused: there is none.
+        """
+        if name not in self._by_name:
+            known = ", ".join(each.name for each in self.services)
+            there = f"; there are {known}" if len(self.services) > 1 else ""
+            said = f"there is no model {name!r} here{there}"
+            raise Refused(404, said, "model_not_found", "model" if there else None)
+        return self._by_name[name]

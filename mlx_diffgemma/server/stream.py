@@ -1,11 +1,10 @@
 """Brings events from the worker's thread to a handler, and on to a client as a stream."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request as Http
 from fastapi.responses import StreamingResponse
@@ -15,13 +14,10 @@ from ..diffusion.prompt_cache import ContextError
 from ..errors import Error
 from ..tasks.request import Draft, Prepared
 from ..text.tokenizer import Tokenizer
-from .refused import Refused, error_body, stopping
-from .worker import Busy, Patience, Stopped, Ticket, Timeout, Worker
-
-Result = TypeVar("Result")
-
-# Seconds between two looks at whether a client is still there.
-LOOK_SECONDS = 0.1
+from .events import failed_event, sse
+from .leaving import unless_gone
+from .refused import Refused
+from .worker import Busy, NotLoaded, Patience, Stopped, Ticket, Timeout, Worker
 
 
 class Stream:
@@ -89,50 +85,13 @@ def _refused(error: Exception) -> Refused:
             return Refused(504, str(error), "timeout")
         case Stopped():
             return Refused(503, str(error), "stopping")
+        case NotLoaded():
+            return Refused(503, str(error), "model_not_loaded")
         case ContextError():
             return Refused(400, str(error), "context_length_exceeded")
         case Error():
             return Refused(400, str(error))
     return Refused(500, "a defect of the server")
-
-
-async def unless_gone(
-    http: Http,
-    work: Coroutine[Any, Any, Result],
-    close: Callable[[], None],
-    seconds: float | None = None,
-) -> Result:
-    """Do the work, and call `close` where it fails, its time is over, or nobody waits.
-
-    Raises:
-        TimeoutError: after `seconds`; the work is cancelled.
-        Refused: the client has gone, or the server stops.
-    """
-
-    async def gone() -> None:
-        while not await http.is_disconnected():
-            await asyncio.sleep(LOOK_SECONDS)
-
-    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        first = asyncio.FIRST_COMPLETED
-        done, _ = await asyncio.wait({task, watch}, timeout=seconds, return_when=first)
-        if not done:
-            raise TimeoutError
-        if not task.done():
-            raise Refused(499, "the client has gone")
-        return task.result()
-    except asyncio.CancelledError:  # the time that a shutdown grants is over
-        close()
-        raise stopping() from None
-    except BaseException:
-        close()
-        raise
-    finally:
-        for each in (task, watch):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
 
 
 async def gathered(http: Http, stream: Stream) -> list[tuple[int, object]]:
@@ -169,17 +128,6 @@ async def begun(http: Http, stream: Stream) -> AsyncIterator[tuple[int, object]]
             yield each
 
     return every()
-
-
-def sse(value: object, kind: str | None = None) -> str:
-    """Write a value as a server-sent event, of a kind of its own or of none."""
-    head = "" if kind is None else f"event: {kind}\n"
-    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def failed_event(error: Refused) -> str:
-    """Write an error as an event of OpenAI's stream."""
-    return sse(error_body(error.status, error.message, error.code))
 
 
 class Lines(StreamingResponse):

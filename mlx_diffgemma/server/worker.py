@@ -1,21 +1,17 @@
-"""Owns MLX in a server: one thread loads, generates and frees, and nobody else does."""
+"""Takes requests for a model, from any thread; `thread.py` has the one that answers them."""
 
-import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
-
-import mlx.core as mx
+from typing import Protocol, TypeVar
 
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
-from ..tasks.engine import Engine
-from ..tasks.generate import Answer
-from ..tasks.request import Done, Prepared, Task
+from ..tasks.engine import prepared
+from ..tasks.request import Prepared, Task
 from ..text.tokenizer import Tokenizer
 from ..text.vocabulary import Vocabulary
 
@@ -23,8 +19,6 @@ from ..text.vocabulary import Vocabulary
 Listener = Callable[[object], None]
 
 Item = TypeVar("Item")
-
-_log = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class Busy(Exception):
@@ -37,6 +31,10 @@ class Stopped(Error):
 
 class Timeout(Error):
     """Says that a request took longer than it may."""
+
+
+class NotLoaded(Error):
+    """Says that the model of a request cannot be loaded now."""
 
 
 class Gone(Error):
@@ -82,22 +80,31 @@ class Patience:
 
 @dataclass(eq=False)
 class Ticket:
-    """Stands for a request on its way."""
+    """Stands for a request on its way; `asked` is when it came, on the monotonic clock."""
 
     work: Prepared[object]
     listen: Listener
     patience: Patience
     cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Tell that nothing more comes, behind an error if there is one."""
+        if error is not None:
+            self.listen(error)
+        self.listen(None)
 
 
 @dataclass
 class Counters:
-    """Counts what the server has done so far."""
+    """Counts what has been done for a model so far."""
 
     answered: int = 0
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
+    loaded: int = 0
+    unloaded: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -105,83 +112,130 @@ class Counters:
     positions_decoded: int = 0
 
 
+class Source(Protocol):
+    """Gives a model.
+
+    Attributes:
+        model: known from the first on, unless it stays; its arrays are for the thread that loads.
+        tokenizer: known as the model is.
+        stays: whether it is loaded at the start and never unloaded.
+    """
+
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    stays: bool
+
+    def loading(self) -> Iterator[None]:
+        """Load the weights, with pauses in which others go on.
+
+        Raises:
+            Error: they cannot be loaded.
+        """
+
+    def unload(self) -> None:
+        """Free the weights."""
+
+    def needs(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that loading it takes, with so many tokens, perhaps of pictures."""
+
+    def context_bytes(self, tokens: int, pictures: bool) -> int:
+        """Count the bytes that they take where it is loaded."""
+
+
+class Resident:
+    """A model that a function loads at the start, and that stays."""
+
+    stays = True
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+
+    def __init__(self, load: Callable[[], tuple[DiffusionGemma, Tokenizer]]):
+        self._load = load
+
+    def loading(self) -> Iterator[None]:
+        """Load it, without a pause."""
+        self.model, self.tokenizer = self._load()
+        yield
+
+    def unload(self) -> None:
+        """Do nothing: whoever has the model keeps it."""
+
+    def needs(self, tokens: int, pictures: bool) -> int:
+        """Count nothing: the function sees to it that it fits."""
+        return 0
+
+    context_bytes = needs
+
+
+class Door:
+    """Stands between those who ask and the thread that answers; one for all of its models.
+
+    Attributes:
+        changed: held to touch a queue, and notified when something is to be done.
+        open: whether the thread is there to answer.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.open = False
+
+
 class Worker:
-    """Queues work in the order it comes, and does up to `max_batch` pieces side by side.
+    """Takes requests for one model, in the order they come.
 
     Args:
-        load: gives the model and the tokenizer, on the thread.
+        source: gives the model.
+        name: the model's, as clients are told.
+        aliases: further names by which it is found.
         max_batch: requests that are denoised together.
         max_queue: requests that may wait; one more is refused.
         timeout: seconds from being asked to the end, preparation included.
-        cache_bytes: keys and values of earlier prompts that are kept.
     """
 
     def __init__(
         self,
-        load: Callable[[], tuple[DiffusionGemma, Tokenizer]],
+        source: Source,
         *,
+        name: str = "model",
+        aliases: Sequence[str] = (),
         max_batch: int,
         max_queue: int,
         timeout: float,
-        cache_bytes: int,
     ):
-        self._load = load
-        self._max_batch = max_batch
-        self._waiting: deque[Ticket] = deque()
-        self._changed = threading.Condition()  # held to touch the queue
-        self._max_queue = max_queue
+        self.source = source
+        self.name, self.aliases = name, tuple(aliases)
+        self.max_batch, self.max_queue = max_batch, max_queue
         self._timeout = timeout
-        self._cache_bytes = cache_bytes
-        self._ready = threading.Event()
-        self._stopping = threading.Event()
-        self._failure: Exception | None = None
-        self._running: dict[int, Ticket] = {}
         self.counters = Counters()
-        self._thread = threading.Thread(target=self._own, name="mlx")
-        self.tokenizer: Tokenizer
-
-    def start(self) -> None:
-        """Load the model, and return once it can answer.
-
-        Raises:
-            Error: as `load` does.
-        """
-        self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def stop(self) -> None:
-        """Stop whatever runs and end the thread."""
-        with self._changed:
-            self._stopping.set()
-            self._changed.notify()
-        self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Say whether the thread is there to answer."""
-        return self._thread.is_alive() and not self._stopping.is_set()
+        self.door = Door()  # the thread puts its own in place
+        self.queue: deque[Ticket] = deque()
+        self.answering: dict[int, Ticket] = {}
+        self.loaded = False
 
     @property
     def waiting(self) -> int:
         """Count requests in the queue."""
-        return len(self._waiting)
+        return len(self.queue)
 
     @property
     def running(self) -> int:
         """Count requests that are being answered."""
-        return len(self._running)
+        return len(self.answering)
 
     @property
     def model(self) -> DiffusionGemma:
-        """Give the model, whose arrays are for the worker's thread alone."""
-        return self._model
+        """Give the model, whose arrays are for the thread that owns MLX alone."""
+        return self.source.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Give the model's tokenizer; for any thread."""
+        return self.source.tokenizer
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Give what the model's tokens can spell; for any thread."""
-        return Vocabulary(self._model, self.tokenizer)
+        return Vocabulary(self.model, self.tokenizer)
 
     def patience(self) -> Patience:
         """Give the patience of somebody who asks now."""
@@ -190,144 +244,38 @@ class Worker:
     def prepare(self, task: Task[Item], patience: Patience | None = None) -> Prepared[Item]:
         """Prepare a request, on the thread of whoever asks: seconds that hold up nobody else.
 
+        The model need not be loaded for it.
+
         Raises:
             Error: as the task's own `prepare`.
             Gone: nobody waits any more.
             Timeout: the time is over.
         """
         check = (patience or self.patience()).check
-        prepared = task.prepare(self._model, self.vocabulary, check)
+        work = prepared(task, self.model, self.vocabulary, check)
         check()
-        return prepared
+        return work
 
     def submit(
         self, work: Prepared[object], listen: Listener, patience: Patience | None = None
     ) -> Ticket:
         """Queue a request that is prepared.
 
-        `listen` is called on the worker's thread: with events, an exception, at last None.
+        `listen` is called on the thread that owns MLX: with events, an exception, at last None.
 
         Raises:
             Busy: the queue is full.
         """
-        ticket = Ticket(work, listen, patience or self.patience())
-        with self._changed:
-            if len(self._waiting) >= self._max_queue or not self.alive:
+        with self.door.changed:
+            if len(self.queue) >= self.max_queue or not self.door.open:
                 self.counters.refused += 1
                 raise Busy
-            self._waiting.append(ticket)
-            self._changed.notify()
+            # Made here: of two, the one that stands before the other has come earlier.
+            ticket = Ticket(work, listen, patience or self.patience())
+            self.queue.append(ticket)
+            self.door.changed.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request that nobody waits for any more, within one denoising step."""
         ticket.cancelled = True
-
-    def _own(self) -> None:
-        try:
-            self._run()
-        finally:
-            # Without it MLX (0.32.4) may abort the process at its exit, with code 134.
-            mx.clear_streams()
-
-    def _run(self) -> None:
-        try:
-            model, self.tokenizer = self._load()
-        except Exception as error:
-            self._failure = error
-            self._ready.set()
-            return
-        self._model = model
-        engine = Engine[object](model, self._cache_bytes)
-        self._ready.set()
-        while not self._stopping.is_set():
-            self._admit(engine)
-            self._advance(engine)
-            self._drop(engine)
-        engine.close()
-        for ticket in [*self._running.values(), *self._waiting]:
-            ticket.listen(Stopped("the server is shutting down"))
-            ticket.listen(None)
-
-    def _admit(self, engine: Engine[object]) -> None:
-        """Begin requests of the queue while there is room; wait where nothing else is to do."""
-        while self.running < self._max_batch:
-            with self._changed:
-                while not (self._waiting or self.running or self._stopping.is_set()):
-                    self._changed.wait()
-                ticket = self._next()
-                if ticket is None or self._stopping.is_set():
-                    return
-                self._waiting.remove(ticket)
-            if ticket.cancelled:
-                self.counters.cancelled += 1
-                continue
-            try:
-                self._running[engine.begin(ticket.work)] = ticket
-            except Exception as error:
-                self._end(ticket, error)
-
-    def _next(self) -> Ticket | None:
-        """Find the first in the queue that may begin.
-
-        Fills, edits and choices, which have many canvases, leave half of the places to answers.
-        """
-        others = sum(not isinstance(each.work, Answer) for each in self._running.values())
-        room = others < max(self._max_batch // 2, 1)
-        return next((t for t in self._waiting if room or isinstance(t.work, Answer)), None)
-
-    def _advance(self, engine: Engine[object]) -> None:
-        if not len(engine):
-            return
-        try:
-            for key, event in engine.step():
-                ticket = self._running[key]
-                if event is None or isinstance(event, Exception):
-                    del self._running[key]
-                    self._end(ticket, event)
-                    continue
-                ticket.listen(event)
-                if isinstance(event, Done):
-                    self.counters.prompt_tokens += event.prompt_tokens
-                    self.counters.cached_tokens += event.cached_tokens
-                    self.counters.generated_tokens += event.generated_tokens
-                    self.counters.denoising_steps += event.denoising_steps
-                    self.counters.positions_decoded += event.positions_decoded
-        except Exception as error:  # of a common pass: all are told, and the thread goes on
-            for key, ticket in list(self._running.items()):
-                engine.remove(key)
-                self._end(ticket, error)
-            self._running.clear()
-
-    def _drop(self, engine: Engine[object]) -> None:
-        """Stop requests that nobody waits for, or that took too long, queued or running."""
-        with self._changed:
-            waiting = list(self._waiting)
-        for ticket in waiting:
-            if self._over(ticket):
-                with self._changed:
-                    self._waiting.remove(ticket)
-        for key, ticket in list(self._running.items()):
-            if self._over(ticket):
-                del self._running[key]
-                engine.remove(key)
-
-    def _over(self, ticket: Ticket) -> bool:
-        if ticket.cancelled:
-            self.counters.cancelled += 1
-            ticket.listen(None)
-            return True
-        if not ticket.patience.left:
-            self._end(ticket, ticket.patience.timeout)
-            return True
-        return False
-
-    def _end(self, ticket: Ticket, error: Exception | None) -> None:
-        if error is None:
-            self.counters.answered += 1
-        else:
-            self.counters.failed += 1
-            if not isinstance(error, Error):
-                _log.error("a defect", exc_info=error)
-            ticket.listen(error)
-        ticket.listen(None)

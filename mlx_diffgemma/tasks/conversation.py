@@ -121,6 +121,8 @@ def _is_message(message: object, index: int) -> bool:
             return all(map(_is_call, calls))
         case {"role": "tool", "name": str(), "tool_call_id": str(), "content": str(), **rest}:
             return not rest
+        case {"role": "tool", "name": str(), "tool_call_id": str(), "content": list(parts), **rest}:
+            return not rest and len(parts) > 0 and all(map(is_part, parts))
     return False
 
 

@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..arguments import SettingError, check_kind, is_number, shown
-from ..diffusion.automaton import Concat, Exactly, Pattern, Plans, Repeat, Tokens, compile_pattern
+from ..diffusion.automaton import Concat, Exactly, Pattern, Repeat, Tokens, compile_pattern
 from ..diffusion.causal import CausalReader
 from ..diffusion.decoding import Decoding, relay
 from ..diffusion.denoise import DenoisingState, Start, denoise
 from ..diffusion.draws import Draws
+from ..diffusion.plans import Plans
 from ..diffusion.prompt_cache import PromptCache, Reading, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma

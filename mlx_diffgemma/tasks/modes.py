@@ -1,7 +1,7 @@
 """What is written next: a canvas denoised, one that the encoder verifies, its next token, a draft.
 
 Each is a decoding of one attempt, whose result is the state to commit. The loop over canvases, in
-`generate.py`, asks for it, judges it, and has the encoder keep what is committed.
+`canvases.py`, asks for it, judges it, and has the encoder keep what is committed.
 """
 
 import math
@@ -168,30 +168,62 @@ def verified(
 ) -> Written:
     """A canvas that the encoder has read. At its first doubt the encoder's own choice is put, what
     stands before it stays, what follows is denoised again from the middle of the schedule on; and
-    of all these canvases the one is taken that the encoder likes best.
+    of all these canvases the one is taken that the encoder likes best. It is told once more, with
+    what is known of the tokens that it kept, unless it was the first and is the last.
     """
     reader.take_back()
     begun = writer.begin(generated, forbidden) or writer.noise()
-    start, best, liked, kept = begun, None, -math.inf, 0
+    start, best, liked, front = begun, None, -math.inf, None
     for more in reversed(range(ROUNDS + 1)):
         state = yield from denoise(
             writer.model, writer.cache, writer.config, writer.draws, start, writer.top
         )
+        state = state if front is None else _as_known(state, front)
         tokens: list[int] = np.array(state.argmax)[0].tolist()
         tokens = tokens[: min(writer.ends(tokens) or len(tokens), room)]
         yield Read(reader.read(tokens))
         chances = np.array(reader.log_probabilities())
         if best is None or chances.mean() > liked:
             best, liked = state, chances.mean()
+        kept = 0 if front is None else len(front.tokens)
         doubtful = _doubtful(chances, begun, kept) if more else []
         opening = _corrected(writer, reader, generated, tokens, doubtful, forbidden)
         if opening is None:
             break
-        kept = len(opening)
-        start = _opened(writer, begun, opening, state, len(tokens))
+        front = Front(*opening, state)
+        start = _opened(writer, begun, front.tokens, state, len(tokens))
         reader.take_back()
     assert best is not None
+    if front is not None:
+        yield replace(best, decoded=0)  # which was counted
     return best
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a canvas keeps of the one before it: its first tokens, of which the last is the
+    encoder's, as likely as that finds it; all others are as likely as they were in that canvas."""
+
+    tokens: list[int]
+    probability: float
+    before: DenoisingState
+
+
+def _as_known(state: DenoisingState, front: Front) -> DenoisingState:
+    """A canvas whose tokens that were kept are as likely as they were when they were written. In
+    itself they are certain, as what is pinned is."""
+    before, last = front.before, len(front.tokens) - 1
+    at = mx.arange(state.argmax.shape[1])[None]
+    own = mx.where(at == last, front.probability, state.probability)
+    state = replace(state, probability=mx.where(at < last, before.probability, own))
+    if state.top is None or before.top is None:
+        return state
+    (ids, levels), (its_ids, its_levels) = state.top, before.top
+    kept, corrected = (at < last)[..., None], (at == last)[..., None]
+    best = mx.arange(ids.shape[-1]) == 0
+    levels = mx.where(corrected & best, math.log(max(front.probability, 1e-30)), levels)
+    top = mx.where(kept, its_ids, ids), mx.where(kept, its_levels, levels)
+    return replace(state, top=top)
 
 
 def _doubtful(chances: npt.NDArray[np.float64], begun: Start, kept: int) -> list[int]:
@@ -210,16 +242,17 @@ def _corrected(
     tokens: list[int],
     doubtful: Sequence[int],
     forbidden: Constraint | None,
-) -> list[int] | None:
+) -> tuple[list[int], float] | None:
     """The tokens up to the first doubtful place where the encoder would write another, which is the
-    last of them; None if there is no such place."""
+    last of them, and how likely it finds that one; None if there is no such place."""
     for at in doubtful:
         constraint = None if at else forbidden
         if constraint is None:
             constraint = writer.places.choices([*generated, *tokens[:at]], (), 1)
-        (choice,) = reader.following(constraint, at, 1).tokens
+        following = reader.following(constraint, at, 1)
+        (choice,) = following.tokens
         if choice != tokens[at]:
-            return [*tokens[:at], choice]
+            return [*tokens[:at], choice], following.probabilities[0]
     return None
 
 

@@ -93,13 +93,12 @@ def stream(
     """Prepare a request at once, and answer it lazily.
 
     Raises:
-        SettingError: several ranks answer, and the prompt cache is rank 0's alone.
+        Error: as the task's own `prepare`, and as `together`.
     """
     check_kind("prompt_cache", prompt_cache, (PromptCache, NoneType), "a PromptCache")
-    if model.part.share.size > 1 and prompt_cache is not None and len(prompt_cache):
-        raise SettingError("several ranks that share a model begin each prompt anew")
     prepared = task.prepare(model, Vocabulary(model, tokenizer))
-    return together(model, "stream", task, run_prepared(model, prepared, prompt_cache))
+    items = run_prepared(model, prepared, prompt_cache)
+    return together(model, "stream", task, items, prompt_cache)
 
 
 def run_prepared(
@@ -213,7 +212,8 @@ class Options(Settings, total=False):
 
 @dataclass(frozen=True, repr=False)
 class Draft:
-    """One denoising step: the canvas as it stands.
+    """One denoising step: the canvas as it stands. The last one of a canvas is what is committed:
+    where it is none of the newest attempt, that draft is told once more, with `decoded` 0.
 
     `tokens` (the model's best at each position), their `probabilities`, `accepted` and `entropies`
     (nats) have one entry per canvas position, and so has `settled`: the next step does not decode
@@ -474,4 +474,6 @@ def encode_text(
     try:
         return tokenizer.encode_within(text, most, "the prompt", check)
     except TooLong as error:
-        raise ContextError(f"{error}, and no more fits into the context") from None
+        least = max(most + 1, len(text) // tokenizer.longest)
+        told = f"{error}, and no more fits into the context"
+        raise ContextError(told, least, most) from None

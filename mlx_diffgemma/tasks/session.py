@@ -29,7 +29,7 @@ Overflow = Literal["refuse", "truncate"]
 FREED = 1 / 4
 
 
-_PARTS = "a message is text, or parts that are text or images"
+_PARTS = "a message or a tool's result is text, or parts that are text or images"
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Truncated:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """Tells the model what a called function gave back."""
+    """Tells the model what a called function gave back: a text, or parts as of a message."""
 
     name: str
-    content: str
+    content: str | Sequence[dict[str, Any]]
 
 
 class ChatSession:
@@ -163,17 +163,26 @@ class ChatSession:
         Closed early, the session keeps the message and what was committed of the answer, or
         neither if nothing was. After a `ToolCall`, go on with `respond`.
         """
-        if isinstance(content, str):
-            if not content.strip():
-                raise ContextError("the message is empty")
-        elif not isinstance(content, list | tuple):
+        if isinstance(content, str) and not content.strip():
+            raise ContextError("the message is empty")
+        asked = self._shown([{"role": "user", "content": content}])
+        return self._answer([*self._messages, *asked], seed)
+
+    def _shown(self, messages: list[Message]) -> list[Message]:
+        """Messages whose pictures are made ready.
+
+        Raises:
+            ContextError: one has what is neither text nor a picture, or nothing.
+            Error: as `shown_messages`.
+        """
+        if not all(isinstance(each["content"], str | list | tuple) for each in messages):
             raise ContextError(_PARTS)
-        message: Message = {"role": "user", "content": content}
-        (asked,) = shown_messages([message], self._model.sight, self._model.context)
-        parts = asked["content"]
-        if not isinstance(parts, str) and (not parts or not all(map(is_part, parts))):
-            raise ContextError(_PARTS)
-        return self._answer([*self._messages, asked], seed)
+        found = shown_messages(messages, self._model.sight, self._model.context)
+        for each in found:
+            parts = each["content"]
+            if not isinstance(parts, str) and (not parts or not all(map(is_part, parts))):
+                raise ContextError(_PARTS)
+        return found
 
     def respond(
         self, results: Sequence[ToolResult], *, seed: int | None = None
@@ -182,11 +191,12 @@ class ChatSession:
 
         Raises:
             SessionError: the last answer did not ask for as many.
+            Error: a picture in one cannot be read, as in `stream`.
         """
         calls = self._messages[-1].get("tool_calls", []) if self._messages else []
         if len(calls) != len(results) or not calls:
             raise SessionError(f"{len(results)} results for {len(calls)} tool calls")
-        told = [
+        told: list[Message] = [
             {
                 "role": "tool",
                 "name": result.name,
@@ -195,8 +205,7 @@ class ChatSession:
             }
             for call, result in zip(calls, results, strict=True)
         ]
-        asked = [*self._messages, *told]
-        return self._answer(asked, seed)
+        return self._answer([*self._messages, *self._shown(told)], seed)
 
     def retry(self, *, seed: int | None = None) -> Generator[Event | Truncated, None, None]:
         """Answer the last message once more, also one whose answer was stopped before it began.
@@ -219,8 +228,9 @@ class ChatSession:
         asked = self._unanswered or self._messages
         return _text_of(asked[_last_question(asked)])
 
-    def show(self, given: Given) -> Pixels:
-        """A picture made ready for a part of a message, so that what is wrong with it is told now.
+    def show(self, given: Given, tokens: int | None = None) -> Pixels:
+        """A picture made ready for a part of a message, so that what is wrong with it is told now;
+        it takes so many tokens at most.
 
         Raises:
             SettingError: this model reads text alone.
@@ -228,7 +238,7 @@ class ChatSession:
         """
         if self._model.sight is None:
             raise SettingError(READS_TEXT)
-        return show(given, self._model.sight)
+        return show(given, self._model.sight, tokens)
 
     @property
     def pictures(self) -> list[Pixels]:

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arguments import shown
-from ..diffusion.automaton import Plan, Plans
+from ..diffusion.automaton import Plan
 from ..diffusion.constraints import ANYTHING, Constraint, Listed
 from ..diffusion.denoise import Start
 from ..diffusion.draws import Draws
+from ..diffusion.plans import Plans
 from ..diffusion.prompt_cache import ContextError, remaining_context
 from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma

@@ -25,7 +25,7 @@ from ..diffusion.prompt_cache import PREFILL_CHUNK, PromptCache
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.settings import GenerationConfig
 from ..tasks.batch import MAX_BATCH
-from ..tasks.generate import Committed, Told, decode_tokens
+from ..tasks.canvases import Committed, Told, decode_tokens
 from ..tasks.starts import Noise
 from .forward import decode, encode
 from .objective import Noised, Sample

@@ -165,6 +165,7 @@ class Run:
     def _save(self, progress: Progress, *, checkpoint: bool) -> Iterator[Saved]:
         """Write the state, and at its turn a checkpoint. Where success says nothing about which
         weights are best, the last ones are kept."""
+        self.trainer.collect()
         if progress.best is None:
             yield self._keep(progress)
         if checkpoint:
@@ -211,12 +212,17 @@ def resume(trainer: Trainer, stored: Stored) -> Progress:
     if found != expected:
         wrong = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         raise RunError(f"the training state is of another run: {wrong} is not what it would be")
-    trainer.take(
-        {name.removeprefix("weights."): a for name, a in given.items() if name[:8] == "weights."},
-        {name.removeprefix("gradients."): given[name] for name in summed},
-        {n.removeprefix("optimizer."): a for n, a in given.items() if n[:10] == "optimizer."},
-    )
+    put_arrays(trainer, given)
     return stored.progress
+
+
+def put_arrays(trainer: Trainer, given: Arrays) -> None:
+    """Go on from arrays that `arrays_of` has named."""
+    kinds: dict[str, Arrays] = {"weights": {}, "gradients": {}, "optimizer": {}}
+    for name, array in given.items():
+        kind, _, rest = name.partition(".")
+        kinds[kind][rest] = array
+    trainer.take(**kinds)
 
 
 def digest(examples: Sequence[Example]) -> str:

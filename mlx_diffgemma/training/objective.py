@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..distributed.share import ALONE, Share
 from ..model.config import Config
 from ..model.diffusion_gemma import DiffusionGemma
 from .cross_entropy import cross_entropy, expected_embedding
@@ -61,6 +62,8 @@ class Objective:
 class Noised:
     """What one step asks, a row an example; all random numbers are drawn.
 
+    Where several ranks learn together, these are one's rows of a larger batch.
+
     Attributes:
         tokens: ids (B, T) that the encoder reads, filled on the right.
         lengths: how many of each row are no filling.
@@ -70,6 +73,8 @@ class Noised:
         supervised: of each row, how many positions of its canvas are, from the first on.
         conditioned: whether a row's canvas is self-conditioned.
         levels: t of each row.
+        positions: supervised ones of all rows of the batch, those of other ranks included.
+        pairs: tokens of the batch that the encoder is to expect, likewise.
         self_conditioning: what canvases are conditioned on (B, L, hidden), zeros for those that are
             not; None asks for the first pass, where any is.
     """
@@ -82,12 +87,17 @@ class Noised:
     supervised: tuple[int, ...]
     conditioned: tuple[bool, ...]
     levels: tuple[float, ...]
+    positions: int
+    pairs: int
     self_conditioning: mx.array | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars, in nats a token: the denoiser's, the encoder's and their weighted sum."""
+    """Scalars, in nats a token: the denoiser's, the encoder's and their weighted sum.
+
+    Of a rank's rows they are its part of the batch's: those of all ranks add up to it.
+    """
 
     denoising: mx.array
     reading: mx.array
@@ -102,19 +112,21 @@ def noised(
     objective: Objective,
     *,
     level: float | None = None,
+    share: Share = ALONE,
 ) -> Noised:
-    """Draw a block of each sample, and its noise.
+    """Draw a block of each sample, and its noise; of several ranks each keeps each n-th of them.
 
     The numbers drawn for a sample depend on those before it alone, and with the same `rng` are the
     same at each `level`.
 
     Args:
-        samples: at least one; their responses are not empty.
+        samples: at least one for each rank; their responses are not empty.
         rng: drawn from.
         config: the model's; its canvas and vocabulary.
         end_token: what fills the last block of a response.
         objective: constants.
         level: t of all rows; None draws one for each.
+        share: which rank this is.
     """
     length = config.canvas_length
     rows = [_drawn(sample, rng, config, end_token, objective, level) for sample in samples]
@@ -122,6 +134,9 @@ def noised(
         (*sample.prompt, *sample.response)[: None if objective.encoder_weight else row.prefix]
         for sample, row in zip(samples, rows, strict=True)
     ]
+    positions = sum(min(row.supervised, length) for row in rows)
+    pairs = sum(max(len(each) - 1, 0) for each in reads)
+    rows, reads = rows[share.rank :: share.size], reads[share.rank :: share.size]
     # Of nothing at all there would be no keys; what fills a row is seen by nobody.
     width = max(1, *(len(each) for each in reads))
     tokens = np.full((len(rows), width), end_token, np.int32)
@@ -136,6 +151,8 @@ def noised(
         supervised=tuple(min(row.supervised, length) for row in rows),
         conditioned=tuple(row.conditioned for row in rows),
         levels=tuple(row.level for row in rows),
+        positions=positions,
+        pairs=pairs,
     )
 
 
@@ -197,11 +214,11 @@ def losses(
         _first_pass(model, batch, kept),
         checkpointed=checkpointed,
     )
-    denoising = _mean_loss(model, hidden, batch.target, batch.supervised)
+    denoising = _mean_loss(model, hidden, batch.target, batch.supervised, batch.positions)
     reading = mx.zeros(())
     if objective.encoder_weight:
         pairs = [length - 1 for length in batch.lengths]
-        reading = _mean_loss(model, read[:, :-1], batch.tokens[:, 1:], pairs)
+        reading = _mean_loss(model, read[:, :-1], batch.tokens[:, 1:], pairs, batch.pairs)
     return Losses(denoising, reading, denoising + objective.encoder_weight * reading)
 
 
@@ -224,9 +241,12 @@ def _first_pass(model: DiffusionGemma, batch: Noised, kept: Sequence[mx.array]) 
 
 
 def _mean_loss(
-    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, counts: Sequence[int]
+    model: DiffusionGemma, hidden: mx.array, tokens: mx.array, counts: Sequence[int], of: int
 ) -> mx.array:
-    """Mean loss of the first so many positions of each row, of all rows together; of none, 0."""
+    """Mean loss of the first so many positions of each row, of all rows together; of none, 0.
+
+    Where those are not all, but a part `of` so many, it is that part of the mean of all.
+    """
     length = tokens.shape[1]
     places = [row * length + i for row, count in enumerate(counts) for i in range(count)]
     if not places:
@@ -235,4 +255,5 @@ def _mean_loss(
     if len(places) < len(wanted):
         some = mx.array(places)
         states, wanted = states[some], wanted[some]
-    return cross_entropy(model, states, wanted).mean()
+    found: mx.array = cross_entropy(model, states, wanted).mean()
+    return found if len(places) == of else found * (len(places) / of)

@@ -19,12 +19,14 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..text.tokenizer import Tokenizer
 from .data import Data, Encoder, read_data
 from .events import Event, Measuring, Stopped, Succeeded, Validated
+from .exchange import BY_ITSELF, Together
 from .folder import Folder, Mode, RunError, Stored, clear, locked, read_state
 from .lines import Keys
 from .loop import Run, digest, resume
 from .measuring import Stop, answer_cases, answerable, validate
 from .objective import Sample
 from .plan import fitting
+from .ranks import begin_alike
 from .settings import Settings
 from .step import Trainer
 from .teaching import as_examples, read_taught, teach, write_taught
@@ -110,10 +112,12 @@ def train_in(
     arguments: Mapping[str, Any] | None = None,
     weights: Path | None = None,
     stopped: Stop = never,
+    together: Together = BY_ITSELF,
 ) -> Iterator[Event]:
     """Train a model as `train` does, in a folder that is locked already.
 
     `arguments` are kept beside the adapter; `weights` is a file that its first values come from.
+    Where several learn `together`, this is rank 0, and the others do `ranks.learn_along`.
     """
     stored = read_state(path) if mode == "resume" else None
     known = digest([*data.train, *data.valid])
@@ -137,8 +141,9 @@ def train_in(
     add_adapter(model, adapter)
     if weights is not None:
         load_weights(model, weights)
-    trainer = Trainer(model, settings, model.generation.eos_token_ids[0])
+    trainer = Trainer(model, settings, model.generation.eos_token_ids[0], together)
     progress = None if stored is None else resume(trainer, stored)
+    begin_alike(trainer)
     if mode == "overwrite":
         clear(path)
     if settings.distill is not None and stored is None:

@@ -147,9 +147,12 @@ class Settings:
 
 
 # Settings that a run which goes on may change: what is learnt does not depend on them, or in the
-# case of `iters` only through the schedule.
+# case of `iters` only through the schedule; and the learning rate, as one that was too high leads
+# to the same loss that is not finite again and again.
 _FREE = (
     "iters",
+    "learning_rate",
+    "lr_schedule",
     "steps_per_report",
     "save_every",
     "test_batches",

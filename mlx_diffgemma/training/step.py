@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_map, tree_unflatten
 
@@ -19,11 +18,13 @@ from ..errors import Error
 from ..model.diffusion_gemma import DiffusionGemma
 from .batches import NOISE, draws
 from .distill import along_schedule
+from .exchange import BY_ITSELF, Arrays, Together, summed
 from .objective import Losses, Noised, Objective, Sample, losses, noised
 from .optimizers import make_optimizer
 from .settings import Settings
 
-Arrays = dict[str, mx.array]
+# What rank 0 tells the others beside the number of an iteration.
+COLLECT = b"collect"
 
 
 class Diverged(Error):
@@ -68,32 +69,33 @@ def gradients_of(
     return Losses(denoising, reading, loss), gradients
 
 
-def averaged(gradients: Arrays) -> Arrays:
-    """The mean over all machines that train together; alone, what was given."""
-    return average_gradients(gradients)
-
-
 def scalar(value: mx.array) -> float:
     """A scalar; waits until it is computed."""
     return float(np.array(value))
 
 
 class Trainer:
-    """Holds what changes while a model is trained: weights, optimizer, gradients so far."""
+    """Holds what changes while a model is trained: weights, optimizer, gradients so far.
+
+    Several ranks may learn together. Each has all weights, and gradients of its part of a batch;
+    the sums of these change all weights alike.
+    """
 
     def __init__(
         self,
         model: DiffusionGemma,
         settings: Settings,
         end_token: int,
+        together: Together = BY_ITSELF,
     ):
         self.model, self.settings = model, settings
+        self.together, self.share = together, together.share
         self.objective = Objective(encoder_weight=settings.encoder_weight)
         self.end_token = end_token
         self.optimizer = make_optimizer(settings)
         self.weights = trained(model)
         self.optimizer.init(self.weights)
-        self.gradients: Arrays | None = None  # summed since the last update
+        self.gradients: Arrays | None = None  # summed since the last update, of this rank
 
     @property
     def learning_rate(self) -> float:
@@ -119,7 +121,8 @@ class Trainer:
     def batch(self, samples: Sequence[Sample], iteration: int) -> Noised:
         """What an iteration asks: its noise follows from the seed and its number."""
         rng = draws(self.settings.seed, NOISE, iteration)
-        batch = noised(samples, rng, self.model.config, self.end_token, self.objective)
+        config, share = self.model.config, self.share
+        batch = noised(samples, rng, config, self.end_token, self.objective, share=share)
         if self.settings.distill is None:
             return batch
         self.model.eval()
@@ -131,33 +134,48 @@ class Trainer:
         Raises:
             Diverged: before anything changes.
         """
-        settings = self.settings
+        self.together.tell(b"%d" % iteration)
+        found, gradients = self._of_part(samples, iteration)
+        if self.gradients is not None:
+            gradients = tree_map(mx.add, gradients, self.gradients)
+        mx.eval(found.total, found.denoising, found.reading, gradients)
+        total, denoising, reading = self.share.sums(found.total, found.denoising, found.reading)
+        _check(total, "the loss", iteration)
+        norm = None
+        if iteration % self.settings.grad_accumulation_steps:
+            self.gradients = gradients
+        else:
+            norm = self._update(gradients, iteration)
+        tokens = sum(each.length for each in samples)
+        return Step(scalar(total), scalar(denoising), scalar(reading), tokens, norm)
+
+    def collect(self) -> None:
+        """Put all ranks' gradients since the last update together in rank 0, for it to save."""
+        if self.share.size == 1 or (not self.share.rank and self.gradients is None):
+            return
+        self.together.tell(COLLECT)
+        zeros = {name: mx.zeros_like(each) for name, each in self.weights.items()}
+        found = summed(self.share, self.gradients or zeros)
+        self.gradients = None if self.share.rank else found
+
+    def _of_part(self, samples: Sequence[Sample], iteration: int) -> tuple[Losses, Arrays]:
+        """Losses and gradients of this rank's part of a batch, the last one of an epoch perhaps
+        none."""
+        if not samples[self.share.rank :: self.share.size]:
+            nothing = mx.zeros(())
+            zeros = {name: mx.zeros_like(each) for name, each in self.weights.items()}
+            return Losses(nothing, nothing, nothing), zeros
         # Dropout draws from MLX's own generator, which others use between two steps.
-        mx.random.seed(settings.seed + (iteration << 32) & (1 << 64) - 1)
+        seed = self.settings.seed + (iteration << 32) + (self.share.rank << 56)
+        mx.random.seed(seed & (1 << 64) - 1)
         batch = self.batch(samples, iteration)
         self.model.train()
-        found, gradients = gradients_of(
+        return gradients_of(
             self.model,
             self.weights,
             batch,
             self.objective,
-            checkpointed=settings.grad_checkpoint,
-        )
-        if self.gradients is not None:
-            gradients = tree_map(mx.add, gradients, self.gradients)
-        mx.eval(found.total, found.denoising, found.reading, gradients)
-        _check(found.total, "the loss", iteration)
-        norm = None
-        if iteration % settings.grad_accumulation_steps:
-            self.gradients = gradients
-        else:
-            norm = self._update(gradients, iteration)
-        return Step(
-            scalar(found.total),
-            scalar(found.denoising),
-            scalar(found.reading),
-            sum(each.length for each in samples),
-            norm,
+            checkpointed=self.settings.grad_checkpoint,
         )
 
     def _update(self, gradients: Arrays, iteration: int) -> float:
@@ -166,7 +184,7 @@ class Trainer:
         if count > 1:
             gradients = {name: each / count for name, each in gradients.items()}
         gradients, norm = clip_grad_norm(  # type: ignore[no-untyped-call]
-            averaged(gradients), self.settings.max_grad_norm or float("inf")
+            summed(self.share, gradients), self.settings.max_grad_norm or float("inf")
         )
         _check(norm, "the gradient", iteration)
         self.gradients = None
@@ -179,6 +197,7 @@ class Trainer:
 def _check(value: mx.array, what: str, iteration: int) -> None:
     if not mx.isfinite(value).item():
         raise Diverged(
-            f"{what} of iteration {iteration} is not a finite number; what was saved before stays: "
-            "start again with a lower --learning-rate, perhaps with --resume-adapter-file"
+            f"{what} of iteration {iteration} is not a finite number: with a lower "
+            "--learning-rate, --resume goes on from what was saved last, --resume-adapter-file "
+            "from a checkpoint"
         )

@@ -2,8 +2,7 @@
 
 import base64
 import json
-import subprocess
-import sys
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import anthropic
 import httpx
 import pytest
 from looking import PIXELS, content_checkpoint
-from paths import DATA
 from servers import (
     Breaking,
     Server,
@@ -158,6 +156,41 @@ def test_what_a_request_says_is_what_the_model_reads(
     assert "<|think|>" in prompt_of(fine, monkeypatch, adaptive)
 
 
+def test_tools_come_and_go_within_a_chat(fine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are deferred are declared once something names them; the model is told of it."""
+
+    def tools_of(*blocks: Any) -> list[str]:
+        tools = [WEATHER, *({**WEATHER, "name": n, "defer_loading": True} for n in ("a", "b"))]
+        said = [{"role": "system", "content": [*blocks]}] if blocks else []
+        text = prompt_of(fine, monkeypatch, {"tools": tools, "messages": [*HELLO, *said]})
+        assert ("The tool " in text.split("<turn|>", 1)[1]) == bool(blocks)
+        return re.findall("declaration:([^{]+)", text)
+
+    def change(kind: str, name: str) -> Any:
+        return {"type": f"tool_{kind}", "tool": {"type": "tool_reference", "name": name}}
+
+    whole = {"type": "tool_definition", "definition": {**WEATHER, "name": "c"}}
+    added = {"type": "tool_addition", "tool": whole}
+    assert tools_of() == ["weather"]
+    assert tools_of({"type": "tool_reference", "tool_name": "b"}) == ["weather", "b"]
+    assert tools_of(change("addition", "b"), change("addition", "a")) == ["weather", "b", "a"]
+    assert tools_of(added, change("removal", "weather")) == ["c"]
+    assert tools_of(added, change("removal", "c"), change("addition", "c")) == ["weather", "c"]
+
+
+@pytest.mark.parametrize("length", [4020, 9000, 90_000])
+def test_a_chat_that_is_too_long_is_told_as_agents_know_it(fine: Server, length: int) -> None:
+    """They shorten what was said when they read this sentence; any other ended the session."""
+    body = {"messages": [{"role": "user", "content": "1" * length}]}
+    told = fine.post(PATH, body).json()["error"]
+    found = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", told["message"])
+    assert found
+    assert int(found[1]) > int(found[2]) > 4000
+    other = fine.post("/v1/chat/completions", body).json()["error"]
+    assert other["code"] == "context_length_exceeded"
+    assert "fit" in other["message"]
+
+
 def test_an_answer_that_the_client_has_begun() -> None:
     """It goes on with the text, which is not told again."""
     begun = [*HELLO, {"role": "assistant", "content": "It is "}]
@@ -264,7 +297,8 @@ for _ in range(40):
         ({"messages": HELLO, "stop_sequences": [""]}, "stop_sequences[0]: "),
         ({"messages": HELLO, "thinking": {"type": "enabled", "budget_tokens": 0}}, "budget_tokens"),
         ({"messages": HELLO, "system": [{"type": "image"}]}, "system[0].type: "),
-        ({"messages": [{"role": "user", "content": "1" * 90_000}]}, "fit"),
+        (of_user({"type": "tool_reference", "tool_name": "x"}), "content[0]: x is not among"),
+        (of_user({"type": "tool_addition", "tool": {"type": "tool_reference"}}), "without a name"),
         ({"messages": HELLO, "output_config": {"format": {"type": "json_schema"}}}, "schema"),
     ],
 )
@@ -371,69 +405,6 @@ def test_two_clients_at_once(small: Server) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(ask, words))
     assert together == [ask(word) for word in words]
-
-
-# A conversation as a coding agent leads it ------------------------------------------------------
-
-RECORDED = json.loads((DATA / "coding_agent.json").read_text())
-
-
-def run_tool(folder: Path, name: str, given: dict[str, Any]) -> tuple[str, bool]:
-    """Do what a call asks for: what it gives, and whether that is an error."""
-    try:
-        if name == "Bash":
-            python = given["command"].replace("python", sys.executable, 1)
-            done = subprocess.run(python.split(), cwd=folder, capture_output=True, text=True)
-            last = done.stderr.strip().splitlines()[-1:]
-            return "".join([done.stdout.strip(), *last]), done.returncode != 0
-        path = folder / given["path"]
-        if name == "Write":
-            path.write_text(given["text"])
-            return "written", False
-        if name == "Edit":
-            text = path.read_text()
-            if text.count(given["old"]) != 1:
-                return "the old text stands there not once", True
-            path.write_text(text.replace(given["old"], given["new"]))
-            return "edited", False
-        return path.read_text(), False
-    except OSError as error:
-        return str(error.strerror), True
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_coding_agent_works_for_more_than_ten_turns(tmp_path: Path, stream: bool) -> None:
-    """Each call of a recorded session arrives whole and is run, each result is read, those that
-    failed as well, and what was read before is not read again."""
-    turns = RECORDED["turns"]
-    messages: Any = [{"role": "user", "content": RECORDED["asked"]}]
-    cached: list[int] = []
-    with serving(writing(*(each["writes"] for each in turns), context=1 << 15)) as server:
-        client = server.anthropic()
-        for turn in turns:
-            ask: Any = {**RECORDED["settings"], "messages": messages}
-            if stream:
-                with client.messages.stream(**ask) as events:
-                    said = events.get_final_message()
-            else:
-                said = client.messages.create(**ask)
-            cached.append(said.usage.cache_read_input_tokens or 0)
-            messages.append({"role": "assistant", "content": [b.to_dict() for b in said.content]})
-            calls = [each for each in said.content if each.type == "tool_use"]
-            assert [[each.name, each.input] for each in calls] == turn["calls"]
-            assert said.stop_reason == ("tool_use" if calls else "end_turn")
-            results = []
-            for call, told in zip(calls, turn["results"], strict=True):
-                text, failed = run_tool(tmp_path, call.name, dict(call.input))
-                assert [text, failed] == told
-                results.append({**result(call.id, text), "is_error": failed})
-            messages.append({"role": "user", "content": results})
-    assert len(turns) > 10
-    assert any(failed for turn in turns for _, failed in turn["results"])
-    assert any(len(turn["calls"]) > 1 for turn in turns)
-    assert said.content[-1].text == turns[-1]["says"]  # type: ignore[union-attr]
-    assert cached == sorted(cached)
-    assert all(more > 0 for more in cached[1:])
 
 
 def test_the_command_serves_it() -> None:

@@ -1,18 +1,23 @@
 """What holds on all routes of the application: those that there are, and those that will be."""
 
+import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from servers import Server, serving, writing
+from servers import Server, fronting, serving, writing
 
+from mlx_diffgemma.server import app
 from mlx_diffgemma.server.app import make_app
+from mlx_diffgemma.server.invalid import mistake
 
-NO_MODEL: Any = SimpleNamespace(model=SimpleNamespace(sight=None))
+NO_MODEL: Any = SimpleNamespace(name="x", aliases=(), model=SimpleNamespace(sight=None))
 
-DOCUMENT = make_app(NO_MODEL, name="tiny").openapi()
+NO_THREAD: Any = SimpleNamespace(workers=[NO_MODEL])
+
+DOCUMENT = make_app(NO_THREAD).openapi()
 
 ROUTES = [
     (method.upper(), path.replace("{name}", "tiny").replace("{identity}", "resp_1"))
@@ -29,10 +34,17 @@ CLIENT = httpx.Client(timeout=60)
 KEY = {"Authorization": "Bearer s3cret"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(writing("Fine."), api_key="s3cret", most_bytes=1000) as running:
-        yield running
+@pytest.fixture(scope="module", params=["alone", "behind a front"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server, and what stands before one that checks the same."""
+    settings: Any = {"api_key": "s3cret", "most_bytes": 1000}
+    with serving(writing("Fine."), **settings) as running:
+        if request.param == "alone":
+            yield running
+            return
+        # It cannot know that the model sees no pictures.
+        with fronting(f"127.0.0.1:{running.port}", **settings, picture_bytes=0) as front:
+            yield front
 
 
 def ask(server: Server, method: str, path: str, **given: Any) -> httpx.Response:
@@ -75,3 +87,33 @@ def test_checks_that_every_route_has(server: Server, method: str, path: str) -> 
     for body in (b"", b"[", b"\xff", b'{"a": 1, "a": 1}', b"[]", b"3", b'"x"', b"null", b"[" * 900):
         refused(ask(server, method, path, content=body), 400)
     refused(ask(server, method, path, content=b'{"model": 5, "messages": 5, "prompt": {}}'), 400)
+
+
+def lists_of(path: str) -> list[str]:
+    """The fields of a route's body that may be lists."""
+    body = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    name = body["schema"]["$ref"].rsplit("/", 1)[1]
+    fields = DOCUMENT["components"]["schemas"][name]["properties"]
+    return [each for each, kinds in fields.items() if '"array"' in json.dumps(kinds)]
+
+
+@pytest.mark.parametrize("path", [path for method, path in ROUTES if method == "POST"])
+def test_a_list_of_mistakes_is_read_up_to_the_first(
+    fine: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Each of 16,000 wrong messages was written down, for seconds in which nobody was answered."""
+    counts: list[int] = []
+
+    def noted(errors: Any, body: Any) -> Any:
+        counts.append(len(errors))
+        return mistake(errors, body)
+
+    monkeypatch.setattr(app, "mistake", noted)
+    fields = lists_of(path)
+    for field in fields:
+        for entry in ({"role": 5, "type": 5, "content": [[]] * 20}, [[]], 0.5):
+            reply = fine.post(path, {field: [entry] * 500})
+            assert reply.status_code == 400
+            assert len(reply.text) < 1000
+    assert len(counts) == 3 * len(fields)
+    assert max(counts, default=0) <= 12

@@ -1,11 +1,11 @@
 """Too large a model is refused before it is loaded; a context is as long as memory allows."""
 
-import gc
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from command import run
+from held import active_memory, exact_memory
 
 from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.checkpoint.fit import TooLarge, fit, read_size
@@ -92,10 +92,9 @@ def test_a_prompt_longer_than_memory_allows_is_refused() -> None:
 
 
 def test_the_estimate_is_what_loading_takes() -> None:
-    gc.collect()
-    mx.clear_cache()  # or an array may be given a larger buffer than it needs
-    before = mx.get_active_memory()
-    kept = load(dtype="float32")
+    before = active_memory()
+    with exact_memory():
+        kept = load(dtype="float32")
     taken = mx.get_active_memory() - before
     assert taken == pytest.approx(inspect(EMBEDDED, "float32").loaded_bytes, rel=0.02)
     del kept

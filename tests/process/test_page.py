@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import httpx
 import pytest
 from browser import PHONE, WIDE, Problems, chromium, draft, needs_chromium, sse
 from gemma import gemma_tokenizer
@@ -116,6 +117,32 @@ def test_a_question_before_the_model_is_known(opened: Open) -> None:
         held.pop().continue_()
         expect(page.locator("#model strong")).to_have_text("tiny")
         expect(page.locator(".draft")).to_contain_text("So far")
+
+
+def test_one_of_several_models_answers(fine: Server, opened: Open) -> None:
+    """Chats, fills and edits name it; it is still chosen when the page is opened again."""
+    page = opened(fine)
+    expect(page.locator("#model strong")).to_have_text("tiny")
+    assert page.locator("#model select").count() == 0
+    (facts,) = httpx.get(f"{fine.url}/v1/models").json()["data"]
+    two = [{**facts, "id": name, "canvas_length": i} for i, name in enumerate(("one", "two"))]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": two}))
+    page.reload()
+    page.focus("#model select")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#model-lengths")).to_contain_text("canvases of 1")
+    expect(page.locator("#model select")).to_be_focused()
+    page.reload()
+    expect(page.locator("#model select")).to_have_value("two")
+    with page.expect_request(CHAT) as asked:
+        say(page, "hello")
+    assert asked.value.post_data_json["model"] == "two"
+    page.click("#tab-edit")
+    page.fill("#edit-text", "a")
+    page.fill("#edit-instruction", "b")
+    with page.expect_request("**/v1/edit") as asked:
+        page.click("#edit-go")
+    assert asked.value.post_data_json["model"] == "two"
 
 
 def test_another_chat_while_one_is_written(opened: Open) -> None:

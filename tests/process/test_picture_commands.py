@@ -1,6 +1,7 @@
 """Commands with pictures: --image, batch files, a chat, and a sentence for each mistake."""
 
 import json
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -194,6 +195,34 @@ def test_a_chat_takes_pictures(place: Path, tmp_path: Path) -> None:
     assert "Forgotten: Who?" in said
     assert (tmp_path / "it").exists()
     assert "no vision tower" in talked(place, "/image 1.png", model="blind")
+
+
+def test_a_chat_begins_with_pictures(place: Path) -> None:
+    """`chat` and `score` had no --image, as all others that read a prompt."""
+
+    def held(*flags: str) -> int:
+        done = run("chat", "-m", "model", "--seed", "1", *flags, cwd=place, stdin="What?\n/stats\n")
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"context: (\d+) tokens", done.stderr)
+        assert found is not None
+        return int(found[1])
+
+    assert held("--image", "1.png") - held() == 65
+    refused(run("chat", "--image", "-", cwd=place, stdin="x"), "stdin is read once", 2)
+    refused(run("chat", "--image", "none.png", "-m", "no/such", cwd=place), "does not exist")
+
+
+def test_a_text_is_scored_behind_pictures(place: Path) -> None:
+    found = [
+        run("score", "A cat.", "--prompt", "What?", "-m", "model", "-q", *flags, cwd=place).stdout
+        for flags in ((), ("--image", "1.png"), ("--image", "2.png"))
+    ]
+    assert len(set(found)) == 3
+    assert all(each.count("\n") == 9 for each in found)
+    refused(run("score", "x", "--image", "1.png", cwd=place), "--image goes with --prompt", 2)
+    for flags in (("--prompt", "-", "x"), ("--prompt", "x", "-")):
+        done = run("score", *flags, "--image", "-", "-m", "no/such", cwd=place, stdin=b"x")
+        refused(done, "stdin is read once", 2)
 
 
 def test_what_is_dropped_into_a_terminal(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from mlx_diffgemma.checkpoint import load as loading
 from mlx_diffgemma.cli.lora_config import asked_for, read_config
 from mlx_diffgemma.cli.main import main
 from mlx_diffgemma.server.app import make_app
-from mlx_diffgemma.server.worker import Worker
+from mlx_diffgemma.server.thread import MlxThread
+from mlx_diffgemma.server.worker import Resident, Worker
 
 ROOT = next(each for each in Path(__file__).parents if (each / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -139,11 +140,11 @@ def run_python(code: str) -> str:
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Callable[[str], str]]:
     """Gives a server's answer to `POST /route` and a body behind it."""
-    worker = Worker(
-        lambda: shipped(None), max_batch=4, max_queue=16, timeout=600, cache_bytes=1 << 28
-    )
-    worker.start()
-    with TestClient(make_app(worker, name="tiny"), "http://localhost") as client:
+    source = Resident(lambda: shipped(None))
+    worker = Worker(source, name="tiny", max_batch=4, max_queue=16, timeout=600)
+    thread = MlxThread([worker], cache_bytes=1 << 28)
+    thread.start()
+    with TestClient(make_app(thread), "http://localhost") as client:
 
         def answer(code: str) -> str:
             head, _, body = code.partition("\n")

@@ -190,6 +190,51 @@ def test_guaranteed_json(small: Server) -> None:
     assert isinstance(json.loads(done.output_text), dict)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_custom_tools_take_text(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stands in a namespace; the client gets its name and the text, and sends both again."""
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: LINE+"}
+    patch = {"type": "custom", "name": "patch", "description": "Changes.", "format": grammar}
+    tools: Any = [WEATHER, {"type": "namespace", "name": "files", "tools": [patch]}]
+    call = 'Now.<|tool_call>call:files.patch{input:<|"|>- a\n+ "b"<|"|>}<tool_call|>'
+    with serving(writing(call, "Done.")) as server, reading(monkeypatch) as texts:
+        client = server.client()
+        ask: Any = {"model": "x", "tools": tools, "input": [{"role": "user", "content": "Change."}]}
+        ask["tool_choice"] = "auto"
+        if stream:
+            with client.responses.stream(**ask) as events:
+                kinds = [each.type for each in events]
+                first = events.get_final_response()
+            assert "response.custom_tool_call_input.delta" in kinds
+        else:
+            first = client.responses.create(**ask)
+        made: Any = first.output[1]
+        told = (made.type, made.namespace, made.name, made.input)
+        assert told == ("custom_tool_call", "files", "patch", '- a\n+ "b"')
+        result = {"type": "custom_tool_call_output", "call_id": made.call_id, "output": "changed"}
+        ask["input"] += [*(each.to_dict() for each in first.output), result]
+        assert client.responses.create(**ask).output_text == "Done."
+        chosen = {"type": "custom", "name": "patch"}
+        client.responses.create(**{**ask, "tool_choice": chosen})
+    assert "declaration:files.patch{" in texts[0]
+    assert 'call:files.patch{input:<|"|>- a\n+ "b"<|"|>}' in texts[1]
+    assert "response:files.patch{" in texts[1]
+
+
+def test_an_answer_whose_length_nobody_sets_is_whole() -> None:
+    """It ended after as many tokens as the checkpoint says, which coding agents did not expect."""
+    story = " ".join(str(i**3) for i in range(50))
+    with serving(writing(story)) as server:
+        asked = {"model": "x", "messages": [{"role": "user", "content": "x"}]}
+        whole = [
+            server.client().responses.create(model="x", input="x").output_text,
+            server.client().chat.completions.create(**asked).choices[0].message.content,  # type: ignore[call-overload]
+            server.ollama().chat(**asked).message.content,
+            server.post("/v1/messages", asked).json()["content"][0]["text"],
+        ]
+        assert set(whole) == {story}
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
 def test_a_call_that_has_to_be_made(choice: Any) -> None:
     with serving(writing('<|tool_call>call:weather{city:<|"|>Bergen<|"|>}<tool_call|>')) as server:
@@ -226,6 +271,11 @@ def output(identity: str) -> dict[str, Any]:
         ({"input": "x", "previous_response_id": "resp_x"}, "previous_response_id: there is no"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens: "),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0]: only functions"),
+        ({"input": "x", "tools": [{"type": "namespace"}]}, "tools[0].name: it is missing"),
+        (
+            {"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "x"}]}]},
+            "tools[0].tools[0]: a namespace has functions",
+        ),
         ({"input": "x", "tools": [{"type": "function"}]}, "tools[0].name: it is missing"),
         ({"input": "x", "tool_choice": "required"}, "there are no tools"),
         ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice: "),

@@ -565,9 +565,9 @@ def test_a_defect_is_told_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object) -> None:
         raise RuntimeError("a secret")
 
-    with working(writing("Fine.")) as worker:
-        monkeypatch.setattr(worker, "prepare", fail)
-        app = make_app(worker, name="x")
+    with working(writing("Fine.")) as thread:
+        monkeypatch.setattr(thread.workers[0], "prepare", fail)
+        app = make_app(thread)
         reply = asked(app, "POST", "/v1/chat/completions", content=ASK, headers=JSON)
         refused(reply, 500, "a defect of the server")
         assert "secret" not in reply.text

@@ -1,17 +1,27 @@
 """Ranks that share one model: --shard under `mlx.launch`, and what ends them."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from command import run
 from paths import SUDOKU
-from ranks import COMMAND, launched, started
+from ranks import COMMAND, launched, started, variables_of
+from servers import Server, serving, sudoku_model
+from sharing import write_checkpoint
+from terminal import Terminal
 
+from mlx_diffgemma import load
+from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, save_adapter, trained
 from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
 from mlx_diffgemma.distributed.launch import LaunchError
@@ -21,9 +31,17 @@ PUZZLE = (SUDOKU / "puzzles.txt").read_text()[:36]
 SECONDS = 10  # in which all have ended once one has
 
 
-def test_four_ranks_write_what_one_does() -> None:
-    """Two heads of keys, in full layers one: some ranks have the same."""
-    asked = ["generate", "-m", SUDOKU, "--seed", "3", "--steps", "2", "--json", PUZZLE]
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In full layers four heads look at each of two of keys; weights are several groups wide."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "model")
+
+
+def test_four_ranks_write_what_one_does(wide: Path, tmp_path: Path) -> None:
+    """Of experts in groups of 32; in full layers two ranks each have the same keys."""
+    convert(wide, tmp_path / "packed", recipe=RECIPES["mxfp4"])
+    more = ["--seed", "3", "--steps", "2", "--max-tokens", "32", "--json", "How far?"]
+    asked = ["generate", "-m", tmp_path / "packed", *more]
     done = launched(4, *COMMAND, *asked, "--shard")
     found, wanted = json.loads(done.stdout), json.loads(run(*asked).stdout)
     for key in ("text", "denoising_steps", "finish_reason", "generated_tokens"):
@@ -31,10 +49,18 @@ def test_four_ranks_write_what_one_does() -> None:
     assert done.stderr.count("prompt tokens in") == 1
 
 
-def test_two_ranks_do_all_tasks_as_one(tmp_path: Path) -> None:
-    """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for."""
-    convert(SUDOKU, tmp_path / "packed", recipe=RECIPES["mxfp4"])
-    program = [sys.executable, PROGRAM, tmp_path / "packed"]
+def test_two_ranks_do_all_tasks_as_one(wide: Path, tmp_path: Path) -> None:
+    """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for.
+
+    Of weights in groups of 64, of which they have unequal parts, with an adapter beside them.
+    """
+    packed, adapter = tmp_path / "packed", tmp_path / "adapter"
+    convert(wide, packed, recipe=RECIPES["4bit"])
+    model, config = load(packed)[0], AdapterConfig("dora", rank=2, keys=("mlp.down_proj",))
+    add_adapter(model, config)
+    terms = {name: mx.random.normal(each.shape) for name, each in trained(model).items()}
+    save_adapter(adapter, terms, config)
+    program = [sys.executable, PROGRAM, packed, adapter]
     shared = launched(2, *program)
     alone = subprocess.run([*map(str, program)], capture_output=True, text=True, check=True)
     assert shared.stdout == alone.stdout, shared.stderr
@@ -115,3 +141,87 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
 
 def test_what_does_not_go_with_shard() -> None:
     assert "--shard goes with mlx.launch" in run("generate", "hello", "--shard").stderr
+
+
+def test_a_chat_of_ranks_is_one_of_one(tmp_path: Path) -> None:
+    """Three turns, of which one is forgotten, and files that cross. Ctrl-C ends a chat without a
+    terminal: `mlx.launch` passes nothing on any more."""
+    chat = ["chat", "-m", SUDOKU, "--seed", "3", "--steps", "2", "--max-tokens", "60"]
+    asked, typed = [*chat, "--session"], "1.2.\n/undo\n3.45\n7.\n"
+    run(*asked, tmp_path / "one", stdin=typed)
+    typed += f"/load {tmp_path / 'one'}\n6.\n"
+    wanted = run(*asked, tmp_path / "again", stdin=typed).stdout
+    command = [*COMMAND, *asked, tmp_path / "ranks", "--shard"]
+    first, second = started(2, tmp_path, *command, stdin=subprocess.PIPE)
+    assert first.stdin
+    assert first.stdout
+    assert first.stderr
+    first.stdin.write(f"/model tiny\n{typed}")
+    first.stdin.flush()
+    assert first.stdout.read(len(wanted)) == wanted
+    first.send_signal(signal.SIGINT)
+    assert [first.wait(SECONDS), second.wait(SECONDS)] == [0, 0]
+    assert "/model does not go with --shard" in first.stderr.read()
+    sessions = [run(*asked, tmp_path / name, stdin="1.\n").stdout for name in ("again", "ranks")]
+    assert sessions[0] == sessions[1]
+
+
+def test_ctrl_c_at_the_terminal_of_rank_0_stops_an_answer(tmp_path: Path) -> None:
+    """Ranks that were started by hand: who talks to them sits at rank 0, and goes on."""
+    first, second = variables_of(2, tmp_path)
+    asked = ["chat", "-m", SUDOKU, "--shard", "--seed", "3"]
+    other = subprocess.Popen(list(map(str, [*COMMAND, *asked])), env={**os.environ, **second})
+    chat = Terminal(*map(str, asked[1:]), **first)
+    chat.type("1.", pattern=r"step \d")
+    chat.child.sendintr()
+    chat.wait(r"Stopped; .*\n>$")
+    chat.type("/steps 1")
+    chat.type("/retry")
+    chat.child.sendline("/quit")
+    assert [chat.leaves(), other.wait(SECONDS)] == [0, 0]
+
+
+def asked(server: Server) -> list[object]:
+    """What comes of requests at once, and of one that is repeated, once a stream was left."""
+    chat = partial(
+        server.client().chat.completions.create,
+        model="tiny",
+        max_tokens=60,
+        extra_body={"steps": 2},
+    )
+    message = [{"role": "user", "content": "1.2.3."}]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["12", "345"]}}}
+    with ThreadPoolExecutor() as pool:
+        works = [
+            pool.submit(chat, messages=message, seed=1, n=2),
+            pool.submit(chat, messages=message, seed=2, response_format=form),
+            pool.submit(chat, messages=[{"role": "user", "content": "1" * 9000}]),
+            pool.submit(server.post, "/v1/fill", {"template": "12{{a:1|2}}", "seed": 1}),
+        ]
+        with chat(messages=message, stream=True, extra_body={"stream_drafts": True}) as stream:
+            next(stream)
+    first, schema, long, fill = works
+    assert long.exception() is not None
+    again = chat(messages=message, seed=1)
+    return [
+        [choice.message.content for choice in first.result().choices],
+        schema.result().choices[0].message.content,
+        str(long.exception()),
+        fill.result().json()["text"],
+        again.choices[0].message.content,
+        again.usage.prompt_tokens_details.cached_tokens > 0,
+    ]
+
+
+def test_ranks_serve_as_one(tmp_path: Path) -> None:
+    """One of them is killed then, and with it goes the server."""
+    with serving(sudoku_model) as server:
+        wanted = asked(server)
+    ranks = started(2, tmp_path, *COMMAND, "serve", "-m", SUDOKU, "--port", "0", "--shard")
+    assert ranks[0].stderr
+    begun = (re.search(r"running on (http://\S+)", line) for line in ranks[0].stderr)
+    assert asked(Server(next(filter(None, begun))[1])) == wanted
+    assert wanted[-1]
+    ranks[1].kill()
+    assert ranks[0].wait(SECONDS) == 1
+    assert "error: rank 1 is lost" in ranks[0].stderr.read()

@@ -94,8 +94,8 @@ def one_offset_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionGemma, "rotations", wrong)
 
 
-def some_tokens_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight of 512: one alone moves what `tiny` computes by less than the tolerance."""
+def one_token_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 512 that moves what `tiny` computes by less than the tolerance, and was not noticed."""
     append = LayerCache.append
 
     def wrong(cache: LayerCache, new: mx.array) -> mx.array:
@@ -103,7 +103,7 @@ def some_tokens_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         if cache.window is not None and cache.size == cache.window - 1:
             held = cache.state
             assert held is not None
-            cache.set_state(cache.length, mx.contiguous(held[:, :, 8:]))
+            cache.set_state(cache.length, mx.contiguous(held[:, :, 1:]))
         return seen
 
     monkeypatch.setattr(LayerCache, "append", wrong)
@@ -117,9 +117,9 @@ def some_tokens_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         (another_entropy, ("layers", "readout", "pins", "chunks"), "readout: entropy", ""),
         (one_offset_for_all, ("layers", "readout", "rows", "chunks"), "batch rows", "worst: row"),
         (
-            some_tokens_more_are_forgotten,
+            one_token_more_is_forgotten,
             ("layers", "windows"),
-            "beyond the sliding window",
+            "beyond a narrow window",
             "worst: ",
         ),
     ],

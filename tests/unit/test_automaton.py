@@ -23,11 +23,11 @@ from mlx_diffgemma.diffusion.automaton import (
     Pattern,
     PatternError,
     PatternTimeout,
-    Plans,
     Repeat,
     Tokens,
     compile_pattern,
 )
+from mlx_diffgemma.diffusion.plans import Plans
 
 VOCAB = 6
 PAD = 5  # fills what follows a pattern, as <eos> fills a canvas

@@ -10,10 +10,11 @@ from slow import best_canvas
 from unit.test_automaton import PAD, PATTERNS, VOCAB, padded
 
 from mlx_diffgemma import ConfidenceThreshold, DiffusionGemma, EntropyBound
-from mlx_diffgemma.diffusion.automaton import Pattern, PatternError, Plans, compile_pattern
+from mlx_diffgemma.diffusion.automaton import Pattern, PatternError, compile_pattern
 from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import Start, denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
+from mlx_diffgemma.diffusion.plans import Plans
 from mlx_diffgemma.diffusion.prompt_cache import prefill
 from mlx_diffgemma.model.settings import Sampler
 

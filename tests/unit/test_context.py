@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from held import active_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import untrained
@@ -74,8 +75,7 @@ def test_reading_takes_no_more_memory_for_a_long_prompt() -> None:
     model = untrained(20, 8, windows=(6, None, None))
     for length in (500, 2_000):  # the first compiles
         prompt_cache = PromptCache(model)
-        mx.clear_cache()
-        before = mx.get_active_memory()
+        before = active_memory()
         mx.reset_peak_memory()
         prompt_cache.read([i % 20 for i in range(length)], 4)
     above = mx.get_peak_memory() - before - prompt_cache.nbytes
@@ -209,6 +209,12 @@ def test_contexts_of_earlier_prompts_are_kept_within_bounds(
     monkeypatch.setattr(module, "MOST_CACHES", 1)
     kept.give(kept.take([9]))
     assert kept.take([1] * 300 + [2]).shared([1] * 300 + [2]) == 0
+    # What begins alike and goes on otherwise, as prompts that declare other tools, was read whole
+    # each time: nothing was left to go back to.
+    for last, saved in ((5, 0), (6, 0), (7, 290)):
+        other = kept.take([1] * 290 + [last] * 20)
+        assert other.read([1] * 290 + [last] * 20) == 310 - saved
+        kept.give(other)
     none = PrefixCache(MODEL, 0)
     none.give(first)
     assert none.nbytes == 0

@@ -11,7 +11,7 @@ from mlx_diffgemma import DiffusionGemma, PromptCache, Tokenizer, load
 from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import denoise
 from mlx_diffgemma.diffusion.draws import SeededDraws
-from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.tasks.canvases import Committed, generate_tokens
 from mlx_diffgemma.training.distill import SEEDS, along_schedule, taught
 from mlx_diffgemma.training.objective import Objective, Sample, losses, noised
 

@@ -78,6 +78,9 @@ def test_a_canvas_that_does_not_converge() -> None:
     assert text.rstrip() == "First one. Second one."
     assert notices(events) == ["not_converged", "not_converged"]
     assert (done.finish_reason, done.canvases, done.denoising_steps) == ("not_converged", 1, 96)
+    # The last draft tells its probabilities; it was the other attempt's.
+    drafts = [event for event in events if isinstance(event, Draft)]
+    assert drafts[-1].tokens[: len(good)] == tuple(good)
     text, done, events = answer([bad, ids("Fine.")], ON)
     assert (text, done.finish_reason, notices(events)) == ("Fine.", "stop", ["not_converged"])
     text, done, _ = answer([[None] * 64] * 2, ON)

@@ -120,7 +120,7 @@ def test_mistakes_of_loading() -> None:
 
 
 def test_a_session_refuses_what_is_no_text(small: Any) -> None:
-    with pytest.raises(ContextError, match="a message is text"):
+    with pytest.raises(ContextError, match="a message or a tool's result is text"):
         next(ChatSession(*small).stream(None))  # type: ignore[arg-type]
 
 

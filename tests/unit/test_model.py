@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from held import active_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SUDOKU
@@ -27,15 +28,9 @@ from mlx_diffgemma.model import layers
 from mlx_diffgemma.model.cache import LayerCache
 from mlx_diffgemma.model.config import Config, ConfigError, LayerConfig
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffgemma.model.layers import (
-    Attention,
-    ExpertLinear,
-    Experts,
-    MergedLinear,
-    Router,
-    attention,
-    scale_and_rotate,
-)
+from mlx_diffgemma.model.feed_forward import ExpertLinear, Experts, Router
+from mlx_diffgemma.model.layers import Attention, attention, scale_and_rotate
+from mlx_diffgemma.model.merged import MergedLinear
 
 CONFIG = json.loads((SUDOKU / "config.json").read_text())
 PROMPT = random.Random(0).choices(range(128), k=90)
@@ -86,7 +81,7 @@ def test_a_canvas_is_written_behind_the_context_in_place() -> None:
     new = mx.ones((1, 4, 8, 16))
     mx.eval(cache.read(new))
     del held
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     seen = cache.read(2 * new)
     mx.eval(seen)
@@ -101,7 +96,7 @@ def test_a_long_prompt_is_not_copied_at_each_chunk() -> None:
     mx.eval(chunk)
     cache.reserve(20_000 + 8)
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = active_memory()
     for _ in range(20):
         cache.append(chunk)
         mx.eval(cache.state)

@@ -1,6 +1,7 @@
 """Modes: what the encoder writes is what it scores highest, and drafts change nothing of it."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.draws import Categorical, Draws
 from mlx_diffgemma.diffusion.guards import trust
 from mlx_diffgemma.tasks.batch import stream_batch
-from mlx_diffgemma.tasks.generate import Committed, decode_tokens
+from mlx_diffgemma.tasks.canvases import Committed, decode_tokens
 from mlx_diffgemma.tasks.modes import Way
 from mlx_diffgemma.tasks.request import encode_prompt
 from mlx_diffgemma.tasks.starts import Noise
@@ -139,11 +140,39 @@ def test_what_is_verified_is_liked_no_less_and_right_more_often(
     assert right[True] > right[False] + 2
 
 
+def test_the_last_draft_is_what_is_committed(loaded: tuple[DiffusionGemma, Tokenizer]) -> None:
+    """Probabilities of a verified answer were those of a canvas that had been given up, and of one
+    in which what is kept of others is certain."""
+
+    def drafted(question: str) -> tuple[Done, str, Draft, Draft]:
+        options: dict[str, Any] = {"seed": 2, "steps": 4, "verify": True, "top": 2}
+        events = list(stream_generate(*loaded, question, **options))
+        drafts = [event for event in events if isinstance(event, Draft)]
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        done = events[-1]
+        assert isinstance(done, Done)
+        assert done.denoising_steps == len(drafts) - 1
+        return done, text, *[each for each in drafts if each.decoded][-1:], drafts[-1]
+
+    done, text, given_up, last = drafted("Tell a story.")
+    assert given_up.text != text == last.text
+    assert done.positions_decoded == 13 * 64
+    _, text, opened, last = drafted(QUESTIONS[-1])
+    assert opened.text == text == last.text
+    kept = [i for i, p in enumerate(opened.probabilities[: last.end]) if p == 1]
+    assert min(last.probabilities[i] for i in kept) < 0.9
+    assert last.top is not None
+    for i in range(last.end):
+        assert last.top[i][0][0] == last.tokens[i]
+        assert math.exp(last.top[i][0][1]) == pytest.approx(last.probabilities[i], abs=1e-3)
+
+
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 def test_rows_of_a_batch_and_later_turns_are_as_alone(
     loaded: tuple[DiffusionGemma, Tokenizer], options: dict[str, Any]
 ) -> None:
     model, tokenizer = loaded
+    options = {**options, "steps": 8}  # equal before anything has converged, too
     alone = [answered(loaded, question, seed=2, **options)[1] for question in QUESTIONS]
     texts = ["", "", ""]
     order = list[int]()

@@ -19,6 +19,7 @@ from mlx_diffgemma import (
     SessionError,
     SettingError,
     TokenizerError,
+    ToolResult,
     fill,
     generate,
     load,
@@ -288,6 +289,31 @@ def test_a_session_with_a_picture_is_saved_and_gone_on_with(seeing: Any, tmp_pat
     plain = load(looking_checkpoint(tmp_path / "plain", tower=False))
     with pytest.raises(SessionError, match="has pictures"):
         session.switch(*plain)
+
+
+def test_a_tool_gives_back_a_picture(seeing: Any, tmp_path: Path) -> None:
+    """A result was text alone, though a tool's message may have pictures."""
+    model, tokenizer = seeing
+    session = ChatSession(model, tokenizer)
+    told(session, "draw")
+    function = {"name": "draw", "arguments": {}}
+    call = {"id": "call_0", "type": "function", "function": function}
+    session._messages[-1]["tool_calls"] = [call]
+    before = session.messages
+    for wrong in (3, [], [{"type": "text"}], [part(b"no picture")]):
+        with pytest.raises(Error, match=r"text, or parts|is not a picture"):
+            session.respond([ToolResult("draw", wrong)])  # type: ignore[arg-type]
+    assert session.messages == before
+    *_, done = session.respond(
+        [ToolResult("draw", asked(part(noise(1)), "here")[0]["content"])], seed=1
+    )
+    assert done.prompt_tokens - done.cached_tokens > 63  # the picture's
+    assert session.messages[-2]["role"] == "tool"
+    session.save(tmp_path / "it", pixels=True)
+    again = ChatSession(model, tokenizer)
+    again.restore(tmp_path / "it")
+    kept, own = (each.messages[-2]["content"][0]["image"] for each in (again, session))
+    assert kept.digest == own.digest
 
 
 def test_parts_that_are_none_are_not_part_of_a_session(seeing: Any) -> None:

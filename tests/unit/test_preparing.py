@@ -15,6 +15,7 @@ from servers import tiny, working
 from mlx_diffgemma import Request
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.preparing import MOST_SLOW, Places
+from mlx_diffgemma.server.thread import MlxThread
 from mlx_diffgemma.server.worker import Gone, Patience, Timeout, Worker
 
 
@@ -46,7 +47,7 @@ def test_what_is_quick_does_not_wait_for_what_is_slow() -> None:
 class Slow(Worker):
     """Takes for ever to prepare a request, but looks whether anybody still waits."""
 
-    _model: Any = SimpleNamespace(sight=None)
+    model: Any = SimpleNamespace(sight=None)
     ended: BaseException | None = None
     begun, over = threading.Event(), threading.Event()
 
@@ -98,7 +99,7 @@ def asked(worker: Worker, left: Callable[[], bool]) -> tuple[int, Any]:
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 2),
     }
-    app: Any = make_app(worker, name="x")
+    app: Any = make_app(MlxThread([worker], cache_bytes=0))
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
 
@@ -112,8 +113,8 @@ def test_time_and_leaving_end_preparation(
     timeout: float, goes: bool, status: int, error: type[Exception] | tuple[type[Exception], ...]
 ) -> None:
     """`--timeout` began only in the queue, and a client that left was prepared for to the end."""
-    load: Any = None
-    worker = Slow(load, max_batch=1, max_queue=1, timeout=timeout, cache_bytes=0)
+    source: Any = None
+    worker = Slow(source, max_batch=1, max_queue=1, timeout=timeout)
     worker.begun, worker.over = threading.Event(), threading.Event()
     found, answer = asked(worker, lambda: goes and worker.begun.is_set())
     assert found == status
@@ -136,7 +137,8 @@ class Leaving(Patience):
 
 def test_a_schema_of_a_client_that_left_is_not_compiled_to_its_end() -> None:
     """It was, for as long as a schema may take: twenty seconds of a thread for nobody."""
-    with working(tiny) as worker:
+    with working(tiny) as thread:
+        (worker,) = thread.workers
         leaving = Leaving(60, time.monotonic() + 60)
         schema = {"enum": [f"option {i}" for i in range(500)]}
         with pytest.raises(Gone):
@@ -146,8 +148,8 @@ def test_a_schema_of_a_client_that_left_is_not_compiled_to_its_end() -> None:
 
 def test_time_ends_where_the_thread_does_not_look() -> None:
     """Whoever waited for a place, or for one long piece of work, waited without an end."""
-    load: Any = None
-    worker = Slow(load, max_batch=1, max_queue=1, timeout=0.3, cache_bytes=0)
+    source: Any = None
+    worker = Slow(source, max_batch=1, max_queue=1, timeout=0.3)
     worker.begun, worker.over = threading.Event(), threading.Event()
     go = threading.Event()
 

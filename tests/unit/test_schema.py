@@ -22,9 +22,10 @@ from slow import best_canvas
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, generate, stream_generate
 from mlx_diffgemma.checkpoint.load import EMBEDDED
-from mlx_diffgemma.diffusion.automaton import Plans, Repeat
+from mlx_diffgemma.diffusion.automaton import Repeat
 from mlx_diffgemma.diffusion.draws import SeededDraws
-from mlx_diffgemma.tasks.generate import Committed, generate_tokens
+from mlx_diffgemma.diffusion.plans import Plans
+from mlx_diffgemma.tasks.canvases import Committed, generate_tokens
 from mlx_diffgemma.tasks.request import Done
 from mlx_diffgemma.tasks.starts import document
 from mlx_diffgemma.text.schema import (

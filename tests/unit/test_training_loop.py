@@ -265,6 +265,18 @@ def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_saved(tmp_path: Pa
         assert all(mx.isfinite(each).all().item() for each in arrays.values()), file
 
 
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(tmp_path: Path) -> None:
+    """It met the same loss again, and another rate was refused as that of another run."""
+    given: dict[str, Any] = {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.01}
+    run(tmp_path, stop_at=3, **given)
+    high = {**given, "learning_rate": 1e25}
+    for _ in range(2):
+        with pytest.raises(Diverged, match="with a lower --learning-rate, --resume goes on"):
+            run(tmp_path, "resume", **high)
+    assert at(run(tmp_path, "resume", **given)[0]) == 3
+    assert isinstance(run(tmp_path, "resume", **given)[-1], Finished)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_either_may_not_be_finite_alone(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """The weights and the sums of gradients are then what they were."""
@@ -385,7 +397,7 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds another run .*--resume goes on with it"):
         run(tmp_path / "a", iters=3)
     for wrong, said in (
-        ({"learning_rate": 1e-3}, "has learning_rate 0.00015, not 0.001"),
+        ({"batch_size": 1}, "has batch_size 2, not 1"),
         ({"optimizer": "sgd"}, "has optimizer adamw, not sgd"),
         ({"iters": 2}, "has done 3 iterations, and iters is 2"),
     ):

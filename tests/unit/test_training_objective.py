@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from held import active_memory
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from random_model import untrained
@@ -125,7 +126,7 @@ def test_logits_are_never_held_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> No
         mx.value_and_grad(lambda hidden: cross_entropy(model, hidden, wanted).sum()),
         lambda hidden: expected_embedding(model, hidden),
     ):
-        before = mx.get_active_memory()
+        before = active_memory()
         mx.reset_peak_memory()
         mx.eval(work(hidden))
         assert mx.get_peak_memory() - before < whole / 5
@@ -198,6 +199,8 @@ def test_a_batch_is_its_rows_one_by_one() -> None:
             tokens=batch.tokens[row : row + 1, :length],
             canvas=batch.canvas[row : row + 1],
             target=batch.target[row : row + 1],
+            positions=batch.supervised[row],
+            pairs=length - 1,
             **{
                 name: getattr(batch, name)[row : row + 1]
                 for name in ("lengths", "prefixes", "supervised", "conditioned", "levels")

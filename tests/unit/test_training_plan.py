@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from held import active_memory
 from paths import FIRST, ROOT
 
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter
@@ -33,7 +34,7 @@ def real() -> Headers:
 
 
 def test_the_real_model_is_planned_without_its_weights(real: Headers) -> None:
-    before = mx.get_active_memory()
+    before = active_memory()
     settings = Settings(batch_size=1, grad_checkpoint=True)
     made = plan(real, settings, AdapterConfig(), tokens=1024)
     assert mx.get_active_memory() - before < 1e6
@@ -82,8 +83,7 @@ def test_a_plan_is_near_what_is_measured(checkpointed: bool) -> None:
     made = plan(read_headers(directory), settings, AdapterConfig(), tokens=200, dtype="float32")
     model = load_model(directory, dtype="float32")
     add_adapter(model, AdapterConfig())
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     trainer = Trainer(model, settings, 1)
     trainer.objective = Objective(self_conditioned=1.0)
     sample = Sample(tuple(range(9, 149)), tuple(range(100, 160)))

@@ -28,11 +28,12 @@ from mlx_diffgemma import (
     stream_generate,
 )
 from mlx_diffgemma.diffusion import sampler as rules
-from mlx_diffgemma.diffusion.automaton import Alternation, Plans, Repeat, Tokens, compile_pattern
+from mlx_diffgemma.diffusion.automaton import Alternation, Repeat, Tokens, compile_pattern
 from mlx_diffgemma.diffusion.constraints import ForbidFirst
 from mlx_diffgemma.diffusion.decoding import drive
 from mlx_diffgemma.diffusion.denoise import DenoisingState, Start, denoise
 from mlx_diffgemma.diffusion.head import read_out
+from mlx_diffgemma.diffusion.plans import Plans
 from mlx_diffgemma.diffusion.prompt_cache import PromptCache, prefill
 from mlx_diffgemma.diffusion.undecided import Known, Undecided
 from mlx_diffgemma.model.cache import LayerCache

@@ -26,7 +26,8 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.checkpoint.load import EMBEDDED
 from mlx_diffgemma.diffusion.decoding import SLICE, Decoding
-from mlx_diffgemma.server.worker import Busy, Gone, Ticket, Timeout, Worker
+from mlx_diffgemma.server.thread import MlxThread
+from mlx_diffgemma.server.worker import Busy, Gone, Resident, Ticket, Timeout, Worker
 from mlx_diffgemma.tasks.choose import ChooseRequest, Question
 from mlx_diffgemma.tasks.edit import EditRequest, EditResult
 from mlx_diffgemma.tasks.fill import FillRequest
@@ -77,13 +78,14 @@ def working(*, max_batch: int = 4, timeout: float = 60) -> Iterator[tuple[Worker
         made.append(model)
         return model, TOKENIZER
 
-    worker = Worker(load, max_batch=max_batch, max_queue=2, timeout=timeout, cache_bytes=0)
-    worker.start()
+    worker = Worker(Resident(load), max_batch=max_batch, max_queue=2, timeout=timeout)
+    thread = MlxThread([worker], cache_bytes=0)
+    thread.start()
     try:
         yield worker, made[0]
     finally:
         made[0].leave.release(10_000)
-        worker.stop()
+        thread.stop()
 
 
 def endless(worker: Worker) -> Any:
@@ -338,14 +340,16 @@ def test_the_process_ends_well() -> None:
     script = (
         "import threading\n"
         "from mlx_diffgemma import EditRequest, load\n"
-        "from mlx_diffgemma.server.worker import Worker\n"
-        "worker = Worker(load, max_batch=1, max_queue=1, timeout=60, cache_bytes=0)\n"
-        "worker.start()\n"
+        "from mlx_diffgemma.server.thread import MlxThread\n"
+        "from mlx_diffgemma.server.worker import Resident, Worker\n"
+        "worker = Worker(Resident(load), max_batch=1, max_queue=1, timeout=60)\n"
+        "thread = MlxThread([worker], cache_bytes=0)\n"
+        "thread.start()\n"
         "ended = threading.Event()\n"
         "work = worker.prepare(EditRequest('a small hosue', 'Fix', seed=0))\n"
         "worker.submit(work, lambda event: event is None and ended.set())\n"
         "print(ended.wait(60))\n"
-        "worker.stop()"
+        "thread.stop()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)

@@ -7,9 +7,9 @@ import { examplesFor } from "./examples.js";
 import { forget, list, newChat, onOthers, read, save, titleOf } from "./store.js";
 import { addWork } from "./work.js";
 
-const THEME = "diffgemma.theme";
+const THEME = "diffgemma.theme", MODEL = "diffgemma.model";
 
-let model = null, seed = null;
+let models = [], model = null, seed = null;
 
 const page = {
   get model() {
@@ -185,8 +185,9 @@ function addChats() {
 
 async function meet() {
   try {
-    const [found] = (await get("/v1/models")).data;
-    model = found;
+    const { data } = await get("/v1/models");
+    models = data;
+    model = models.find((each) => each.id === chosen()) ?? models[0];
     tell("");
   } catch (error) {
     if (error.status === 401) {
@@ -196,9 +197,40 @@ async function meet() {
     tell(error.message);
     return;
   }
+  find("model").replaceChildren(named(), make("span", { id: "model-lengths", className: "only-wide" }));
+  drawModel();
+}
+
+// The one that was last chosen, where the server has several.
+function chosen() {
+  try {
+    return localStorage.getItem(MODEL);
+  } catch {
+    return null;
+  }
+}
+
+function choose(name) {
+  try {
+    localStorage.setItem(MODEL, name);
+  } catch { /* it lasts as long as the page */ }
+  model = models.find((each) => each.id === name);
+  drawModel();
+}
+
+// The model's name, or what chooses one of several.
+function named() {
+  if (models.length === 1) return make("strong", {}, model.id);
+  const options = models.map(({ id }) => make("option", { value: id, selected: id === model.id }, id));
+  const select = make("select", { "aria-label": "Model" }, ...options);
+  select.addEventListener("change", () => choose(select.value));
+  return select;
+}
+
+function drawModel() {
   const number = (value) => value.toLocaleString("en");
-  find("model").replaceChildren(make("strong", {}, model.id),
-    make("span", { className: "only-wide" }, ` ${number(model.context_length)} tokens of context, canvases of ${model.canvas_length}`));
+  find("model-lengths").textContent =
+    ` ${number(model.context_length)} tokens of context, canvases of ${model.canvas_length}`;
   find("set-thinking-row").hidden = !model.thinking;
   talk.frame();
   addExamples();

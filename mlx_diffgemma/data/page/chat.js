@@ -126,6 +126,7 @@ export class Chat {
     const { steps, thinking } = this.chat;
     const body = { messages: this.#conversation(), stream: true, stream_drafts: true };
     body.stream_options = { include_usage: true };
+    if (this.page.model) body.model = this.page.model.id;
     if (steps) body.steps = steps;
     if (thinking && this.page.model?.thinking) body.enable_thinking = true;
     if (this.page.seed() !== null) body.seed = this.page.seed();

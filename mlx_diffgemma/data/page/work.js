@@ -26,6 +26,7 @@ class Work {
 
   async run() {
     const body = { ...this.bodyOf(), stream_drafts: true };
+    if (this.page.model) body.model = this.page.model.id;
     if (this.page.seed() !== null) body.seed = this.page.seed();
     if (this.page.steps()) body.steps = this.page.steps();
     this.stopper = new AbortController();

@@ -43,6 +43,10 @@ REAL_CANVAS = 4
 # Positions that the reference, which is slow, reads off.
 READ = 32
 
+# A window of so few tokens that one more or less moves what `tiny` computes by more than is
+# tolerated.
+NARROW = 6
+
 # The model of results that are about random weights.
 REAL = "random, real width"
 
@@ -212,17 +216,25 @@ def chunks(compare: Comparison, on: Subject) -> Iterator[Result]:
 
 
 def windows(compare: Comparison, on: Subject) -> Iterator[Result]:
-    """Check the same of a prompt that is longer than the widest sliding window."""
+    """Check the same of a prompt that is longer than the widest sliding window, and with windows
+    so narrow that one token more or less is told."""
     windows = [layer.window or 0 for layer in on.pair.plain.config.layers]
     yield _chunked(compare, "beyond the sliding window", on, max(windows) + 150, 200)
+    yield _chunked(compare, "beyond a narrow window", on, 3 * NARROW, NARROW + 2, NARROW)
 
 
-def _chunked(compare: Comparison, check: str, on: Subject, count: int, chunk: int) -> Result:
+def _chunked(
+    compare: Comparison, check: str, on: Subject, count: int, chunk: int, window: int | None = None
+) -> Result:
+    """Compare what a prompt of `count` tokens in chunks leaves; `window` is the layers', or
+    another for those that slide."""
     tokens = np.array(_ids(on.pair.plain, 3, count))[0].tolist()
     canvas = _ids(on.pair.plain, 2, _length(on))
 
     def read(model: DiffusionGemma, chunk: int) -> list[mx.array]:
         cache = model.make_cache()
+        if window is not None:
+            cache = [LayerCache(layer.window and window) for layer in cache]
         prefill(model, tokens, cache, chunk)
         held = [layer.state for layer in cache if layer.state is not None]
         return [*held, model.decode([Pass(canvas, cache)])[0]]

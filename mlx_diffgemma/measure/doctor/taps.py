@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from ...diffusion.draws import SeededDraws
 from ...model.diffusion_gemma import DiffusionGemma
-from ...model.layers import Block, Router, View
+from ...model.feed_forward import Router
+from ...model.layers import Block, View
 
 
 class Tape(SeededDraws):
