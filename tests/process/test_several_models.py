@@ -69,6 +69,8 @@ def test_each_client_asks_for_models_by_name(server: Process) -> None:
     assert loads(server) == {"second": 0, "first": 1, "tiny-puzzles": 0}
     assert [each.model for each in server.ollama().ps().models] == ["first"]
 
+    assert server.ollama().generate(model="second", prompt="").done_reason == "load"
+    assert [each.model for each in server.ollama().ps().models] == ["second", "first"]
     unnamed = server.post("/v1/fill", {"template": "{{a:x|y}}", "seed": 0})
     assert unnamed.status_code == 200
     assert loads(server) == {"second": 1, "first": 1, "tiny-puzzles": 0}
