@@ -114,7 +114,7 @@ class Two:
         """What went wrong, where these requests were lost."""
         texts = [httpx.get(f"{each.url}/metrics", timeout=60).text for each in self.all]
         print(*re.findall(r"^diffgemma_(front_\w+ \d+)$", texts[0], re.M), sep=", ")
-        counted = [re.findall(r"^diffgemma_answered_total (\d+)$", text, re.M) for text in texts]
+        counted = [re.findall(r"^diffgemma_answered_total\S* (\d+)$", text, re.M) for text in texts]
         print(f"{self.under_way} requests were with the first worker just before it was killed;")
         print(f"{len(lost)} clients that waited were told that theirs is lost")
         print(f"its successor has answered {counted[1][0]} since, the other {counted[2][0]} in all")
