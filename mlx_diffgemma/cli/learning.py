@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .. import __version__
 from ..distributed.launch import LaunchError, place
 from ..errors import Error
 from .options import LoadFaithful, size
@@ -90,7 +91,7 @@ def share_work(load: LoadFaithful, work: "Work") -> "Together":
         for rank in others:
             link.send(message, rank)
 
-    tell(pickle.dumps((load, work)))
+    tell(_packed(load, work))
     facts = _facts(load)
     for _ in others:
         found = link.received()
@@ -128,7 +129,7 @@ def _learn_along() -> NoReturn:
     try:
         if (message := hear()) is None:  # it has said why
             raise SystemExit(0)
-        load, work = pickle.loads(message)
+        load, work = _unpacked(message)
         check_fit(load, work.settings, work.adapter, work.tokens)
         link.send(json.dumps(_facts(load)).encode())
         if hear() is None:
@@ -140,6 +141,26 @@ def _learn_along() -> NoReturn:
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
         end(f"rank {here.rank}: {error}")
     raise SystemExit(0)
+
+
+def _packed(load: LoadFaithful, work: "Work") -> bytes:
+    """What the others are to do. Ranks are one program of one user: they may unpickle it."""
+    return __version__.encode() + b"\n" + pickle.dumps((load, work))
+
+
+def _unpacked(message: bytes) -> "tuple[LoadFaithful, Work]":
+    """The same, where another version would not understand it.
+
+    Raises:
+        LaunchError: rank 0 has another.
+    """
+    version, _, content = message.partition(b"\n")
+    if version.decode() != __version__:
+        raise LaunchError(
+            f"the version of mlx-diffgemma of rank 0 is {version.decode()}, and {__version__} here"
+        )
+    found: tuple[LoadFaithful, Work] = pickle.loads(content)
+    return found
 
 
 def check_fit(

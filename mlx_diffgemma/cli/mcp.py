@@ -1,5 +1,6 @@
 """`mcp`: tools for agents, on stdin and stdout."""
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +58,9 @@ def mcp(
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         asyncio.run(serve(thread, __version__))
+    except* BrokenPipeError:  # the agent was killed while an answer was on its way
+        say("the agent has gone")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write
     finally:
         signal.signal(signal.SIGINT, before)
     if failures:

@@ -7,6 +7,7 @@ hears each peer, whose silence or end it tells, and the others go on or end.
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
@@ -20,6 +21,10 @@ from .launch import LaunchError, Place
 
 # Seconds between two signs of life, and without one after which a peer is lost.
 BEAT, SILENCE = 1.0, 8.0
+
+# Seconds without a sign of its own after which a process has not run itself: it was asleep, or the
+# machine has too much else to do. Then it waits for its peers once more.
+LATE = 3.0
 
 # Seconds in which all ranks have to be there; loading Python on a busy Mac takes long.
 GATHERING = 120.0
@@ -53,6 +58,7 @@ class Link:
         self._queue: Queue[tuple[int, bytes | None]] = Queue()
         self._lost, self._left = lost, left
         self._closed = threading.Event()
+        self._beaten = time.monotonic()
         for rank in peers:
             threading.Thread(target=self._hear, args=(rank,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -80,7 +86,7 @@ class Link:
     def _hear(self, rank: int) -> None:
         peer = self._peers[rank]
         with suppress(OSError, EOFError):
-            while peer.poll(SILENCE):
+            while self._hears(peer):
                 message = peer.recv_bytes(MOST_MESSAGE)
                 if message == _FAREWELL:
                     self._left(rank)
@@ -92,8 +98,15 @@ class Link:
             self._lost(rank)  # before the main thread hears of it, and ends by itself
             self._queue.put((rank, None))
 
+    def _hears(self, peer: Connection) -> bool:
+        """Whether a peer says something in time."""
+        if peer.poll(SILENCE):
+            return True
+        return time.monotonic() - self._beaten > LATE and peer.poll(SILENCE)
+
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
+            self._beaten = time.monotonic()
             for rank, peer in self._peers.items():
                 # One who is sending is alive as it is.
                 if self._locks[rank].acquire(blocking=False):

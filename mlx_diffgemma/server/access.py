@@ -258,6 +258,8 @@ class Limits:
         if scope["method"] == "POST" and not _JSON.fullmatch(kind):
             # Forms and plain text are what any page may send anywhere without being asked.
             raise Refused(415, "the Content-Type of a request has to be application/json")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Refused(415, "bodies are read as they are, without a Content-Encoding")
 
     @staticmethod
     def _too_large(most: int) -> Refused:

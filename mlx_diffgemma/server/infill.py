@@ -16,13 +16,20 @@ from ..text.template import Hole
 from ..text.tokenizer import Tokenizer
 from ..text.turns import StopStrings, Text
 from .body import Body, NonNegative, Steps
-from .openai import MIDDLE, Continuation, stops
+from .openai import MIDDLE, CompletionBody, Continuation, stops
 from .openai_answers import Common, common
 
 # Pieces of other files that are sent along, and fields that are wanted of an answer.
 MOST_EXTRA, MOST_FIELDS = 256, 64
 
 MOST_PREDICT = 1 << 20
+
+
+# How clients mark, for other models, what stands before and behind a gap in a prompt.
+MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
 
 
 def _none_below(least: int) -> BeforeValidator:
@@ -72,6 +79,20 @@ class FimBody(Body):
     steps: Steps | None = None
     stream: bool | None = None
     model: str | None = None
+
+
+def unmarked(body: CompletionBody) -> CompletionBody:
+    """A completion whose prompt is two texts between marks, as one with a suffix; any other is as
+    it was."""
+    prompt = body.prompt
+    if body.suffix or not isinstance(prompt, str):
+        return body
+    for first, second, third in MARKS:
+        if prompt.startswith(first) and prompt.endswith(third):
+            before, _, behind = prompt[len(first) : -len(third)].partition(second)
+            if (before + behind).strip():
+                return body.model_copy(update={"prompt": before, "suffix": behind})
+    return body
 
 
 class Between:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from anyio import CancelScope
 from mcp import types
 from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
@@ -45,7 +46,8 @@ async def serve(thread: MlxThread, version: str) -> None:
         try:
             await server.run(reads, writes, server.create_initialization_options())
         finally:
-            with suppress(Exception):
+            # Also where the agent is gone: a worker that is not stopped keeps the process for ever.
+            with CancelScope(shield=True), suppress(Exception):
                 await loading
             thread.stop()
 

@@ -12,6 +12,7 @@ from ..tasks.request import Done, Draft, Prepared
 from ..tasks.score import ScoreResult
 from ..text.tokenizer import Tokenizer
 from .events import sse
+from .infill import unmarked
 from .openai import (
     ChatBody,
     CompletionBody,
@@ -46,6 +47,7 @@ def router(models: Models) -> APIRouter:
         service = models.answering(body.model)
         if asks_scores(body):
             return await _score(service, http, body)
+        body = unmarked(body)
         answer = _infill if body.suffix else _complete
         return await answer(service, http, body)
 

@@ -63,7 +63,7 @@ RETRIES = 2
 
 # A quick fill tries a length for fewer steps. Where the best tokens of a canvas have not changed
 # for so many of them, it is taken: other noise has then been seen each time.
-QUICK_STEPS, QUICK_PLATEAU = 4, 2
+QUICK_STEPS, QUICK_PLATEAU = 2, 2
 
 # Tokens at the end of a text that may be others when more is typed; a place before them is kept to
 # go back to, where it saves so many tokens that they are worth a pass of their own.

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import paths
 import pexpect
@@ -23,8 +24,10 @@ from random_model import scripted, untrained
 from terminal import Terminal
 
 from mlx_diffgemma import ChatSession, ContextError, Done, Text, ToolResult, Truncated, generate
+from mlx_diffgemma.cli import lines
 from mlx_diffgemma.cli.keyboard import Interrupts
 from mlx_diffgemma.diffusion.guards import OFF
+from mlx_diffgemma.distributed.launch import Place
 
 HERE = paths.TESTS
 SUDOKU = str(paths.SUDOKU)
@@ -156,6 +159,14 @@ def test_a_second_ctrl_c_leaves(tmp_path: Path) -> None:
     again = Terminal("--session", str(file), script=["x"])
     assert "Going on with 2 messages" in "\n".join(again.lines())
     assert any("word after word" in line for line in chat.lines())
+
+
+def test_what_the_launcher_has_started_ends_with_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it `mlx.launch` passes nothing on: a chat would wait for ever."""
+    typed = Mock(read=Mock(side_effect=["hello", KeyboardInterrupt, "lost"]))
+    monkeypatch.setattr(lines, "place", lambda: Place(0, 2))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert list(lines.messages(typed)) == ["hello"]
 
 
 def test_two_signals_during_one_operation_count_as_two() -> None:

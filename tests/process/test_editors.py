@@ -131,6 +131,23 @@ def test_minuet(server: Server) -> None:
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("marks", [("<|fim_%s|>",), ("<fim_%s>",)])
+def test_marks_in_a_prompt_are_a_suffix(random_one: Server, marks: tuple[str]) -> None:
+    """Zed's `open_ai_compatible_api` and Continue's `openai` write them, for other models."""
+    first, second, third = (marks[0] % each for each in ("prefix", "suffix", "middle"))
+    stop = ["<|endoftext|>", "<|file_separator|>", first, second, third]
+    ask = {"model": "x", "max_tokens": 4, "stop": stop, "seed": 0, "steps": 2}
+    plain = {**ask, "prompt": BEFORE + LINE, "suffix": BEHIND}
+    wanted = random_one.post("/v1/completions", plain).json()
+    marked = {**ask, "prompt": f"{first}{BEFORE}{LINE}{second}{BEHIND}{third}"}
+    found = random_one.post("/v1/completions", marked).json()
+    assert found["choices"] == wanted["choices"]
+    assert found["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+    for before, behind in (("", BEHIND), (BEFORE, ""), (BEFORE, " \n"), ("", "")):
+        given = {**ask, "prompt": first + before + second + behind + third}
+        assert random_one.post("/v1/completions", given).status_code == 200
+
+
 MUCH = "word = 1\r\n\t" * 80_000
 
 

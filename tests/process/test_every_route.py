@@ -82,6 +82,7 @@ def test_checks_that_every_route_has(server: Server, method: str, path: str) -> 
         return
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         refused(ask(server, method, path, headers={"Content-Type": kind}), 415)
+    refused(ask(server, method, path, headers={"Content-Encoding": "zstd"}), 415)
     refused(ask(server, method, path, content=b'{"x": "%s"}' % (b"x" * 1000)), 413)
     refused(ask(server, method, path, content=iter([b"x" * 600] * 2)), 413)
     for body in (b"", b"[", b"\xff", b'{"a": 1, "a": 1}', b"[]", b"3", b'"x"', b"null", b"[" * 900):

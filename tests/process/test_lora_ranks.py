@@ -18,7 +18,11 @@ from ranks import started
 
 import mlx_diffgemma
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig
+from mlx_diffgemma.cli import learning
+from mlx_diffgemma.cli.options import LoadFaithful
+from mlx_diffgemma.distributed.launch import LaunchError
 from mlx_diffgemma.training.folder import read_log
+from mlx_diffgemma.training.ranks import Work
 from mlx_diffgemma.training.settings import Settings
 
 SECONDS = 10  # in which all have ended once one has
@@ -130,6 +134,15 @@ def test_all_end_with_one_that_is_killed(tmp_path: Path, data: Path) -> None:
     assert "error: rank 1 is lost, and with it a part of each batch; what was saved" in said[0]
     assert "error: rank 2 ends, as rank 0 is lost" in said[1]
     assert not any("Traceback" in each for each in said)
+
+
+def test_another_version_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work((), SETTINGS, AdapterConfig())
+    message = learning._packed(LoadFaithful("m"), work)
+    assert learning._unpacked(message) == (LoadFaithful("m"), work)
+    monkeypatch.setattr(learning, "__version__", "9.9")
+    with pytest.raises(LaunchError, match=r"of rank 0 is 0\..*, and 9\.9 here"):
+        learning._unpacked(message)
 
 
 def test_what_one_rank_would_do_is_refused(tmp_path: Path, data: Path) -> None:

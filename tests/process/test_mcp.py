@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,8 @@ CALL = {
 }
 
 
-def by_hand(*arguments: str, foreign: str = "") -> tuple[list[dict[str, Any]], str, int]:
-    """Answers to a greeting, foreign lines and a call; what stderr says, and the exit code."""
+def started(*arguments: str, foreign: str = "") -> subprocess.Popen[str]:
+    """A server that has been sent a greeting, foreign lines and a call."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.PIPE,
@@ -152,11 +153,17 @@ def by_hand(*arguments: str, foreign: str = "") -> tuple[list[dict[str, Any]], s
         text=True,
     )
     assert process.stdin
-    assert process.stdout
     ready = {"jsonrpc": "2.0", "method": "notifications/initialized"}
     lines = [json.dumps(FIRST), json.dumps(ready), foreign or json.dumps(ready), json.dumps(CALL)]
     process.stdin.write("".join(f"{line}\n" for line in lines))
     process.stdin.flush()
+    return process
+
+
+def by_hand(*arguments: str, foreign: str = "") -> tuple[list[dict[str, Any]], str, int]:
+    """Answers to a greeting, foreign lines and a call; what stderr says, and the exit code."""
+    process = started(*arguments, foreign=foreign)
+    assert process.stdout
     answers: list[dict[str, Any]] = []
     while not any(each.get("id") == 2 for each in answers):
         answers.append(json.loads(process.stdout.readline()))
@@ -172,6 +179,25 @@ def test_foreign_lines_do_not_end_it() -> None:
     last = next(each for each in answers if each.get("id") == 2)
     assert set(last["result"]["structuredContent"]["probabilities"]["label"]) == {"a", "b"}
     assert code == 0
+
+
+def test_an_agent_that_is_killed_while_it_waits() -> None:
+    """Its end of the pipe is gone before an answer comes, and the model still loads: the process
+    stayed for ever, with the model; with one that was loaded it ended in a traceback."""
+    process = started()
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/list"}) + "\n")
+    process.stdin.flush()
+    time.sleep(2)  # it is answered in a fraction of that, and ends once nothing more is sent
+    process.stdin.close()
+    assert process.wait(60) == 0
+    said = process.stderr.read()
+    assert said.endswith("the agent has gone\n")
+    assert "Traceback" not in said
 
 
 def test_a_model_that_is_not_there_is_told_to_each_call() -> None:

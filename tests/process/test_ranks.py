@@ -87,8 +87,8 @@ def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shared_is_refused_once(tmp_path: Path) -> None:
-    done = launched(2, *COMMAND, "chat")
-    wanted = "error: chat is for one process; under mlx.launch run one of generate, eval"
+    done = launched(2, *COMMAND, "demo")
+    wanted = "error: demo is for one process; under mlx.launch run one of generate, eval"
     assert done.stderr.count(wanted) == 1
     said = launched(2, *COMMAND, "generate", "hello").stderr
     assert "error: under mlx.launch, generate goes with --batch or --shard" in said

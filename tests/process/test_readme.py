@@ -8,6 +8,7 @@ each, or by `<!-- not run: why -->`. Commands run in this process, with models t
 import ast
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -79,6 +80,7 @@ ALL = [
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLX_DIFFGEMMA_MODEL", raising=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setattr(loading, "load", load_once)
     monkeypatch.setattr(mlx_diffgemma, "load", load_once)
 
@@ -175,7 +177,7 @@ def test_examples(
     """Lines of README were judged only by "stdout not empty", so wrong answers stood there."""
     assert example.output is not None or example.prints, "it says nowhere what it prints"
     code = example.code
-    if example.kind == "python" and SERVED in code:
+    if example.kind != "http" and SERVED in code:
         code = code.replace(SERVED, request.getfixturevalue("url"))
     told = {"bash": run_bash, "python": run_python, "http": ask}[example.kind](code)
     if example.output is not None:

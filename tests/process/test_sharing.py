@@ -22,6 +22,7 @@ from terminal import Terminal
 
 from mlx_diffgemma import load
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, save_adapter, trained
+from mlx_diffgemma.cli.options import LoadFaithful
 from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
 from mlx_diffgemma.distributed.launch import LaunchError
@@ -130,6 +131,17 @@ def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _check_equal(mine, 1, other)
 
 
+def test_ranks_with_other_adapters_are_refused(tmp_path: Path) -> None:
+    """Also where only their numbers differ: each would add its part of another model."""
+    facts = []
+    for number in (1.0, 2.0):
+        adapter = tmp_path / str(number)
+        save_adapter(adapter, {"weight": mx.array([number])}, AdapterConfig("full"))
+        facts.append(LoadFaithful(str(SUDOKU), adapter=str(adapter))._facts())
+    with pytest.raises(LaunchError, match=r"the adapter of rank 0 is \w+, that of rank 1 \w+$"):
+        _check_equal(facts[0], 1, facts[1])
+
+
 def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
     """Another rank's end hid what rank 0 had found."""
     ranks = started(2, tmp_path, *COMMAND, "generate", "-m", tmp_path / "none", "--shard", "x")
@@ -143,42 +155,34 @@ def test_what_does_not_go_with_shard() -> None:
     assert "--shard goes with mlx.launch" in run("generate", "hello", "--shard").stderr
 
 
-def test_a_chat_of_ranks_is_one_of_one(tmp_path: Path) -> None:
-    """Three turns, of which one is forgotten, and files that cross. Ctrl-C ends a chat without a
-    terminal: `mlx.launch` passes nothing on any more."""
-    chat = ["chat", "-m", SUDOKU, "--seed", "3", "--steps", "2", "--max-tokens", "60"]
-    asked, typed = [*chat, "--session"], "1.2.\n/undo\n3.45\n7.\n"
-    run(*asked, tmp_path / "one", stdin=typed)
-    typed += f"/load {tmp_path / 'one'}\n6.\n"
-    wanted = run(*asked, tmp_path / "again", stdin=typed).stdout
-    command = [*COMMAND, *asked, tmp_path / "ranks", "--shard"]
-    first, second = started(2, tmp_path, *command, stdin=subprocess.PIPE)
-    assert first.stdin
-    assert first.stdout
-    assert first.stderr
-    first.stdin.write(f"/model tiny\n{typed}")
-    first.stdin.flush()
-    assert first.stdout.read(len(wanted)) == wanted
-    first.send_signal(signal.SIGINT)
-    assert [first.wait(SECONDS), second.wait(SECONDS)] == [0, 0]
-    assert "/model does not go with --shard" in first.stderr.read()
-    sessions = [run(*asked, tmp_path / name, stdin="1.\n").stdout for name in ("again", "ranks")]
-    assert sessions[0] == sessions[1]
-
-
-def test_ctrl_c_at_the_terminal_of_rank_0_stops_an_answer(tmp_path: Path) -> None:
-    """Ranks that were started by hand: who talks to them sits at rank 0, and goes on."""
+def test_a_chat_at_rank_0_is_one_of_one(tmp_path: Path) -> None:
+    """Ranks that were started by hand: who talks to them sits at rank 0. An answer is stopped, then
+    three turns, of which one is forgotten; files are those of one process, and cross."""
+    asked = ["chat", "-m", str(SUDOKU), "--seed", "3", "--max-tokens", "60"]
+    one, ranks = tmp_path / "one", tmp_path / "ranks"
+    turns = ["/steps 2", "1.2.", "/undo", "3.45", "7."]
+    run(*asked, "--session", one, stdin="\n".join(turns))
     first, second = variables_of(2, tmp_path)
-    asked = ["chat", "-m", SUDOKU, "--shard", "--seed", "3"]
-    other = subprocess.Popen(list(map(str, [*COMMAND, *asked])), env={**os.environ, **second})
-    chat = Terminal(*map(str, asked[1:]), **first)
+    other = subprocess.Popen([*COMMAND, *asked, "--shard"], env={**os.environ, **second})
+    chat = Terminal(*asked[1:], "--shard", **first)
+    assert "does not go with --shard" in "".join(chat.type("/model tiny"))
     chat.type("1.", pattern=r"step \d")
     chat.child.sendintr()
     chat.wait(r"Stopped; .*\n>$")
-    chat.type("/steps 1")
-    chat.type("/retry")
+    for line in ("/undo", *turns, f"/save {ranks}"):
+        chat.type(line)
+    assert "4 messages" in "".join(chat.type(f"/load {one}"))
+    chat.type("6.")
     chat.child.sendline("/quit")
     assert [chat.leaves(), other.wait(SECONDS)] == [0, 0]
+    assert metadata(one) == metadata(ranks)
+    assert "4 messages" in run(*asked, stdin=f"/load {ranks}\n6.\n").stderr
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """All that a file of a session says beside its arrays."""
+    found = mx.load(str(file), format="safetensors", return_metadata=True)
+    return found[1]
 
 
 def asked(server: Server) -> list[object]:
@@ -196,7 +200,9 @@ def asked(server: Server) -> list[object]:
             pool.submit(chat, messages=message, seed=1, n=2),
             pool.submit(chat, messages=message, seed=2, response_format=form),
             pool.submit(chat, messages=[{"role": "user", "content": "1" * 9000}]),
-            pool.submit(server.post, "/v1/fill", {"template": "12{{a:1|2}}", "seed": 1}),
+            pool.submit(
+                server.post, "/v1/fill", {"template": "12{{a:1|2}}", "seed": 1, "steps": 2}
+            ),
         ]
         with chat(messages=message, stream=True, extra_body={"stream_drafts": True}) as stream:
             next(stream)

@@ -1,6 +1,7 @@
 """What ranks tell each other beside collectives, and how one notices that another is gone."""
 
 import threading
+import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from queue import Queue
@@ -72,6 +73,23 @@ def test_silence_is_an_end(told: "Queue[np.ndarray]", monkeypatch: pytest.Monkey
     first, other = pair(lost)
     assert first.received(1.0) is None  # signs of life are no messages, and keep it
     other._closed.set()  # no more of them, and the connection stays
+    assert lost.get(timeout=10) == 1
+    first.close()
+
+
+def test_who_has_slept_waits_once_more(
+    told: "Queue[np.ndarray]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with too much to do, both took each other for lost."""
+    monkeypatch.setattr(linking, "SILENCE", 1.0)
+    monkeypatch.setattr(linking, "LATE", 0.3)
+    lost: Queue[int] = Queue()
+    monkeypatch.setattr(linking, "BEAT", 100.0)  # none of them runs
+    first, other = pair(lost)
+    time.sleep(1.3)
+    other.send(b"awake")
+    assert first.received(10) == (1, b"awake")
+    assert lost.empty()
     assert lost.get(timeout=10) == 1
     first.close()
 

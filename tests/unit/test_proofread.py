@@ -39,6 +39,7 @@ TYPOS = (
 CITY = FillRequest(
     "The capital of Norway is {{city}}.",
     prompt="What is the capital of Norway?",
+    steps=8,
     seed=1,
     verify=True,
 )
@@ -105,8 +106,8 @@ def test_verified_is_liked_no_less_than_the_edit_or_the_text_itself(loaded: Load
     worse = 0
     for text in (*TYPOS, "look for a specific person or thing", "of the"):
         for seed in range(2):
-            plain = edit(*loaded, text, "Fix", seed=seed, steps=12).text
-            found = edit(*loaded, text, "Fix", seed=seed, steps=12, verify=True).text
+            plain = edit(*loaded, text, "Fix", seed=seed, steps=8).text
+            found = edit(*loaded, text, "Fix", seed=seed, steps=8, verify=True).text
             own, edited, kept = (total(loaded, f"Fix: {text}", t) for t in (text, plain, found))
             assert kept >= max(own, edited) - 1e-3
             worse += edited < own
@@ -129,19 +130,19 @@ def test_a_hole_is_written_anew_only_if_the_whole_line_is_likelier(loaded: Loade
     """The denoiser tries a few lengths; the encoder writes until the text behind follows."""
     prompt = CITY.prompt
     assert prompt is not None
-    plain = fill(*loaded, CITY.template, prompt=prompt, seed=1)
-    found = fill(*loaded, CITY.template, prompt=prompt, seed=1, verify=True)
+    plain = fill(*loaded, CITY.template, prompt=prompt, seed=1, steps=8)
+    found = fill(*loaded, CITY.template, prompt=prompt, seed=1, steps=8, verify=True)
     assert plain.values != {"city": "Oslo"}
     assert total(loaded, prompt, found.text) >= total(loaded, prompt, plain.text)
     assert found.values == {"city": "Oslo"}
     assert len(found.probabilities["city"]) == 4
-    whole = fill(*loaded, "{{all}}", prompt=prompt, seed=1, verify=True)
+    whole = fill(*loaded, "{{all}}", prompt=prompt, seed=1, steps=4, verify=True)
     assert whole.text == "The capital of Norway is Oslo."  # 25 tokens, a length that is not tried
 
 
 def test_rows_of_a_batch_are_as_alone(loaded: Loaded) -> None:
     model, tokenizer = loaded
-    asked = [EditRequest(text, "Fix", steps=12, seed=2, verify=True) for text in TYPOS]
+    asked = [EditRequest(text, "Fix", steps=6, seed=2, verify=True) for text in TYPOS]
     vocabulary = Vocabulary(model, tokenizer)
     ready = [each.prepare(model, vocabulary) for each in asked]
     alone = [list(run_prepared(model, each))[-1] for each in ready]

@@ -131,11 +131,9 @@ SCHEMAS = st.recursive(
 EXAMPLES = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=1000, **EXAMPLES)
+@settings(max_examples=300, **EXAMPLES)
 @given(SCHEMAS, st.sampled_from([16, 64]), st.integers(0, 2**31))
-def test_a_thousand_random_schemas_allow_none_but_valid_documents(
-    schema: Any, length: int, seed: int
-) -> None:
+def test_random_schemas_allow_none_but_valid_documents(schema: Any, length: int, seed: int) -> None:
     """Of canvases that random logits choose, within 64 tokens; no model is asked."""
     machine = compiled(schema, VOCABULARY).machine
     assume(machine.shortest <= 64)
@@ -150,7 +148,7 @@ def test_a_thousand_random_schemas_allow_none_but_valid_documents(
     jsonschema.Draft202012Validator(schema).validate(document)
 
 
-@settings(max_examples=60, **EXAMPLES)
+@settings(max_examples=30, **EXAMPLES)
 @given(SCHEMAS, st.sampled_from(MODELS), st.integers(0, 2**31))
 def test_models_that_know_nothing_write_valid_documents(
     schema: Any, model: DiffusionGemma, seed: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from looking import PIXELS, content_checkpoint
 from random_model import untrained
 
 from mlx_diffgemma import DiffusionGemma, Done, Draft, Request, Text, Tokenizer, generate, load
@@ -283,3 +284,18 @@ def test_a_checkpoint_that_has_changed_or_gone_is_not_loaded(tmp_path: Path) -> 
     for each, said in zip(late, ("has changed since", "no model"), strict=True):
         with pytest.raises(CheckpointError, match=said):
             next(iter(each.loading()))
+
+
+def test_a_model_that_sees_comes_and_goes_with_its_tower(tmp_path: Path) -> None:
+    directory = str(content_checkpoint(tmp_path / "looking"))
+    parts = [{"type": "image", "image": PIXELS}, {"type": "text", "text": "What?"}]
+    look = Request([{"role": "user", "content": parts}], seed=0, steps=2, max_tokens=16)
+    late = LateModel(directory, memory=1 << 40)
+    assert late.needs(9, True) > late.needs(9, False)
+    before = mx.get_active_memory()
+    with serving(late, keep_alive=0.05) as (worker,):
+        for _ in range(2):
+            assert Asked(worker, worker.prepare(look)).until(Done).generated_tokens
+            settled(lambda: not worker.loaded and mx.get_active_memory() <= before + 10_000)
+            assert late.model.sight
+            assert not late.model.sight.loaded
