@@ -16,6 +16,9 @@ LOOK_EVERY, LOOK_SECONDS = 1.0, 3.0
 # Looks in turn that a worker may not answer before it is left out: its machine may be busy.
 MISSES = 3
 
+# How much rarer a worker is looked at that does not answer, and has nothing under way.
+MOST_PAUSES = 10
+
 # Seconds without a word from a worker after which what it had under way is given up.
 SILENT_SECONDS = 30
 
@@ -61,8 +64,10 @@ class Lookout:
     async def _watch(self, backend: Backend) -> None:
         while True:
             await self.look(backend)
+            # A name that nobody knows keeps a thread for longer than one look.
+            times = 1 if backend.under_way else min(max(backend.misses, 1), MOST_PAUSES)
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY):
+                async with asyncio.timeout(LOOK_EVERY * times):
                     await backend.look.wait()
             backend.look.clear()
 

@@ -30,6 +30,7 @@ from servers import (
 )
 
 from mlx_diffgemma.server import lookout, proxy
+from mlx_diffgemma.server.backends import Backend
 
 CHAT = "/v1/chat/completions"
 
@@ -163,6 +164,7 @@ def test_a_response_that_is_lost_with_its_worker_is_told_so() -> None:
 
 def test_who_leaves_frees_a_place_of_the_worker() -> None:
     with serving(sudoku_model) as worker, fronting(f"127.0.0.1:{worker.port}") as server:
+        wait_until(lambda: healthy(server) == 1)
         for stream in (True, False):
 
             def begun(stream: bool = stream) -> bool:
@@ -237,6 +239,7 @@ def by_responses(front: Server) -> str:
 @pytest.mark.parametrize("ask", [by_openai, by_anthropic, by_ollama, by_responses])
 def test_a_stream_whose_worker_is_lost_ends_with_an_error(ask: Callable[[Server], str]) -> None:
     with fakes(dying) as (worker,), fronting(worker.address) as server:
+        wait_until(lambda: healthy(server) == 1)
         assert "the worker that had this request is lost" in ask(server)
         assert metric(server, "front_failed_total") == [1]
         assert metric(server, "worker_under_way") == [0]
@@ -272,10 +275,14 @@ def test_an_answer_whose_worker_is_lost_is_an_error() -> None:
 
 def test_what_cannot_be_begun_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anybody has looked whether the worker is still there."""
+
+    async def blind(self: lookout.Lookout, backend: Backend) -> None:
+        pass
+
     with fakes(fine, fine) as workers, fronting(*(each.address for each in workers)) as server:
         wait_until(lambda: healthy(server) == 2)
-        monkeypatch.setattr(lookout, "LOOK_EVERY", 60)
-        time.sleep(0.2)  # the last look before that is over
+        monkeypatch.setattr(lookout.Lookout, "look", blind)
+        time.sleep(0.2)  # a look that had begun is over
         workers[0].stop()
         assert healthy(server) == 2
         assert [server.post(CHAT, {}).status_code for _ in range(4)] == [200] * 4
@@ -284,33 +291,35 @@ def test_what_cannot_be_begun_goes_to_another(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_worker_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cable that is pulled closes no connection: clients waited for the whole --timeout."""
-    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.3)
 
     def silent(made: socket.socket, path: str, body: bytes) -> None:
         if path == CHAT:
             made.sendall(STREAM + chunk(BEGUN[CHAT][0]))
         worker.stop()
+        monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.3)
         made.recv(1)
 
     for path, wanted in ((CHAT, 200), ("/v1/fill", 502)):
         with fakes(silent) as (worker,), fronting(worker.address) as server:
+            wait_until(lambda: healthy(server) == 1)
             reply = server.post(path, {})
             assert reply.status_code == wanted
             assert "is lost" in reply.text
+        monkeypatch.undo()
 
 
 def test_where_all_are_slow_one_is_still_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred clients at once made both too slow to say that they are there: all got 503."""
-    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(lookout, "LOOK_EVERY", 0.01)
     with fakes(fine, fine) as workers, fronting(*(each.address for each in workers)) as server:
         wait_until(lambda: healthy(server) == 2)
+        monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.1)
+        monkeypatch.setattr(lookout, "LOOK_EVERY", 0.01)
         for each in workers:
             each.delay = 0.3
         wait_until(lambda: healthy(server) == 1)
         time.sleep(0.5)
         assert server.post(CHAT, {}).status_code == 200
+        monkeypatch.undo()
         for each in workers:
             each.delay = 0
         wait_until(lambda: healthy(server) == 2)
@@ -327,6 +336,7 @@ def test_a_worker_that_drips_has_its_time(monkeypatch: pytest.MonkeyPatch) -> No
             time.sleep(0.05)
 
     with fakes(drips) as (worker,), fronting(worker.address, seconds=0.5) as server:
+        wait_until(lambda: healthy(server) == 1)
         assert "too long" in server.post(CHAT, {}).text
         assert "too long" in told(server.post("/v1/fill", {}), 504)
 
@@ -367,8 +377,8 @@ def test_more_than_all_have_room_for_is_not_sent_on() -> None:
         ends.wait()
 
     with fakes(waits) as (worker,), fronting(worker.address) as server:
-        pool = ThreadPoolExecutor(5)
         wait_until(lambda: healthy(server) == 1)
+        pool = ThreadPoolExecutor(5)
         replies = [pool.submit(server.post, CHAT, {}) for _ in range(5)]
         wait_until(lambda: len(worker.asked) == 4 and any(each.done() for each in replies))
         assert HEALTH["max_batch"] + HEALTH["max_queue"] == 4
@@ -498,6 +508,7 @@ def test_an_event_without_an_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
             let_go.set()
 
     with fakes(endless) as (worker,), fronting(worker.address) as server:
+        wait_until(lambda: healthy(server) == 1)
         reply = server.post(CHAT, {})
         assert len(reply.content) < 1000
         assert "answer is none" in reply.text

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from command import run
 
 from mlx_diffgemma.cli import ranks
 from mlx_diffgemma.cli.front import Front
+from mlx_diffgemma.cli.serve import _is_told
 from mlx_diffgemma.server.affinity import (
     BLOCK,
     MOST_BEGINNINGS,
@@ -265,6 +267,12 @@ def test_options_of_a_model_belong_to_workers(given: tuple[str, str]) -> None:
     done = run("serve", "--workers", "mac-1:1", *given, MLX_DIFFGEMMA_MODEL="y")
     assert done.returncode == 2
     assert f"error: {given[0]} belongs to the workers" in done.stderr
+
+
+def test_who_looks_each_second_fills_no_log() -> None:
+    for path, wanted in (("/health", False), ("/v1/models", True)):
+        access = logging.makeLogRecord({"args": ("127.0.0.1:1", "GET", path, "1.1", 200)})
+        assert _is_told(access) is wanted
 
 
 def test_it_needs_no_mlx() -> None:
