@@ -49,7 +49,7 @@ def sent(server: Server, agent: Any, request: Any) -> httpx.Response:
         f"{server.url}{request['path']}",
         headers=request["headers"],
         content=json.dumps(body_of(agent, request)),
-        timeout=60,
+        timeout=240,
     )
     assert reply.status_code == 200, reply.text
     return reply

@@ -195,9 +195,7 @@ def test_an_agent_that_is_killed_while_it_waits() -> None:
     time.sleep(2)  # it is answered in a fraction of that, and ends once nothing more is sent
     process.stdin.close()
     assert process.wait(60) == 0
-    said = process.stderr.read()
-    assert said.endswith("the agent has gone\n")
-    assert "Traceback" not in said
+    assert "Traceback" not in process.stderr.read()
 
 
 def test_a_model_that_is_not_there_is_told_to_each_call() -> None:
