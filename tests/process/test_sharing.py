@@ -38,31 +38,21 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("wide") / "model")
 
 
-def test_four_ranks_write_what_one_does(wide: Path, tmp_path: Path) -> None:
-    """Of experts in groups of 32; in full layers two ranks each have the same keys."""
-    convert(wide, tmp_path / "packed", recipe=RECIPES["mxfp4"])
-    more = ["--seed", "3", "--steps", "2", "--max-tokens", "32", "--json", "How far?"]
-    asked = ["generate", "-m", tmp_path / "packed", *more]
-    done = launched(4, *COMMAND, *asked, "--shard")
-    found, wanted = json.loads(done.stdout), json.loads(run(*asked).stdout)
-    for key in ("text", "denoising_steps", "finish_reason", "generated_tokens"):
-        assert found[key] == wanted[key]
-    assert done.stderr.count("prompt tokens in") == 1
-
-
-def test_two_ranks_do_all_tasks_as_one(wide: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "recipe"), [(2, "4bit"), (4, "mxfp4")])
+def test_ranks_do_all_tasks_as_one(wide: Path, tmp_path: Path, ranks: int, recipe: str) -> None:
     """Fill, schema, a batch of unequal prompts, an edit; and an answer nobody waits for.
 
-    Of weights in groups of 64, of which they have unequal parts, with an adapter beside them.
+    Of weights in groups of 64, of which two have unequal parts, or of 32, where in full layers two
+    of four ranks each have the same keys; with an adapter beside them.
     """
     packed, adapter = tmp_path / "packed", tmp_path / "adapter"
-    convert(wide, packed, recipe=RECIPES["4bit"])
+    convert(wide, packed, recipe=RECIPES[recipe])
     model, config = load(packed)[0], AdapterConfig("dora", rank=2, keys=("mlp.down_proj",))
     add_adapter(model, config)
     terms = {name: mx.random.normal(each.shape) for name, each in trained(model).items()}
     save_adapter(adapter, terms, config)
     program = [sys.executable, PROGRAM, packed, adapter]
-    shared = launched(2, *program)
+    shared = launched(ranks, *program)
     alone = subprocess.run([*map(str, program)], capture_output=True, text=True, check=True)
     assert shared.stdout == alone.stdout, shared.stderr
     assert "does not fit" in alone.stdout
