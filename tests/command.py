@@ -1,6 +1,6 @@
 """`mlx-diffgemma` within this process: what it prints and its exit code.
 
-A process of its own takes seconds to import MLX. Each checkpoint is loaded once.
+A process of its own takes seconds to import MLX. Each checkpoint is loaded once, but to be trained.
 """
 
 import io
@@ -67,7 +67,8 @@ def _main(
     environment: dict[str, str],
 ) -> int:
     with ExitStack() as stack:
-        stack.enter_context(patch.object(loading, "load", _load))
+        if arguments[0] != "lora":  # which changes the model
+            stack.enter_context(patch.object(loading, "load", _load))
         stack.enter_context(patch.object(sys, "argv", ["mlx-diffgemma", *map(str, arguments)]))
         for name, stream in {"stdin": stdin, "stdout": stdout, "stderr": stderr}.items():
             stack.enter_context(patch.object(sys, name, stream))

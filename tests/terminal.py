@@ -58,15 +58,19 @@ class Terminal:
             rows.pop()
         return rows
 
-    def wait(self, pattern: str, after: int = 0) -> re.Match[str]:
-        """Until the screen shows a pattern, below so many lines."""
+    def wait(self, pattern: str, after: int = 0, *, drawing: bool = False) -> re.Match[str]:
+        """Until the screen shows a pattern, below so many lines; once nothing more comes, or amid
+        `drawing`, which may go on to the end of an answer."""
         ends = time.monotonic() + 15
         while time.monotonic() < ends:
+            quiet = False
             try:
                 self._stream.feed(self.child.read_nonblocking(1 << 16, timeout=0.05))
             except (pexpect.TIMEOUT, pexpect.EOF):
-                if found := re.search(pattern, "\n".join(self.lines()[after:])):
-                    return found
+                quiet = True
+            shown = "\n".join(self.lines()[after:]) if quiet or drawing else ""
+            if found := re.search(pattern, shown):
+                return found
         raise AssertionError(f"{pattern!r} is not on the screen:\n" + "\n".join(self.lines()[-30:]))
 
     def type(self, line: str, pattern: str = r"\n>$") -> list[str]:

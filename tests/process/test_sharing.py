@@ -156,7 +156,8 @@ def test_a_chat_at_rank_0_is_one_of_one(tmp_path: Path) -> None:
     other = subprocess.Popen([*COMMAND, *asked, "--shard"], env={**os.environ, **second})
     chat = Terminal(*asked[1:], "--shard", **first)
     assert "does not go with --shard" in "".join(chat.type("/model tiny"))
-    chat.type("1.", pattern=r"step \d")
+    chat.press("1.\r")
+    chat.wait(r"step \d", drawing=True)
     chat.child.sendintr()
     chat.wait(r"Stopped; .*\n>$")
     for line in ("/undo", *turns, f"/save {ranks}"):
