@@ -15,7 +15,7 @@ from .. import __version__
 from ..distributed.launch import LaunchError, place
 from ..errors import Error
 from .options import LoadFaithful, size
-from .sharing import _FAILED, ALONE, LAST, _check_equal, _joined, facts_of
+from .sharing import ALONE, FAILED, LAST, check_equal, facts_of, joined
 from .terminal import fail
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _lead() -> "tuple[Share, Link]":
             "and --resume goes on from it"
         )
 
-    share, link = _joined(lost)
+    share, link = joined(lost)
     atexit.register(link.close)
     return share, link
 
@@ -98,9 +98,9 @@ def share_work(load: LoadFaithful, work: "Work") -> "Together":
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
         rank, told = found[0], found[1]
-        if told.startswith(_FAILED):
-            raise LaunchError(f"rank {rank}: {told[len(_FAILED) :].decode()}")
-        _check_equal(facts, rank, json.loads(told))
+        if told.startswith(FAILED):
+            raise LaunchError(f"rank {rank}: {told[len(FAILED) :].decode()}")
+        check_equal(facts, rank, json.loads(told))
     tell(b"")
     return Together(share, tell)
 
@@ -120,7 +120,7 @@ def _learn_along() -> NoReturn:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides, and saves before it ends
         signal.signal(number, signal.SIG_IGN)
-    share, link = _joined(lost, left)
+    share, link = joined(lost, left)
 
     def hear() -> bytes | None:
         found = link.received()
@@ -137,7 +137,7 @@ def _learn_along() -> NoReturn:
         model, _ = load()
         learn_along(model, work, share, hear)
     except Error as error:
-        link.send(_FAILED + str(error).encode())
+        link.send(FAILED + str(error).encode())
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
         end(f"rank {here.rank}: {error}")
     raise SystemExit(0)

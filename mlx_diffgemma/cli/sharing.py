@@ -38,7 +38,8 @@ LAST = 2.0
 # Seconds after which another rank says what it alone has found.
 ALONE = 5.0
 
-_FAILED = b"!"
+# What a message begins with that tells why its sender ends.
+FAILED = b"!"
 
 Loader = Callable[["Share"], "tuple[DiffusionGemma, Tokenizer]"]
 
@@ -55,7 +56,7 @@ def lead() -> "tuple[Share, Link]":
     def lost(rank: int) -> None:
         end(f"rank {rank} is lost, and with it a part of the model")
 
-    share, link = _joined(lost)
+    share, link = joined(lost)
     atexit.register(link.close)
     _leave_when_ended(link)
     return share, link
@@ -97,9 +98,9 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
         rank, said = found[0], found[1]
-        if said.startswith(_FAILED):
-            raise LaunchError(f"rank {rank}: {said[len(_FAILED) :].decode()}")
-        _check_equal(facts, rank, json.loads(said))
+        if said.startswith(FAILED):
+            raise LaunchError(f"rank {rank}: {said[len(FAILED) :].decode()}")
+        check_equal(facts, rank, json.loads(said))
     tell(b"")
     others = Others(tell, share.size, end)
     threading.Thread(target=_listen, args=(link, others), daemon=True).start()
@@ -109,7 +110,7 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
 def _listen(link: "Link", others: "Others") -> None:
     """Take what the others answer; what one says before it ends by itself is not that."""
     while (found := link.received()) is not None:
-        if found[1] is not None and not found[1].startswith(_FAILED):
+        if found[1] is not None and not found[1].startswith(FAILED):
             others.heard(found[1])
 
 
@@ -127,7 +128,7 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
         threading.Timer(LAST, os._exit, [0]).start()  # in the midst of a collective, perhaps
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
-    share, link = _joined(lost, left)
+    share, link = joined(lost, left)
     try:
         link.send(json.dumps(facts()).encode())
         found = link.received()
@@ -135,13 +136,13 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
             raise SystemExit(1)
         Follower(*load(share), link.send).run(link.received)
     except Error as error:
-        link.send(_FAILED + str(error).encode())
+        link.send(FAILED + str(error).encode())
         time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
         end(f"rank {here.rank}: {error}")
     raise SystemExit(0)
 
 
-def _joined(
+def joined(
     lost: Callable[[int], None], left: Callable[[int], None] = lambda rank: None
 ) -> "tuple[Share, Link]":
     """This rank's share, and its link to the others."""
@@ -177,7 +178,7 @@ def facts_of(directory: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-def _check_equal(mine: dict[str, Any], rank: int, other: dict[str, Any]) -> None:
+def check_equal(mine: dict[str, Any], rank: int, other: dict[str, Any]) -> None:
     """Refuse a rank that would compute something else.
 
     Raises:

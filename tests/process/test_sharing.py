@@ -23,7 +23,7 @@ from terminal import Terminal
 from mlx_diffgemma import load
 from mlx_diffgemma.checkpoint.adapter import AdapterConfig, add_adapter, save_adapter, trained
 from mlx_diffgemma.cli.options import LoadFaithful
-from mlx_diffgemma.cli.sharing import MIXED, _check_equal, facts_of
+from mlx_diffgemma.cli.sharing import MIXED, check_equal, facts_of
 from mlx_diffgemma.convert import RECIPES, convert
 from mlx_diffgemma.distributed.launch import LaunchError
 
@@ -111,14 +111,14 @@ def test_interrupted_all_end_without_a_word(tmp_path: Path) -> None:
 
 def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = facts_of(SUDOKU, speed="faithful")
-    _check_equal(mine, 1, dict(mine))
+    check_equal(mine, 1, dict(mine))
     with pytest.raises(LaunchError, match="the speed of rank 0 is faithful, that of rank 1 fast"):
-        _check_equal(mine, 1, {**mine, "speed": "fast"})
+        check_equal(mine, 1, {**mine, "speed": "fast"})
     other = {**mine, "chip": "Apple M9"}
     with pytest.raises(LaunchError, match=r"chip of rank 0 .* different experts"):
-        _check_equal(mine, 1, other)
+        check_equal(mine, 1, other)
     monkeypatch.setenv(MIXED, "1")
-    _check_equal(mine, 1, other)
+    check_equal(mine, 1, other)
 
 
 def test_ranks_with_other_adapters_are_refused(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_ranks_with_other_adapters_are_refused(tmp_path: Path) -> None:
         save_adapter(adapter, {"weight": mx.array([number])}, AdapterConfig("full"))
         facts.append(LoadFaithful(str(SUDOKU), adapter=str(adapter))._facts())
     with pytest.raises(LaunchError, match=r"the adapter of rank 0 is \w+, that of rank 1 \w+$"):
-        _check_equal(facts[0], 1, facts[1])
+        check_equal(facts[0], 1, facts[1])
 
 
 def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
