@@ -2,11 +2,8 @@
 
 import atexit
 import json
-import os
 import pickle
 import signal
-import threading
-import time
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +12,7 @@ from .. import __version__
 from ..distributed.launch import LaunchError, place
 from ..errors import Error
 from .options import LoadFaithful, size
-from .sharing import ALONE, FAILED, LAST, check_equal, facts_of, joined
+from .sharing import check_others, end_alone, facts_of, joined, joined_to_help, teller
 from .terminal import fail
 
 if TYPE_CHECKING:
@@ -85,42 +82,19 @@ def share_work(load: LoadFaithful, work: "Work") -> "Together":
     if place().size == 1:
         return BY_ITSELF
     share, link = _lead()
-    others = range(1, share.size)
-
-    def tell(message: bytes) -> None:
-        for rank in others:
-            link.send(message, rank)
-
+    tell = teller(share, link)
     tell(_packed(load, work))
-    facts = _facts(load)
-    for _ in others:
-        found = link.received()
-        if found is None or found[1] is None:
-            raise LaunchError("a rank has left")
-        rank, told = found[0], found[1]
-        if told.startswith(FAILED):
-            raise LaunchError(f"rank {rank}: {told[len(FAILED) :].decode()}")
-        check_equal(facts, rank, json.loads(told))
-    tell(b"")
+    check_others(share, link, _facts(load))
     return Together(share, tell)
 
 
 def _learn_along() -> NoReturn:
     """In another rank than 0, load the model that it names and learn along, to its end."""
-    from ..distributed.link import end
     from ..training.ranks import learn_along
-
-    here = place()
-
-    def lost(rank: int) -> None:
-        end(f"rank {here.rank} ends, as rank 0 is lost")
-
-    def left(rank: int) -> None:
-        threading.Timer(LAST, os._exit, [0]).start()  # in the midst of an exchange, perhaps
 
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides, and saves before it ends
         signal.signal(number, signal.SIG_IGN)
-    share, link = joined(lost, left)
+    share, link = joined_to_help()
 
     def hear() -> bytes | None:
         found = link.received()
@@ -137,9 +111,7 @@ def _learn_along() -> NoReturn:
         model, _ = load()
         learn_along(model, work, share, hear)
     except Error as error:
-        link.send(FAILED + str(error).encode())
-        time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
-        end(f"rank {here.rank}: {error}")
+        end_alone(link, error)
     raise SystemExit(0)
 
 

@@ -87,13 +87,30 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
     from ..distributed.others import Others
 
     share, link = lead()
-    ranks = range(1, share.size)
+    tell = teller(share, link)
+    check_others(share, link, facts)
+    others = Others(tell, share.size, end)
+    threading.Thread(target=_listen, args=(link, others), daemon=True).start()
+    return load(replace(share, others=others))
+
+
+def teller(share: "Share", link: "Link") -> Callable[[bytes], None]:
+    """What sends a message of rank 0 to all others."""
 
     def tell(message: bytes) -> None:
-        for rank in ranks:
+        for rank in range(1, share.size):
             link.send(message, rank)
 
-    for _ in ranks:
+    return tell
+
+
+def check_others(share: "Share", link: "Link", facts: dict[str, Any]) -> None:
+    """Hear of each other rank what it is, and have them go on once all are equal in these facts.
+
+    Raises:
+        LaunchError: they are not, or one has left or failed.
+    """
+    for _ in range(1, share.size):
         found = link.received()
         if found is None or found[1] is None:
             raise LaunchError("a rank has left")
@@ -101,10 +118,7 @@ def share_model(load: Loader, facts: dict[str, Any]) -> "tuple[DiffusionGemma, T
         if said.startswith(FAILED):
             raise LaunchError(f"rank {rank}: {said[len(FAILED) :].decode()}")
         check_equal(facts, rank, json.loads(said))
-    tell(b"")
-    others = Others(tell, share.size, end)
-    threading.Thread(target=_listen, args=(link, others), daemon=True).start()
-    return load(replace(share, others=others))
+    teller(share, link)(b"")
 
 
 def _listen(link: "Link", others: "Others") -> None:
@@ -116,19 +130,10 @@ def _listen(link: "Link", others: "Others") -> None:
 
 def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
     """In another rank than 0, load its part of the model and do what rank 0 says, to its end."""
-    from ..distributed.link import end
     from ..tasks.following import Follower
 
-    here = place()
-
-    def lost(rank: int) -> None:
-        end(f"rank {here.rank} ends, as rank 0 is lost")
-
-    def left(rank: int) -> None:
-        threading.Timer(LAST, os._exit, [0]).start()  # in the midst of a collective, perhaps
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
-    share, link = joined(lost, left)
+    share, link = joined_to_help()
     try:
         link.send(json.dumps(facts()).encode())
         found = link.received()
@@ -136,10 +141,31 @@ def help_out(load: Loader, facts: Callable[[], dict[str, Any]]) -> NoReturn:
             raise SystemExit(1)
         Follower(*load(share), link.send).run(link.received)
     except Error as error:
-        link.send(FAILED + str(error).encode())
-        time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
-        end(f"rank {here.rank}: {error}")
+        end_alone(link, error)
     raise SystemExit(0)
+
+
+def joined_to_help() -> "tuple[Share, Link]":
+    """The share of another rank than 0 and its link, with which this process ends when rank 0 is
+    lost or has left."""
+    from ..distributed.link import end
+
+    def lost(rank: int) -> None:
+        end(f"rank {place().rank} ends, as rank 0 is lost")
+
+    def left(rank: int) -> None:
+        threading.Timer(LAST, os._exit, [0]).start()  # in the midst of a collective, perhaps
+
+    return joined(lost, left)
+
+
+def end_alone(link: "Link", error: Error) -> None:
+    """Tell rank 0 why this one fails, and end."""
+    from ..distributed.link import end
+
+    link.send(FAILED + str(error).encode())
+    time.sleep(ALONE)  # rank 0 has mostly found the same, and says so
+    end(f"rank {place().rank}: {error}")
 
 
 def joined(
