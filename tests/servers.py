@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 
 from mlx_diffgemma import DiffusionGemma, Tokenizer, load
 from mlx_diffgemma.checkpoint.load import EMBEDDED
+from mlx_diffgemma.server.access import Access
 from mlx_diffgemma.server.app import make_app
 from mlx_diffgemma.server.balancer import make_front
 from mlx_diffgemma.server.connections import Connection
@@ -170,17 +171,18 @@ def serving(
     timeout: float = 600,
     **settings: Any,
 ) -> Iterator[Server]:
-    """A server in a thread, with settings of `make_app`."""
+    """A server in a thread, with settings of `Access`."""
     with working(model, max_batch=max_batch, max_queue=max_queue, timeout=timeout) as thread:
-        app = make_app(thread, **settings)
+        app = make_app(thread, Access(**settings))
         with listening(app) as server:
             yield Server(address(server))
 
 
 @contextmanager
 def fronting(*addresses: str, **settings: Any) -> Iterator[Server]:
-    """One address before workers at these, in a thread, with settings of `make_front`."""
-    app = make_front(addresses, **{"tell": lambda told: None, **settings})
+    """One address before workers at these, in a thread: settings of `Access` and `make_front`."""
+    more = {name: settings.pop(name) for name in ("tell", "seconds") if name in settings}
+    app = make_front(addresses, Access(**settings), **{"tell": lambda told: None, **more})
     with listening(app, lifespan="on") as server:
         yield Server(address(server))
 

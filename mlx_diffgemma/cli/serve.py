@@ -18,6 +18,7 @@ from .terminal import fail, put, say
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from ..server.access import Access
     from ..server.thread import MlxThread
 
 app = typer.Typer()
@@ -96,15 +97,7 @@ def serve(
     _check_port(reach.host, reach.port)
     thread = _thread(load, bounds)
     thread.start()
-    served = make_app(
-        thread,
-        api_key=reach.api_key,
-        cors=reach.cors or (),
-        loopback=reach.loopback,
-        allowed_hosts=reach.allowed_host or (),
-        most_bytes=int(bounds.max_body_mb * 1e6),
-        picture_bytes=int(bounds.max_pictures_mb * 1e6),
-    )
+    served = make_app(thread, _access(reach, bounds))
     try:
         _run(served, reach)
     finally:
@@ -153,17 +146,7 @@ def _stand_before(
         return
     _check_port(reach.host, reach.port)
     allow_connections()
-    served = make_front(
-        addresses,
-        tell=say,
-        api_key=reach.api_key,
-        cors=reach.cors or (),
-        loopback=reach.loopback,
-        allowed_hosts=reach.allowed_host or (),
-        most_bytes=int(bounds.max_body_mb * 1e6),
-        picture_bytes=int(bounds.max_pictures_mb * 1e6),
-        seconds=bounds.timeout,
-    )
+    served = make_front(addresses, _access(reach, bounds), tell=say, seconds=bounds.timeout)
     _run(served, reach)
 
 
@@ -176,6 +159,20 @@ def _refuse_what_workers_do(load: Served, bounds: Bounds) -> None:
         if value != plain[name] and name not in ("timeout", "max_body_mb", "max_pictures_mb"):
             told = name.replace("_", "-")
             fail(f"--{told} belongs to the workers: --workers loads no model", code=2)
+
+
+def _access(reach: Reach, bounds: Bounds) -> "Access":
+    """Who may ask, and how much."""
+    from ..server.access import Access
+
+    return Access(
+        api_key=reach.api_key,
+        cors=reach.cors or (),
+        loopback=reach.loopback,
+        allowed_hosts=reach.allowed_host or (),
+        most_bytes=int(bounds.max_body_mb * 1e6),
+        picture_bytes=int(bounds.max_pictures_mb * 1e6),
+    )
 
 
 def _run(served: "ASGIApp", reach: Reach) -> None:

@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -60,24 +61,46 @@ def _is_open(path: str) -> bool:
     return path in ("/", "/health") or path.startswith(PREFIX)
 
 
-def guard(
-    app: Starlette,
-    *,
-    api_key: str | None,
-    cors: Sequence[str],
-    loopback: bool,
-    allowed_hosts: Sequence[str],
-    most_bytes: int,
-    picture_bytes: int,
-) -> None:
-    """Put all checks of this file before an application; the arguments are those of `make_app`."""
-    # The last one added is met first.
-    app.add_middleware(Limits, most_bytes=most_bytes, picture_bytes=picture_bytes, api_key=api_key)
-    if cors:
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and how much.
+
+    Attributes:
+        api_key: what clients have to send, if anything.
+        cors: origins whose pages may ask.
+        loopback: only this machine can reach the server, so it answers only to `localhost` and
+            the like; otherwise also to addresses and to this machine's own name.
+        allowed_hosts: further names that it answers to; `*` is any.
+        most_bytes: of a request's body, its pictures not counted.
+        picture_bytes: of the pictures of a body, where a model sees any.
+    """
+
+    api_key: str | None = None
+    cors: Sequence[str] = ()
+    loopback: bool = True
+    allowed_hosts: Sequence[str] = ()
+    most_bytes: int = 4 << 20
+    picture_bytes: int = 24 << 20
+
+    def guard(self, app: Starlette) -> None:
+        """Put all checks of this file before an application."""
+        # The last one added is met first.
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+            Limits,
+            most_bytes=self.most_bytes,
+            picture_bytes=self.picture_bytes,
+            api_key=self.api_key,
         )
-    app.add_middleware(Gate, loopback=loopback, allowed_hosts=allowed_hosts, origins=cors)
+        if self.cors:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(self.cors),
+                allow_methods=["*"],
+                allow_headers=["*"],
+            )
+        app.add_middleware(
+            Gate, loopback=self.loopback, allowed_hosts=self.allowed_hosts, origins=self.cors
+        )
 
 
 class Gate:

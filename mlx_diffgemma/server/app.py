@@ -4,8 +4,9 @@ Needs the extra `server`. Another API is one more file, and one more line in `ma
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as Http
@@ -22,7 +23,7 @@ from . import (
     openai_routes,
     responses_routes,
 )
-from .access import guard
+from .access import Access
 from .invalid import mistake
 from .metrics import metrics_of
 from .page import add_page
@@ -32,28 +33,16 @@ from .service import Models
 from .thread import MlxThread
 
 
-def make_app(
-    thread: MlxThread,
-    *,
-    api_key: str | None = None,
-    cors: Sequence[str] = (),
-    loopback: bool = True,
-    allowed_hosts: Sequence[str] = (),
-    most_bytes: int = 4 << 20,
-    picture_bytes: int = 24 << 20,
-) -> FastAPI:
+def make_app(thread: MlxThread, access: Access | None = None) -> FastAPI:
     """Make the application, which stops the thread at its end.
 
     Args:
         thread: answers for the models; started by whoever makes the application.
-        api_key: what clients have to send, if anything.
-        cors: origins whose pages may ask.
-        loopback: only this machine can reach the server, so it answers only to `localhost` and
-            the like; otherwise also to addresses and to this machine's own name.
-        allowed_hosts: further names that it answers to; `*` is any.
-        most_bytes: of a request's body, its pictures not counted.
-        picture_bytes: of the pictures of a body, where a model sees any.
+        access: who may ask; None is as `Access` has it.
     """
+    access = access or Access()
+    if not any(sees(each.model) for each in thread.workers):
+        access = replace(access, picture_bytes=0)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,15 +51,7 @@ def make_app(
 
     # Their pages would have the browser fetch scripts from elsewhere.
     app = FastAPI(title="mlx-diffgemma", lifespan=lifespan, docs_url=None, redoc_url=None)
-    guard(
-        app,
-        api_key=api_key,
-        cors=cors,
-        loopback=loopback,
-        allowed_hosts=allowed_hosts,
-        most_bytes=most_bytes,
-        picture_bytes=picture_bytes if any(sees(each.model) for each in thread.workers) else 0,
-    )
+    access.guard(app)
     _handle_errors(app)
     models = Models(thread.workers)
     app.include_router(openai_routes.router(models))

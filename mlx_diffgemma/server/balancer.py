@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from .access import guard
+from .access import Access
 from .backends import Backend, Backends
 from .lookout import LOOK_SECONDS, Lookout
 from .page import add_page
@@ -50,31 +50,24 @@ START_SECONDS = 0.5
 
 def make_front(
     addresses: Sequence[str],
+    access: Access,
     *,
     tell: Callable[[str], None],
-    api_key: str | None = None,
-    cors: Sequence[str] = (),
-    loopback: bool = True,
-    allowed_hosts: Sequence[str] = (),
-    most_bytes: int = 4 << 20,
-    picture_bytes: int = 24 << 20,
     seconds: float = 600,
 ) -> Starlette:
     """Make the application that stands before workers.
 
     Args:
         addresses: `host:port` of each worker, and all that is ever connected to.
+        access: who may ask; workers are sent its key.
         tell: takes sentences for whoever runs this.
-        api_key: what clients have to send, and what workers are sent.
         seconds: that a request may take.
-
-    The others are those of `make_app`.
     """
     backends = Backends(addresses, tell)
     # A worker answers to this name, whatever it is called here.
     headers = {"Host": "localhost", "Accept-Encoding": "identity", "Connection": "close"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
+    if access.api_key is not None:
+        headers["Authorization"] = f"Bearer {access.api_key}"
     client = httpx.AsyncClient(
         headers=headers,
         timeout=httpx.Timeout(None, connect=LOOK_SECONDS),
@@ -96,15 +89,7 @@ def make_front(
         await client.aclose()
 
     app = Starlette(lifespan=lifespan)
-    guard(
-        app,
-        api_key=api_key,
-        cors=cors,
-        loopback=loopback,
-        allowed_hosts=allowed_hosts,
-        most_bytes=most_bytes,
-        picture_bytes=picture_bytes,
-    )
+    access.guard(app)
     tell_errors(app)
     for path, methods in ROUTES.items():
         app.add_route(path, proxy.__call__, methods=[*methods])
