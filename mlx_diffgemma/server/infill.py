@@ -14,10 +14,10 @@ from ..tasks.generate import Request
 from ..tasks.request import Done, Draft, Task
 from ..text.template import Hole
 from ..text.tokenizer import Tokenizer
-from ..text.turns import StopStrings, Text
+from ..text.turns import Text
 from .body import Body, NonNegative, Steps
 from .openai import MIDDLE, CompletionBody, Continuation, stops
-from .openai_answers import Common, common
+from .openai_answers import Common, common, counted, middle_of
 
 # Pieces of other files that are sent along, and fields that are wanted of an answer.
 MOST_EXTRA, MOST_FIELDS = 256, 64
@@ -162,14 +162,8 @@ class Between:
                 self.reason = "length" if event.finish_reason == "length" else "stop"
                 self.stopped = event.stop_string is not None
             case FillResult():
-                strings = StopStrings(self._stop)
-                self.text = strings.feed(str(event.values[MIDDLE]))
-                self.stopped = strings.hit is not None
-                self.text += "" if self.stopped else strings.rest()
                 self.read, self.cached = event.read_tokens, event.cached_tokens
-                self.written = len(event.probabilities[MIDDLE])
-                if self.stopped:
-                    self.written = len(tokenizer.encode(self.text))
+                self.text, self.written, self.stopped = middle_of(event, self._stop, tokenizer)
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -299,9 +293,4 @@ class FimReply:
 
 
 def _usage(found: Between) -> dict[str, Any]:
-    return {
-        "prompt_tokens": found.read,
-        "completion_tokens": found.written,
-        "total_tokens": found.read + found.written,
-        "prompt_tokens_details": {"cached_tokens": found.cached},
-    }
+    return counted(found.read, found.cached, found.written)

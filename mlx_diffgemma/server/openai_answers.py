@@ -245,6 +245,27 @@ class CompletionReply:
         return {**self._common, "choices": answers, "usage": usage}
 
 
+def middle_of(
+    result: FillResult, stop: Sequence[str], tokenizer: Tokenizer
+) -> tuple[str, int, bool]:
+    """Give the text of a hole up to a stop string, its tokens, and whether one was hit."""
+    strings = StopStrings(stop)
+    text = strings.feed(str(result.values[MIDDLE]))
+    if strings.hit is not None:
+        return text, len(tokenizer.encode(text)), True
+    return text + strings.rest(), len(result.probabilities[MIDDLE]), False
+
+
+def counted(read: int, cached: int, written: int) -> dict[str, Any]:
+    """Tell the tokens that one text took."""
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 class InfillReply:
     """Answers with what stands between a prompt and a suffix, whose text is `before`."""
 
@@ -256,22 +277,12 @@ class InfillReply:
 
     def whole(self, result: FillResult) -> dict[str, Any]:
         """Give the answer as JSON, with its usage."""
-        stop_strings = StopStrings(self._stop)
-        text = stop_strings.feed(str(result.values[MIDDLE]))
-        text += "" if stop_strings.hit else stop_strings.rest()
-        written = len(result.probabilities[MIDDLE])
-        if stop_strings.hit is not None:
-            written = len(self._tokenizer.encode(text))
+        text, written, _ = middle_of(result, self._stop, self._tokenizer)
         choice = {
             "index": 0,
             "text": self._shown + text,
             "finish_reason": "stop",
             "logprobs": None,
         }
-        usage = {
-            "prompt_tokens": result.read_tokens,
-            "completion_tokens": written,
-            "total_tokens": result.read_tokens + written,
-            "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
-        }
+        usage = counted(result.read_tokens, result.cached_tokens, written)
         return {**self._common, "choices": [choice], "usage": usage}
